@@ -1,0 +1,148 @@
+r"""Flows as distributions, and the recipes that stack transforms.
+
+A recipe is a function ``recipe(dim, *, num_layers, hidden_dims, context_dim=0, **options) -> FlowTransform`` that returns a
+stack which starts as the identity. Any function of that shape can be given to a guide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from . import transforms as T
+
+
+class NormalizingFlow(dist.TransformedDistribution):
+    r"""The distribution of :math:`x = f(z)` for z from a base distribution and a flow transform f.
+
+    .. math:: \log q(x) = \log q_0(z) - \log\left|\det \frac{\partial f}{\partial z}\right|, \qquad z = f^{-1}(x).
+
+    A point that this object has just drawn is scored without inverting the flow: the last draw is remembered, by identity,
+    with its log-density. Every other point is scored through the inverse.
+
+    Arguments:
+        base: A reparameterised distribution over vectors, for example ``Normal(zeros, ones).to_event(1)``.
+        transform: The flow, with no context left to bind.
+        gradient: ``"total"`` for the plain derivative of log q, or ``"path"`` for the path gradient ("sticking the landing",
+            Roeder et al. 2017, arXiv:1703.09194): the log-density of a draw depends on the parameters through the draw alone,
+            :math:`\log q + s^\top (x - x_{\text{detached}})` with the score s carried along by ``forward_with_score``
+            (Vaitl et al. 2024, arXiv:2403.15881). Its variance vanishes where q is exact. Values are the same.
+
+    Raises:
+        ValueError: if the gradient is unknown, or the transform still needs a context.
+
+    Example:
+        >>> base = dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1)
+        >>> flow = NormalizingFlow(base, coupling(2))
+        >>> x, log_prob = flow.rsample_and_log_prob((5,))
+        >>> x.shape, log_prob.shape
+        (torch.Size([5, 2]), torch.Size([5]))
+    """
+
+    def __init__(
+        self,
+        base: dist.TorchDistribution,
+        transform: T.FlowTransform,
+        *,
+        gradient: str = "total",
+        validate_args: bool | None = None,
+    ) -> None:
+        if gradient not in ("total", "path"):
+            raise ValueError(f'NormalizingFlow: gradient must be "total" or "path", got {gradient!r}')
+        if transform.context_dim:
+            raise ValueError(
+                f"NormalizingFlow: the transform needs a context of size {transform.context_dim}; "
+                "bind it first: transform.condition(context)"
+            )
+        self.gradient = gradient
+        self._last_draw: tuple[Tensor, Tensor] | None = None
+        super().__init__(base, [transform], validate_args=validate_args)
+
+    @property
+    def transform(self) -> T.FlowTransform:
+        return self.transforms[0]
+
+    def expand(self, batch_shape: torch.Size, _instance: NormalizingFlow | None = None) -> NormalizingFlow:
+        new = self._get_checked_instance(NormalizingFlow, _instance)
+        new.gradient = self.gradient
+        new._last_draw = None
+        return super().expand(batch_shape, _instance=new)
+
+    def rsample_and_log_prob(self, sample_shape: torch.Size | Sequence[int] = torch.Size()) -> tuple[Tensor, Tensor]:
+        """Draws x with its log-density in one forward pass. The gradient of the latter follows ``self.gradient``."""
+        z = self.base_dist.rsample(torch.Size(sample_shape))
+        if self.gradient == "path" and torch.is_grad_enabled():
+            return self._draw_with_path_gradient(z)
+        x, log_det = self.transform.forward_and_log_det(z)
+        return x, self.base_dist.log_prob(z) - log_det
+
+    def _draw_with_path_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        log_base, pull_back = torch.func.vjp(self.base_dist.log_prob, z.detach())
+        with torch.no_grad():
+            (score,) = pull_back(torch.ones_like(log_base))
+        x, log_det, score = self.transform.forward_with_score(z, score)
+        log_prob = (log_base - log_det).detach()
+        return x, log_prob + ((x - x.detach()) * score).sum(-1)
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        self._last_draw = self.rsample_and_log_prob(sample_shape)
+        return self._last_draw[0]
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log-density of a draw, or of any other point by the inverse of the flow."""
+        if self._last_draw is not None and value is self._last_draw[0]:
+            return self._last_draw[1]
+        if self._validate_args:
+            self._validate_sample(value)
+        z, log_det = self.transform.inverse_and_log_det(value)
+        return self.base_dist.log_prob(z) + log_det
+
+
+def coupling(
+    dim: int,
+    *,
+    num_layers: int = 6,
+    hidden_dims: Sequence[int] | None = None,
+    context_dim: int = 0,
+    bound: float = 3.0,
+) -> T.FlowTransform:
+    """RealNVP: affine couplings that keep one half of the coordinates and the other in turn.
+
+    Invertible at the cost of a forward pass. Dinh et al. (2017), arXiv:1605.08803.
+
+    Arguments:
+        dim: The number D of coordinates.
+        num_layers: The number of couplings.
+        hidden_dims: The hidden layers of each network; by default two of 32, or of 64 for D > 30.
+        context_dim: The size of the context; 0 for none.
+        bound: The bound of the log-scales.
+    """
+    T.base.check_positive_integer("coupling", "num_layers", num_layers)
+    if hidden_dims is None:
+        hidden_dims = (64, 64) if dim > 30 else (32, 32)
+    return T.Compose(
+        T.AffineCoupling(dim, flip=bool(layer % 2), hidden_dims=hidden_dims, context_dim=context_dim, bound=bound)
+        for layer in range(num_layers)
+    )
+
+
+def planar(
+    dim: int, *, num_layers: int = 16, hidden_dims: Sequence[int] = (32, 32), context_dim: int = 0
+) -> T.FlowTransform:
+    """A stack of planar flows. Rezende & Mohamed (2015), arXiv:1505.05770.
+
+    Arguments:
+        dim: The number D of coordinates.
+        num_layers: The number of planar layers; each bends space along one direction, so that many are needed.
+        hidden_dims: The hidden layers of the networks of the context; not used without one.
+        context_dim: The size of the context; 0 for none.
+    """
+    T.base.check_positive_integer("planar", "num_layers", num_layers)
+    return T.Compose(T.Planar(dim, context_dim=context_dim, hidden_dims=hidden_dims) for _ in range(num_layers))

@@ -1,0 +1,208 @@
+r"""Coupling transforms: some coordinates pass unchanged and decide how the others are transformed.
+
+With the coordinates split into A (kept) and B (changed), and a scalar function f applied to B,
+
+.. math:: x_A = z_A, \qquad x_B = f(z_B; \theta(z_A)), \qquad \log|\det J| = \sum_{i \in B} \log f'(z_i; \theta_i(z_A)).
+
+Invertible whenever f is increasing, at the same cost in both directions: O(D·H) for hidden layers of width H. The score goes
+through with a division and one vector-Jacobian product of the network. Dinh et al. (2015), *NICE*, arXiv:1410.8516; Dinh et
+al. (2017), *Density estimation using Real NVP*, arXiv:1605.08803.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..conditioners import MLP, FreeParameters
+from .base import FlowTransform
+from .univariate import Shift, ShiftScale, Univariate
+
+
+class Coupling(FlowTransform):
+    r"""The coupling structure over any scalar function.
+
+    For ``dim = 1`` there is nothing to condition on, and the parameters are free (or depend on the context alone).
+
+    Arguments:
+        dim: The number D of coordinates.
+        univariate: The scalar function, see :mod:`pyro_flowguides.transforms.univariate`.
+        mask: Which coordinates are kept: ``"half"`` (the first D // 2), ``"checkerboard"`` (every second one) or a boolean
+            tensor of shape (D,), True where a coordinate is kept.
+        flip: Keep the others instead.
+        hidden_dims: The hidden layers of the network.
+        activation: Makes the activation module of the network.
+        context_dim: The size of the context, a further input of the network; 0 for none.
+
+    Raises:
+        ValueError: if the mask is unknown, of the wrong shape, or keeps every coordinate.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        univariate: Univariate,
+        *,
+        mask: str | Tensor = "half",
+        flip: bool = False,
+        hidden_dims: Sequence[int] = (32, 32),
+        activation: Callable[[], nn.Module] = nn.SiLU,
+        context_dim: int = 0,
+    ) -> None:
+        super().__init__(dim, context_dim)
+        self.univariate = univariate
+        kept = _kept_coordinates(dim, mask, flip)
+        order = torch.cat([kept.nonzero().squeeze(-1), (~kept).nonzero().squeeze(-1)])
+        self.num_kept = int(kept.sum())
+        self.num_changed = dim - self.num_kept
+        self.register_buffer("order", order)
+        self.register_buffer("order_back", order.argsort())
+        # Two slices are views; an index is a copy.
+        self.already_ordered = bool((order == torch.arange(dim)).all())
+        out_features = self.num_changed * univariate.num_parameters
+        self.conditioner: nn.Module
+        if self.num_kept:
+            self.conditioner = MLP(self.num_kept + context_dim, out_features, hidden_dims, activation)
+        else:
+            self.conditioner = FreeParameters(torch.zeros(out_features), context_dim, hidden_dims)
+
+    def _split(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.already_ordered:
+            value = value[..., self.order]
+        return value[..., : self.num_kept], value[..., self.num_kept :]
+
+    def _join(self, kept: Tensor, changed: Tensor) -> Tensor:
+        value = torch.cat([kept, changed], -1)
+        return value if self.already_ordered else value[..., self.order_back]
+
+    def _univariate_parameters(self, kept: Tensor, context: Tensor | None) -> Tensor:
+        if not self.num_kept:
+            outputs = self.conditioner(context)
+        elif context is None:
+            outputs = self.conditioner(kept)
+        else:
+            outputs = self.conditioner(torch.cat([kept, context.expand(*kept.shape[:-1], -1)], -1))
+        return outputs.reshape(*outputs.shape[:-1], self.univariate.num_parameters, self.num_changed).mT
+
+    def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z, context = self.check_input(z, context)
+        kept, changed = self._split(z)
+        changed, log_derivative = self.univariate.forward(changed, self._univariate_parameters(kept, context))
+        return self._join(kept, changed), log_derivative.expand_as(changed).sum(-1)
+
+    def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, context = self.check_input(x, context)
+        kept, changed = self._split(x)
+        changed, log_derivative = self.univariate.inverse(changed, self._univariate_parameters(kept, context))
+        return self._join(kept, changed), log_derivative.expand_as(changed).sum(-1)
+
+    def forward_with_score(
+        self, z: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        z, context = self.check_input(z, context)
+        kept, changed = self._split(z)
+        parameters, pull_back_network = torch.func.vjp(lambda point: self._univariate_parameters(point, context), kept)
+        (changed, log_derivative), pull_back = torch.func.vjp(self.univariate.forward, changed, parameters)
+        with torch.no_grad():
+            score_kept, score_changed = self._split(score)
+            ones = torch.ones_like(log_derivative)
+            log_det_gradient = pull_back((torch.zeros_like(changed), ones))[0]
+            score_changed = (score_changed - log_det_gradient) * (-log_derivative).exp()
+            # d(x_B·s_x + log_det) through the parameters: what J^{-T} takes from the kept half.
+            parameters_gradient = pull_back((score_changed.expand_as(changed), ones))[1]
+            score_kept = score_kept - pull_back_network(parameters_gradient)[0]
+            score = self._join(score_kept, score_changed)
+        return self._join(kept, changed), log_derivative.expand_as(changed).sum(-1), score.detach()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, kept={self.num_kept}, univariate={self.univariate}"
+
+
+class AffineCoupling(Coupling):
+    r"""Affine coupling (RealNVP): :math:`x_B = e^{s(z_A)} \odot z_B + t(z_A)`.
+
+    The log-scale is clipped smoothly at ``bound``, :math:`s = c\tanh(a/c)`.
+
+    Arguments:
+        dim: The number D of coordinates.
+        mask, flip, hidden_dims, activation, context_dim: As in :class:`Coupling`.
+        bound: The bound c of the log-scale.
+
+    Example:
+        >>> x, log_det = AffineCoupling(4).forward_and_log_det(torch.zeros(10, 4))
+        >>> log_det.shape
+        torch.Size([10])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        mask: str | Tensor = "half",
+        flip: bool = False,
+        hidden_dims: Sequence[int] = (32, 32),
+        activation: Callable[[], nn.Module] = nn.SiLU,
+        context_dim: int = 0,
+        bound: float = 3.0,
+    ) -> None:
+        super().__init__(
+            dim,
+            ShiftScale(bound),
+            mask=mask,
+            flip=flip,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            context_dim=context_dim,
+        )
+
+
+class AdditiveCoupling(Coupling):
+    r"""Additive coupling (NICE): :math:`x_B = z_B + t(z_A)`; it preserves volume, log_det = 0.
+
+    Arguments:
+        dim: The number D of coordinates.
+        mask, flip, hidden_dims, activation, context_dim: As in :class:`Coupling`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        mask: str | Tensor = "half",
+        flip: bool = False,
+        hidden_dims: Sequence[int] = (32, 32),
+        activation: Callable[[], nn.Module] = nn.SiLU,
+        context_dim: int = 0,
+    ) -> None:
+        super().__init__(
+            dim,
+            Shift(),
+            mask=mask,
+            flip=flip,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            context_dim=context_dim,
+        )
+
+
+def _kept_coordinates(dim: int, mask: str | Tensor, flip: bool) -> Tensor:
+    """The boolean vector of the coordinates that pass unchanged."""
+    if isinstance(mask, str):
+        if mask == "half":
+            kept = torch.arange(dim) < dim // 2
+        elif mask == "checkerboard":
+            kept = torch.arange(dim) % 2 == 1
+        else:
+            raise ValueError(f'Coupling: mask must be "half", "checkerboard" or a boolean tensor, got {mask!r}')
+        # One coordinate can only be changed: flipping would make the layer an identity without parameters.
+        return kept ^ (flip and dim > 1)
+    if mask.shape != (dim,) or mask.dtype != torch.bool:
+        raise ValueError(
+            f"Coupling: a mask tensor must be boolean of shape ({dim},), got {mask.dtype} of shape {tuple(mask.shape)}"
+        )
+    kept = mask.cpu() ^ flip
+    if kept.all():
+        raise ValueError("Coupling: the mask keeps every coordinate, so that nothing would be transformed")
+    return kept

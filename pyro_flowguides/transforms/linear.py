@@ -1,0 +1,173 @@
+r"""Linear transforms: permutations and triangular affine maps. All have closed inverses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..conditioners import FreeParameters
+from .base import FlowTransform, check_positive_integer
+
+
+class Permutation(FlowTransform):
+    r"""A fixed reordering of the coordinates, :math:`x_i = z_{\pi(i)}`; log_det = 0. O(D) in both directions.
+
+    Arguments:
+        permutation: The order π, a tensor or sequence that holds each of 0, …, D − 1 once.
+
+    Raises:
+        ValueError: if it is not a permutation.
+
+    Example:
+        >>> Permutation([2, 0, 1])(torch.tensor([10.0, 11.0, 12.0]))
+        tensor([12., 10., 11.])
+    """
+
+    def __init__(self, permutation: Sequence[int] | Tensor) -> None:
+        permutation = torch.as_tensor(permutation)
+        if permutation.dim() != 1 or not torch.equal(permutation.sort().values.cpu(), torch.arange(len(permutation))):
+            raise ValueError(f"Permutation: expected each of 0, …, D − 1 once, got {permutation.tolist()}")
+        super().__init__(len(permutation))
+        self.register_buffer("permutation", permutation)
+        self.register_buffer("inverse_permutation", permutation.argsort())
+
+    def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z, _ = self.check_input(z, context)
+        return z[..., self.permutation], z.new_zeros(z.shape[:-1])
+
+    def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, _ = self.check_input(x, context)
+        return x[..., self.inverse_permutation], x.new_zeros(x.shape[:-1])
+
+    def forward_with_score(
+        self, z: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x, log_det = self.forward_and_log_det(z, context)
+        return x, log_det, score[..., self.permutation].detach()
+
+
+class Reverse(Permutation):
+    """The coordinates in reverse order; log_det = 0.
+
+    Arguments:
+        dim: The number D of coordinates.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(torch.arange(check_positive_integer("Reverse", "dim", dim)).flip(0))
+
+
+class LowerTriangularAffine(FlowTransform):
+    r"""A trainable affine map :math:`x = Lz + t` with a lower triangular L; starts at x = z.
+
+    .. math:: L = \operatorname{diag}(e^{d}) + S / \sqrt{D}, \qquad \log|\det J| = \sum_i d_i
+
+    with a free vector d and a free strictly lower triangular S; the factor makes a step of one size in every entry of S a step
+    of that size in Lz, whatever D. The push-forward of a standard normal is any multivariate normal: a flow that ends with it has its location and
+    covariance free. O(D²) in both directions and for the score.
+
+    Arguments:
+        dim: The number D of coordinates.
+        context_dim: The size of the context that L and t depend on; 0 for none.
+        hidden_dims: The hidden layers of the network of the context.
+    """
+
+    def __init__(self, dim: int, *, context_dim: int = 0, hidden_dims: Sequence[int] = (32, 32)) -> None:
+        super().__init__(dim, context_dim)
+        rows, columns = torch.tril_indices(dim, dim, -1)
+        self.register_buffer("below_diagonal", rows * dim + columns)
+        self.parameters_of = FreeParameters(torch.zeros(2 * dim + len(rows)), context_dim, hidden_dims)
+
+    def _loc_scale_tril_log_det(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        dim = self.dim
+        loc, log_diagonal, below = self.parameters_of(context).split([dim, dim, len(self.below_diagonal)], -1)
+        zeros = below.new_zeros(*below.shape[:-1], dim * dim)
+        scale_tril = zeros.index_copy(-1, self.below_diagonal, below / dim**0.5).reshape(*below.shape[:-1], dim, dim)
+        return loc, scale_tril + torch.diag_embed(log_diagonal.exp()), log_diagonal.sum(-1)
+
+    def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z, context = self.check_input(z, context)
+        loc, scale_tril, log_det = self._loc_scale_tril_log_det(context)
+        return loc + _multiply(scale_tril, z), log_det.expand(z.shape[:-1])
+
+    def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, context = self.check_input(x, context)
+        loc, scale_tril, log_det = self._loc_scale_tril_log_det(context)
+        return _solve_lower(scale_tril, x - loc), -log_det.expand(x.shape[:-1])
+
+    def forward_with_score(
+        self, z: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        z, context = self.check_input(z, context)
+        loc, scale_tril, log_det = self._loc_scale_tril_log_det(context)
+        with torch.no_grad():
+            score = _solve_lower(scale_tril, score.expand_as(z), transpose=True)
+        return loc + _multiply(scale_tril, z), log_det.expand(z.shape[:-1]), score.detach()
+
+
+class FixedAffine(FlowTransform):
+    r"""An affine map :math:`x = Lz + t` that is not trained: t and L are buffers.
+
+    L is lower triangular with a positive diagonal, or, for a diagonal map, the vector of its diagonal; then both directions
+    cost O(D) instead of O(D²).
+
+    Arguments:
+        loc: The location t, shape (D,).
+        scale: L, shape (D, D), or its diagonal, shape (D,).
+
+    Raises:
+        ValueError: if the shapes do not agree, or the diagonal is not positive.
+    """
+
+    def __init__(self, loc: Tensor, scale: Tensor) -> None:
+        super().__init__(len(loc))
+        if scale.shape not in ((self.dim,), (self.dim, self.dim)):
+            raise ValueError(
+                f"FixedAffine: scale must have shape ({self.dim},) or ({self.dim}, {self.dim}), got {tuple(scale.shape)}"
+            )
+        diagonal = scale if scale.dim() == 1 else scale.diagonal()
+        if not bool((diagonal > 0).all()):
+            raise ValueError("FixedAffine: the diagonal of the scale must be positive")
+        self.register_buffer("loc", loc.clone())
+        self.register_buffer("scale", scale.clone() if scale.dim() == 1 else scale.tril())
+
+    def _log_det(self, value: Tensor) -> Tensor:
+        diagonal = self.scale if self.scale.dim() == 1 else self.scale.diagonal()
+        return diagonal.log().sum().expand(value.shape[:-1])
+
+    def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z, _ = self.check_input(z, context)
+        return self.loc + _multiply(self.scale, z), self._log_det(z)
+
+    def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, _ = self.check_input(x, context)
+        return _solve_lower(self.scale, x - self.loc), -self._log_det(x)
+
+    def forward_with_score(
+        self, z: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x, log_det = self.forward_and_log_det(z, context)
+        return x, log_det, _solve_lower(self.scale, score, transpose=True).detach()
+
+
+def _multiply(matrix: Tensor, vector: Tensor) -> Tensor:
+    """``matrix @ vector`` over any batch shapes; a matrix of one dimension is a diagonal."""
+    if matrix.dim() == 1:
+        return matrix * vector
+    if matrix.dim() == 2:
+        return vector @ matrix.mT
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def _solve_lower(matrix: Tensor, vector: Tensor, transpose: bool = False) -> Tensor:
+    """``matrix⁻¹ @ vector``, or with the transposed matrix; a matrix of one dimension is a diagonal."""
+    if matrix.dim() == 1:
+        return vector / matrix
+    matrix = matrix.mT if transpose else matrix
+    if matrix.dim() == 2:
+        # One factor and many right-hand sides as rows: a batch of one-column solves is much slower.
+        rows = vector.reshape(-1, vector.shape[-1])
+        return torch.linalg.solve_triangular(matrix.mT, rows, upper=not transpose, left=False).reshape(vector.shape)
+    return torch.linalg.solve_triangular(matrix, vector.unsqueeze(-1), upper=transpose).squeeze(-1)

@@ -1,0 +1,41 @@
+"""Options and fixtures of the suite: ``pytest --device cuda --dtype float32`` runs it elsewhere."""
+
+import os
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pyro
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="the device of every tensor in the tests")
+    parser.addoption("--dtype", default="float64", choices=["float32", "float64"], help="the dtype of the maths tests")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(scope="session")
+def dtype(request):
+    return getattr(torch, request.config.getoption("--dtype"))
+
+
+@pytest.fixture
+def tolerance(dtype):
+    """Tolerances are written for float64; in float32 they are those of its rounding."""
+    return lambda value: value if dtype == torch.float64 else max(value, 2e-3)
+
+
+@pytest.fixture(autouse=True)
+def clean_state(device):
+    """One thread, an empty parameter store and a fixed seed for every test, on the device of the run."""
+    torch.set_num_threads(1)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    with torch.device(device):
+        yield
+    pyro.clear_param_store()

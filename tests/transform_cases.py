@@ -1,0 +1,75 @@
+"""The table of transforms that every test of the contract runs over; a new family adds its rows here."""
+
+import torch
+
+from pyro_flowguides import transforms as T
+
+
+def _fixed_affine(dim, context_dim):
+    return T.FixedAffine(torch.randn(dim), torch.randn(dim, dim).tril(-1) / dim**0.5 + torch.eye(dim))
+
+
+# name -> constructor(dim, context_dim)
+CONDITIONAL = {
+    "planar": lambda dim, context_dim: T.Planar(dim, context_dim=context_dim),
+    "affine_coupling": lambda dim, context_dim: T.AffineCoupling(dim, context_dim=context_dim, hidden_dims=(8,)),
+    "affine_coupling_checkerboard": lambda dim, context_dim: T.AffineCoupling(
+        dim, mask="checkerboard", flip=True, context_dim=context_dim
+    ),
+    "affine_coupling_mask": lambda dim, context_dim: T.AffineCoupling(
+        dim, mask=torch.arange(dim) % 3 == 1, context_dim=context_dim
+    ),
+    "additive_coupling": lambda dim, context_dim: T.AdditiveCoupling(dim, context_dim=context_dim),
+    "affine": lambda dim, context_dim: T.Affine(dim, context_dim=context_dim),
+    "lower_triangular_affine": lambda dim, context_dim: T.LowerTriangularAffine(dim, context_dim=context_dim),
+    "inverse_of_planar": lambda dim, context_dim: T.Inverse(T.Planar(dim, context_dim=context_dim)),
+    "compose": lambda dim, context_dim: T.Compose(
+        [
+            T.AffineCoupling(dim, context_dim=context_dim),
+            T.Reverse(dim),
+            T.Planar(dim, context_dim=context_dim),
+            T.Inverse(T.AffineCoupling(dim, context_dim=context_dim)),
+        ]
+    ),
+}
+UNCONDITIONAL = {
+    "permutation": lambda dim, context_dim: T.Permutation(torch.randperm(dim)),
+    "reverse": lambda dim, context_dim: T.Reverse(dim),
+    "fixed_affine": _fixed_affine,
+    "fixed_affine_diagonal": lambda dim, context_dim: T.FixedAffine(torch.randn(dim), torch.rand(dim) + 0.5),
+}
+CONTEXT_DIM = 3
+
+CASES = [(name, 0) for name in CONDITIONAL | UNCONDITIONAL] + [(name, CONTEXT_DIM) for name in CONDITIONAL]
+# Transforms with parameters that start as the identity.
+IDENTITY_AT_START = [case for case in CASES if case[0] in CONDITIONAL and case[0] != "compose"]
+
+
+def case_id(case):
+    return case[0] + ("_with_context" if case[1] else "")
+
+
+def build(case, dim, dtype):
+    """The transform of a case as it starts, in the given dtype."""
+    name, context_dim = case
+    return (CONDITIONAL | UNCONDITIONAL)[name](dim, context_dim).to(dtype)
+
+
+def perturb(transform):
+    """Moves every parameter away from its start: vectors by O(1) noise, matrices by noise of sd 1/√fan-in.
+
+    At the start even a wrong log-determinant can pass for right.
+    """
+    with torch.no_grad():
+        for parameter in transform.parameters():
+            fan_in = parameter.shape[-1] if parameter.dim() > 1 else 1
+            parameter.add_(torch.randn_like(parameter) / fan_in**0.5)
+    return transform
+
+
+def build_perturbed(case, dim, dtype):
+    return perturb(build(case, dim, dtype))
+
+
+def make_context(case, batch_shape, dtype):
+    return torch.randn(*batch_shape, case[1], dtype=dtype) if case[1] else None
