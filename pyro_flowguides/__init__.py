@@ -1,2 +1,24 @@
-"""x"""
+"""Normalizing-flow guides for Pyro: variational inference with near-NUTS posteriors."""
+
 __version__ = "0.1.0"
+
+from . import flows, transforms
+from .diagnostics import Draws, Estimate, draw
+from .flows import NormalizingFlow
+from .guides import AutoCoupling, AutoFlow, AutoPlanar
+from .training import FlowFit, fit
+
+__all__ = [
+    "AutoCoupling",
+    "AutoFlow",
+    "AutoPlanar",
+    "Draws",
+    "Estimate",
+    "FlowFit",
+    "NormalizingFlow",
+    "__version__",
+    "draw",
+    "fit",
+    "flows",
+    "transforms",
+]

@@ -1,0 +1,288 @@
+"""Draws from a guide, each with its log-density under the guide and under the model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyro
+import torch
+from pyro.poutine import Trace
+from torch import Tensor
+from torch.distributions import biject_to
+
+from .. import __version__
+from ..tracing import (
+    Tracer,
+    deterministic_sites,
+    is_deterministic,
+    is_subsample,
+    latent_sites,
+    log_prob_per_draw,
+    observed_sites,
+    per_draw,
+)
+from .arviz import to_tree
+from .importance import NUM_BOOTSTRAP, Estimate, psis, verdict, weights_are_constant
+from .summary import summarise
+
+Coords = Mapping[str, Sequence[Any]]
+Dims = Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Draws from a guide. Made by :func:`draw`; every tensor has the draws as its first dimension.
+
+    Attributes:
+        values: The latent sites of the model, in their own (constrained) space.
+        unconstrained: The same in unconstrained space.
+        deterministic: The deterministic sites.
+        log_p: The log joint density of model and data, shape (S,).
+        log_q: The log-density of the guide, shape (S,).
+        log_likelihood: Of every observed site, per observation; empty unless asked for.
+        observed: The data.
+        dims: The names of the dimensions of a site (without that of the draws), from the names of its plates.
+        dtype: The floating-point type that the densities were computed in.
+    """
+
+    values: dict[str, Tensor]
+    unconstrained: dict[str, Tensor]
+    deterministic: dict[str, Tensor]
+    log_p: Tensor
+    log_q: Tensor
+    log_likelihood: dict[str, Tensor]
+    observed: dict[str, Tensor]
+    dims: dict[str, list[str]]
+    dtype: torch.dtype = field(default=torch.float32)
+
+    def __len__(self) -> int:
+        return len(self.log_p)
+
+    @property
+    def log_weights(self) -> Tensor:
+        """log p − log q, not normalised and not smoothed."""
+        return self.log_p - self.log_q
+
+    @functools.cached_property
+    def _log_ratios(self) -> np.ndarray:
+        return _numpy(self.log_weights).astype(np.float64)
+
+    @functools.cached_property
+    def _psis(self) -> tuple[np.ndarray, float]:
+        if weights_are_constant(_numpy(self.log_p), _numpy(self.log_q), torch.finfo(self.dtype).eps):
+            return np.full(len(self), -np.log(len(self))), float("nan")
+        return psis(self._log_ratios)
+
+    @property
+    def smoothed_log_weights(self) -> np.ndarray:
+        """Pareto-smoothed log weights that add up to 1."""
+        return self._psis[0]
+
+    def elbo(self) -> Estimate:
+        """The evidence lower bound, the mean of the log weights, in nats."""
+        return Estimate(float(self._log_ratios.mean()), float(self._log_ratios.std(ddof=1) / len(self) ** 0.5))
+
+    def khat(self) -> Estimate:
+        """The Pareto shape of the weights' tail, with a bootstrap standard error; NaN where all weights are equal."""
+        khat = self._psis[1]
+        if np.isnan(khat):
+            return Estimate(khat, float("nan"))
+        rng = np.random.default_rng(0)
+        repeats = [psis(rng.choice(self._log_ratios, len(self)))[1] for _ in range(NUM_BOOTSTRAP)]
+        return Estimate(khat, float(np.std(repeats, ddof=1)))
+
+    def ess(self) -> Estimate:
+        """The effective number of draws, ``1 / Σ w²`` of the smoothed weights, with a bootstrap standard error."""
+        weights = np.exp(self.smoothed_log_weights)
+        rng = np.random.default_rng(0)
+        resampled = rng.choice(weights, (NUM_BOOTSTRAP, len(self)))
+        repeats = resampled.sum(-1) ** 2 / (resampled**2).sum(-1)
+        return Estimate(float(1 / (weights**2).sum()), float(np.std(repeats, ddof=1)))
+
+    def verdict(self) -> str:
+        """What the weights say about the guide, in words; see :func:`pyro_flowguides.diagnostics.importance.verdict`."""
+        return verdict(self._psis[1], self.ess().value / len(self), len(self))
+
+    def posterior(self) -> dict[str, np.ndarray]:
+        """The latent and the deterministic sites as numpy arrays."""
+        return {name: _numpy(value) for name, value in {**self.values, **self.deterministic}.items()}
+
+    def summary(
+        self, *, quantiles: Sequence[float] = (0.05, 0.5, 0.95), coords: Coords | None = None, dims: Dims | None = None
+    ) -> pd.DataFrame:
+        """Mean, standard deviation and quantiles of every latent and deterministic scalar, as a pandas table.
+
+        Arguments:
+            quantiles: Numbers between 0 and 1.
+            coords: Labels along a dimension, by the name of its plate.
+            dims: Names of dimensions, by site, where the plates do not give them.
+        """
+        return summarise(self.posterior(), {**self.dims, **(dims or {})}, coords or {}, quantiles)
+
+    def to_arviz(
+        self, *, coords: Coords | None = None, dims: Dims | None = None, variational_fit: Mapping[str, Any] | None = None
+    ) -> Any:
+        """The draws as ArviZ's ``InferenceData`` (0.x) or ``DataTree`` (1.x), with one chain.
+
+        Groups: posterior, unconstrained_posterior, sample_stats (lp, log_q and the smoothed log_weight), log_likelihood where
+        it was computed, observed_data, and variational_fit where given.
+
+        Arguments:
+            coords: Labels along a dimension, by the name of its plate.
+            dims: Names of dimensions, by site, where the plates do not give them.
+            variational_fit: Arrays along the steps of a fit.
+        """
+
+        def one_chain(values: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+            return {name: _numpy(value)[None] for name, value in values.items()}
+
+        groups: dict[str, dict[str, np.ndarray]] = {
+            "posterior": one_chain({**self.values, **self.deterministic}),
+            "unconstrained_posterior": one_chain(self.unconstrained),
+            "sample_stats": {
+                **one_chain({"lp": self.log_p, "log_q": self.log_q}),
+                "log_weight": self.smoothed_log_weights[None],
+            },
+        }
+        if self.log_likelihood:
+            groups["log_likelihood"] = one_chain(self.log_likelihood)
+        if self.observed:
+            groups["observed_data"] = {name: _numpy(value) for name, value in self.observed.items()}
+        if variational_fit:
+            groups["variational_fit"] = {name: np.asarray(value)[None] for name, value in variational_fit.items()}
+        along_steps = {name: ["chain", "step"] for name in variational_fit or {}}
+        return to_tree(
+            groups,
+            coords=coords,
+            dims={**_without_clashes({**self.dims, **(dims or {})}, groups), **along_steps},
+            sample_dims={"variational_fit": []},
+            attrs={
+                "inference_library": "pyro-ppl",
+                "inference_library_version": pyro.__version__,
+                "modeling_interface": "pyro_flowguides",
+                "modeling_interface_version": __version__,
+            },
+        )
+
+
+@torch.no_grad()
+def draw(
+    model: Callable,
+    guide: Callable,
+    *args: Any,
+    model_kwargs: Mapping[str, Any] | None = None,
+    num_samples: int = 1000,
+    batch_size: int = 10_000,
+    seed: int | None = None,
+    log_likelihood: bool = False,
+) -> Draws:
+    """Draws from a guide, any Pyro guide, with the log-densities of guide and model.
+
+    All draws of a batch are made in one vectorised pass. A model that cannot be vectorised is run once per draw, with one
+    warning.
+
+    Arguments:
+        model: The model.
+        guide: The guide.
+        args: The positional arguments of both.
+        model_kwargs: The keyword arguments of both.
+        num_samples: The number S of draws.
+        batch_size: How many draws to make at a time; bounds the memory.
+        seed: Seeds Pyro first, if given.
+        log_likelihood: Also keep the log-likelihood of every observation under every draw.
+
+    Raises:
+        ValueError: if a number is smaller than 1.
+    """
+    for name, number in (("num_samples", num_samples), ("batch_size", batch_size)):
+        if number < 1:
+            raise ValueError(f"draw: {name} must be at least 1, got {number}")
+    if seed is not None:
+        pyro.set_rng_seed(seed)
+    return draw_traced(Tracer(model, guide, args, model_kwargs), num_samples, batch_size, log_likelihood)
+
+
+@torch.no_grad()
+def draw_traced(tracer: Tracer, num_samples: int, batch_size: int = 10_000, log_likelihood: bool = False) -> Draws:
+    """Draws by a tracer that is at hand, see :func:`draw`."""
+    parts = []
+    for start in range(0, num_samples, batch_size):
+        for guide_trace, model_trace, count in tracer.traces(min(batch_size, num_samples - start)):
+            parts.append(_extract(guide_trace, model_trace, tracer.model_prototype, count, log_likelihood))
+    prototype = tracer.model_prototype
+    return Draws(
+        **{
+            key: {name: torch.cat([part[key][name] for part in parts]) for name in parts[0][key]}
+            for key in ("values", "unconstrained", "deterministic", "log_likelihood")
+        },
+        log_p=torch.cat([part["log_p"] for part in parts]),
+        log_q=torch.cat([part["log_q"] for part in parts]),
+        observed={name: site["value"] for name, site in observed_sites(prototype)},
+        dims={
+            name: _dimension_names(name, site)
+            for name, site in prototype.nodes.items()
+            if site["type"] == "sample" and not is_subsample(site)
+        },
+        dtype=parts[0]["log_p"].dtype,
+    )
+
+
+def _extract(
+    guide_trace: Trace, model_trace: Trace, prototype: Trace, count: int, log_likelihood: bool
+) -> dict[str, Any]:
+    """The values and densities of one pair of traces, each with ``count`` draws in front."""
+
+    def at_draws(name: str, value: Tensor) -> Tensor:
+        return per_draw(value, prototype.nodes[name]["value"].shape, count)
+
+    values, unconstrained = {}, {}
+    for name, site in latent_sites(model_trace):
+        values[name] = at_draws(name, site["value"])
+        if not site["fn"].support.is_discrete:
+            transform = biject_to(site["fn"].support)
+            shape = transform.inverse_shape(prototype.nodes[name]["value"].shape)
+            unconstrained[name] = per_draw(transform.inv(site["value"]), shape, count)
+    likelihoods = {}
+    if log_likelihood:
+        for name, site in observed_sites(model_trace):
+            log_prob = site["fn"].log_prob(site["value"])
+            original = prototype.nodes[name]
+            likelihoods[name] = per_draw(log_prob, original["fn"].batch_shape, count)
+    return {
+        "values": values,
+        "unconstrained": unconstrained,
+        "deterministic": {name: at_draws(name, site["value"]) for name, site in deterministic_sites(model_trace)},
+        "log_likelihood": likelihoods,
+        "log_p": log_prob_per_draw(model_trace, count),
+        "log_q": log_prob_per_draw(guide_trace, count),
+    }
+
+
+def _dimension_names(name: str, site: dict) -> list[str]:
+    """A name for every dimension of a site's value: that of its plate, or ``<site>_dim_<i>``."""
+    shape = site["value"].shape
+    names = [f"{name}_dim_{i}" for i in range(len(shape))]
+    event_dim = 0 if is_deterministic(site) else site["fn"].event_dim
+    for frame in site["cond_indep_stack"]:
+        axis = len(shape) - event_dim + frame.dim if frame.vectorized else -1
+        # A deterministic value need not use the plates it stands in.
+        if axis >= 0 and shape[axis] == frame.size:
+            names[axis] = frame.name
+    return names
+
+
+def _without_clashes(dims: Dims, groups: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """A plate may have the name of a site; a dimension may not have that of a variable."""
+    variables = {name for group in groups.values() for name in group}
+    return {
+        site: [f"{name}_plate" if name in variables else name for name in names] for site, names in dims.items()
+    }
+
+
+def _numpy(value: Tensor) -> np.ndarray:
+    return value.detach().cpu().numpy()

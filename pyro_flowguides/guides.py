@@ -1,0 +1,414 @@
+r"""Autoguides whose posterior is a normalizing flow; each can stand where Pyro's ``AutoNormal`` stands.
+
+All latent sites of the model are mapped to the real line, flattened into one vector x, and approximated by
+
+.. math:: x = w(a(f(z))), \qquad z \sim N(0, I)
+
+with a flow f, a trainable affine map a (both start as the identity) and a fixed affine map w that puts the start where
+``init_loc_fn`` and ``init_scale`` say, or where :meth:`AutoFlow.whiten` finds the posterior's Gaussian.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide.initialization import init_to_median
+from pyro.nn.module import to_pyro_module_
+from torch import Tensor
+from torch.distributions import biject_to
+
+from . import flows, whitening
+from . import transforms as T
+from .tracing import PLATE_NAME, log_prob_per_draw, max_plate_nesting
+
+RECIPES: dict[str, Callable[..., T.FlowTransform]] = {"coupling": flows.coupling, "planar": flows.planar}
+# Above this size the fixed map is diagonal: a full one costs D² numbers and D³ operations to find.
+MAX_FULL_RANK_DIM = 200
+NUM_QUANTILE_PAIRS = 5000
+
+
+class AutoFlow(AutoContinuous):
+    r"""A guide that approximates the joint posterior of all latents by a normalizing flow.
+
+    It trains with Pyro's ``SVI`` and any of its ELBOs, or with :func:`pyro_flowguides.fit`. A draw costs one forward pass of
+    the flow, with its density; nothing is inverted in training.
+
+    Arguments:
+        model: A Pyro model whose latents are continuous and whose structure does not change.
+        flow: The name of a recipe (``"coupling"``, ``"planar"``), or a function ``flow(dim) -> FlowTransform``, for example a
+            recipe of :mod:`pyro_flowguides.flows` with ``functools.partial`` for its options.
+        init_loc_fn: Where the guide starts, per site, as in Pyro's autoguides.
+        init_scale: The standard deviation it starts with, in unconstrained space.
+        base: The base distribution; ``"normal"``.
+        affine: The trainable affine map after the flow: ``"lower_triangular"`` (any mean and covariance; D² parameters),
+            ``"diagonal"``, or None.
+        gradient: ``"total"``, or ``"path"`` for the path gradient (see :class:`pyro_flowguides.flows.NormalizingFlow`), which
+            :func:`pyro_flowguides.fit` uses whatever is set here.
+        create_plates: As in Pyro's ``AutoNormal``: makes the plates of subsampled data.
+
+    Raises:
+        ValueError: if an argument is unknown; at set-up, if a latent site is discrete or has no map to the real line.
+        RuntimeError: at set-up, if the model has no latent site.
+        NotImplementedError: at set-up, for a sequential plate, or a latent inside a subsampled plate.
+
+    References:
+        Rezende & Mohamed (2015), *Variational inference with normalizing flows*, arXiv:1505.05770.
+        Agrawal & Domke (2024), *Disentangling impact of capacity, objective, batchsize, estimators, and step-size on flow
+        VI*, arXiv:2412.08824.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> guide = AutoFlow(model).setup(torch.tensor([0.3, 0.1, 0.8]))
+        >>> guide.latent_dim
+        1
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        flow: str | Callable[[int], T.FlowTransform] = "coupling",
+        *,
+        init_loc_fn: Callable = init_to_median,
+        init_scale: float = 0.1,
+        base: str = "normal",
+        affine: str | None = "lower_triangular",
+        gradient: str = "total",
+        create_plates: Callable | None = None,
+    ) -> None:
+        name = type(self).__name__
+        if isinstance(flow, str) and flow not in RECIPES:
+            raise ValueError(f"{name}: unknown flow {flow!r}; known recipes are {', '.join(sorted(RECIPES))}")
+        if not isinstance(init_scale, (int, float)) or not init_scale > 0:
+            raise ValueError(f"{name}: init_scale must be a positive number, got {init_scale!r}")
+        if base == "student_t":
+            raise NotImplementedError(f'{name}: the base "student_t" is not available yet; use base="normal"')
+        if base != "normal":
+            raise ValueError(f'{name}: base must be "normal", got {base!r}')
+        if affine not in ("lower_triangular", "diagonal", None):
+            raise ValueError(f'{name}: affine must be "lower_triangular", "diagonal" or None, got {affine!r}')
+        if gradient not in ("total", "path"):
+            raise ValueError(f'{name}: gradient must be "total" or "path", got {gradient!r}')
+        super().__init__(model, init_loc_fn=init_loc_fn)
+        self.create_plates = create_plates
+        self.gradient = gradient
+        self._recipe = RECIPES[flow] if isinstance(flow, str) else flow
+        self._init_scale = float(init_scale)
+        self._affine = affine
+
+    # --- set-up --------------------------------------------------------------------------------------------------------
+
+    def setup(self, *args: Any, **kwargs: Any) -> AutoFlow:
+        """Builds the guide for these arguments of the model, unless it is built; returns the guide.
+
+        Afterwards ``parameters()``, ``state_dict()``, ``load_state_dict()`` and ``to()`` work; a guide that is not set up is
+        built by its first call.
+        """
+        if self.prototype_trace is None:
+            with self._pyro_context:
+                self._setup_prototype(*args, **kwargs)
+        with poutine.block():
+            self._create_plates(*args, **kwargs)
+        return self
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            with torch.no_grad():
+                super()._setup_prototype(*args, **kwargs)
+            self._check_latents()
+            flow = self._build_flow(self._init_loc())
+            self._checksum_at_start = _checksum(flow)
+            # Converted before it is attached: the other order leaves every parameter in the store under a second name.
+            to_pyro_module_(flow)
+            self.flow = flow
+            self._attach_to_param_store()
+        except BaseException:
+            # A half-built guide would take its next call for granted.
+            self.prototype_trace = None
+            raise
+
+    def _check_latents(self) -> None:
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            for frame in site["cond_indep_stack"]:
+                if frame.full_size is not None and frame.full_size != frame.size:
+                    raise NotImplementedError(
+                        f"{type(self).__name__}: latent site '{name}' is inside plate '{frame.name}', which takes "
+                        f"{frame.size} of its {frame.full_size} elements; latents inside a subsampled plate are not "
+                        "supported. Use the whole plate, or AutoGuideList with AutoNormal for the local latents."
+                    )
+            if not bool(biject_to(site["fn"].support).inv(site["value"]).isfinite().all()):
+                raise ValueError(
+                    f"{type(self).__name__}: init_loc_fn gives site '{name}' a value that is not finite in unconstrained "
+                    "space; choose another init_loc_fn, for example init_to_feasible"
+                )
+
+    def _build_flow(self, init_loc: Tensor) -> T.FlowTransform:
+        dim = self.latent_dim
+        body = self._recipe(dim)
+        if not isinstance(body, T.FlowTransform) or body.dim != dim or body.context_dim:
+            raise ValueError(
+                f"{type(self).__name__}: flow({dim}) must return a FlowTransform with dim = {dim} and no context, got {body!r}"
+            )
+        parts = [body]
+        if self._affine == "lower_triangular":
+            parts.append(T.LowerTriangularAffine(dim))
+        elif self._affine == "diagonal":
+            parts.append(T.Affine(dim))
+        scale = torch.full_like(init_loc, self._init_scale)
+        parts.append(T.FixedAffine(init_loc, scale if dim > MAX_FULL_RANK_DIM else scale.diag()))
+        return T.Compose(parts).to(dtype=init_loc.dtype, device=init_loc.device)
+
+    @property
+    def _whitening(self) -> T.FixedAffine:
+        return self.flow.transforms[-1]
+
+    # --- the parameter store -------------------------------------------------------------------------------------------
+
+    def _attach_to_param_store(self) -> None:
+        """Shares every parameter with Pyro's store under one name; where the store has a value, that value is taken.
+
+        The buffers of the fixed map go to the store too: parameters that another guide adopts, or that come from a file,
+        mean nothing without the map they were trained behind.
+        """
+        for module in self.flow.modules():
+            for name in list(module._parameters):
+                setattr(module, name, module._parameters.pop(name))
+        if pyro.settings.get("module_local_params"):
+            return
+        store = pyro.get_param_store()
+        for name, buffer in self._whitening.named_buffers():
+            full_name = self._pyro_get_fullname(f"whitening.{name}")
+            if full_name in store:
+                with torch.no_grad():
+                    buffer.copy_(store[full_name])
+            else:
+                store[full_name] = buffer.clone()
+
+    def _follow_param_store(self) -> None:
+        """Attaches anew after the store was cleared or loaded, which replaces all of its values: one tells for all."""
+        parameter = next(self.flow.parameters(), None)
+        if parameter is None or pyro.settings.get("module_local_params"):
+            return
+        name = self._pyro_get_fullname("flow." + next(name for name, _ in self.flow.named_parameters()))
+        store = pyro.get_param_store()
+        if name not in store or store[name] is not parameter:
+            self._attach_to_param_store()
+
+    # --- copying -------------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro drops the model, which often cannot be pickled, but from the guide at hand as well as from the copy.
+        model, master = self._model, self.master
+        state = dict(super().__getstate__())
+        self._model, self.master = model, master
+        # The recipe has done its work, and may be a lambda.
+        return {**state, "_model": (None,), "master": None, "_recipe": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
+        # Within a process the model need not be dropped: the copy can be trained on.
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        new._model, new._recipe = self._model, self._recipe
+        return new
+
+    # --- the posterior -------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Samples every latent site; see Pyro's ``AutoContinuous``."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        self._follow_param_store()
+        return super().forward(*args, **kwargs)
+
+    def get_base_dist(self) -> dist.TorchDistribution:
+        """The standard normal that the flow transforms."""
+        loc = self._whitening.loc
+        # Validation would wait for the device at every step, to check two constants.
+        return dist.Normal(torch.zeros_like(loc), torch.ones_like(loc), validate_args=False).to_event(1)
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> T.FlowTransform:
+        """The map from the base distribution to unconstrained latent space: flow, affine map, fixed map."""
+        return self.flow
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> flows.NormalizingFlow:
+        """The approximate posterior of the flat unconstrained latent, a fresh distribution at every call."""
+        return flows.NormalizingFlow(self.get_base_dist(), self.get_transform(*args, **kwargs), gradient=self.gradient)
+
+    def _latent_draws(self) -> Tensor:
+        """x at fixed antithetic base points that include 0, so that medians and quantiles never jitter."""
+        loc = self._whitening.loc
+        generator = torch.Generator().manual_seed(0)
+        half = torch.randn(NUM_QUANTILE_PAIRS, self.latent_dim, generator=generator, dtype=torch.float64, device="cpu")
+        z = torch.cat([half.new_zeros(1, self.latent_dim), half, -half]).to(loc)
+        return self.flow(z)
+
+    def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The marginal medians and standard deviations in unconstrained space."""
+        with torch.no_grad():
+            draws = self._latent_draws()
+            return draws.median(0).values, draws.std(0)
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The marginal quantiles of every latent site, from 10,001 fixed draws.
+
+        Arguments:
+            quantiles: Numbers between 0 and 1.
+            args: Not used; for compatibility.
+            kwargs: Not used; for compatibility.
+
+        Returns:
+            A dict of site name to a tensor of shape ``(len(quantiles),) + site shape``.
+        """
+        draws = self._latent_draws().sort(0).values
+        position = torch.as_tensor(quantiles, dtype=draws.dtype, device=draws.device).reshape(-1, 1) * (len(draws) - 1)
+        below = position.floor().long().clamp(0, len(draws) - 2)
+        index = below.expand(-1, self.latent_dim)
+        latents = torch.lerp(draws.gather(0, index), draws.gather(0, index + 1), position - below)
+        rows = [dict(self._constrain(latent)) for latent in latents]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _constrain(self, latent: Tensor) -> list[tuple[str, Tensor]]:
+        return [(site["name"], biject_to(site["fn"].support)(value)) for site, value in self._unpack_latent(latent)]
+
+    # --- whitening -----------------------------------------------------------------------------------------------------
+
+    def whiten(
+        self, *args: Any, method: str = "auto", model_kwargs: Mapping[str, Any] | None = None, vectorize: bool = True
+    ) -> AutoFlow:
+        """Puts the fixed affine map where the posterior is, before training.
+
+        Arguments:
+            args: The positional arguments of the model.
+            method: ``"batch_and_match"`` for the Gaussian that :func:`pyro_flowguides.whitening.batch_and_match` finds from
+                ``init_loc_fn`` and ``init_scale``; ``"init"`` to leave the map as it starts; ``"auto"`` for the one of the
+                two with the higher ELBO. Above 200 latent dimensions ``"auto"`` leaves the map as it is.
+            model_kwargs: The keyword arguments of the model.
+            vectorize: Whether the model can be run on many latents at once.
+
+        Returns:
+            The guide.
+
+        Raises:
+            ValueError: if the method is unknown, or the flow has been trained: the map is part of what was trained.
+        """
+        if method == "laplace":
+            raise NotImplementedError('whiten: method "laplace" is not available yet; use "auto" or "batch_and_match"')
+        if method not in ("auto", "batch_and_match", "init"):
+            raise ValueError(f'whiten: method must be "auto", "batch_and_match" or "init", got {method!r}')
+        self.setup(*args, **(model_kwargs or {}))
+        if self.is_trained():
+            raise ValueError(
+                f"whiten: this {type(self).__name__} has been trained, and its fixed map is part of what it learnt; make a "
+                "new guide (after pyro.clear_param_store()) to whiten it"
+            )
+        if method == "init" or (self.latent_dim > MAX_FULL_RANK_DIM and method == "auto"):
+            return self
+        if self.latent_dim > MAX_FULL_RANK_DIM:
+            raise ValueError(
+                f"whiten: batch_and_match is for at most {MAX_FULL_RANK_DIM} latent dimensions, here {self.latent_dim}"
+            )
+        target = self._log_density_and_score(args, dict(model_kwargs or {}), vectorize)
+        start = self._whitening.loc.double(), self._whitening.scale.double()
+        found = whitening.batch_and_match(target, *start)
+        if method == "auto" and whitening.gaussian_elbo(target, *found) < whitening.gaussian_elbo(target, *start):
+            return self
+        with torch.no_grad():
+            self._whitening.loc.copy_(found[0])
+            self._whitening.scale.copy_(found[1])
+        if not pyro.settings.get("module_local_params"):
+            with self._pyro_context:
+                for name, buffer in self._whitening.named_buffers():
+                    pyro.get_param_store()[self._pyro_get_fullname(f"whitening.{name}")] = buffer.clone()
+        return self
+
+    def is_trained(self) -> bool:
+        """Whether any parameter has moved, or was loaded, since the flow was built."""
+        return not math.isclose(_checksum(self.flow), self._checksum_at_start, rel_tol=1e-12)
+
+    def _log_density_and_score(
+        self, args: tuple, model_kwargs: dict[str, Any], vectorize: bool
+    ) -> whitening.LogDensityAndScore:
+        """log p of flat unconstrained latents, with its gradient, in float64 whatever the dtype of the model."""
+        nesting = max_plate_nesting(self.prototype_trace)
+        dtype = self._whitening.loc.dtype
+
+        def log_density(latent: Tensor) -> Tensor:
+            num_points = len(latent)
+            latent = latent.reshape(num_points, *[1] * nesting, self.latent_dim) if vectorize else latent.squeeze(0)
+            values, log_det = {}, 0.0
+            for site, unconstrained in self._unpack_latent(latent):
+                transform = biject_to(site["fn"].support)
+                value = transform(unconstrained)
+                log_jacobian = transform.log_abs_det_jacobian(unconstrained, value)
+                log_det = log_det + log_jacobian.reshape(num_points, -1).sum(-1)
+                values[site["name"]] = value
+            model = poutine.condition(self.model, data=values)
+            plate = pyro.plate(PLATE_NAME, num_points, dim=-1 - nesting) if vectorize else nullcontext()
+            with poutine.block(), plate:
+                trace = poutine.trace(model).get_trace(*args, **model_kwargs)
+            return log_det + log_prob_per_draw(trace, num_points)
+
+        def log_density_and_score(points: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.enable_grad(), pyro.validation_enabled(False):
+                rows = points.to(dtype).requires_grad_()
+                batches = [rows] if vectorize else rows.split(1)
+                value = torch.cat([log_density(batch) for batch in batches])
+                (score,) = torch.autograd.grad(value.sum(), rows)
+            return value.detach().double(), score.double()
+
+        return log_density_and_score
+
+
+class AutoCoupling(AutoFlow):
+    """A guide of affine couplings (RealNVP), see :func:`pyro_flowguides.flows.coupling`: the first choice for most models.
+
+    Arguments:
+        model: The model.
+        num_layers: The number of couplings.
+        hidden_dims: The hidden layers of each network; by default two of 32, or of 64 above 30 latent dimensions.
+        options: The options of :class:`AutoFlow`.
+
+    References:
+        Dinh, Sohl-Dickstein & Bengio (2017), *Density estimation using Real NVP*, arXiv:1605.08803.
+    """
+
+    def __init__(
+        self, model: Callable, *, num_layers: int = 6, hidden_dims: Sequence[int] | None = None, **options: Any
+    ) -> None:
+        recipe = functools.partial(flows.coupling, num_layers=num_layers, hidden_dims=hidden_dims)
+        super().__init__(model, recipe, **options)
+
+
+class AutoPlanar(AutoFlow):
+    """A guide of planar flows, see :func:`pyro_flowguides.flows.planar`: few parameters, and little flexibility.
+
+    Arguments:
+        model: The model.
+        num_layers: The number of planar layers.
+        options: The options of :class:`AutoFlow`.
+
+    References:
+        Rezende & Mohamed (2015), *Variational inference with normalizing flows*, arXiv:1505.05770.
+    """
+
+    def __init__(self, model: Callable, *, num_layers: int = 16, **options: Any) -> None:
+        super().__init__(model, functools.partial(flows.planar, num_layers=num_layers), **options)
+
+
+def _checksum(flow: T.FlowTransform) -> float:
+    return float(sum(parameter.detach().double().abs().sum() for parameter in flow.parameters()))

@@ -1,0 +1,164 @@
+"""Running a model, with or without its guide, many times at once: one vectorised pass, or a loop where that is impossible."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine import Trace
+from torch import Tensor
+
+PLATE_NAME = "_flowguides_draws"
+
+
+def latent_sites(trace: Trace) -> Iterator[tuple[str, dict]]:
+    """The sites of a model that a guide has to supply."""
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and not site["is_observed"] and not is_subsample(site):
+            yield name, site
+
+
+def observed_sites(trace: Trace) -> Iterator[tuple[str, dict]]:
+    """The sites that hold data."""
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and site["is_observed"] and not is_subsample(site) and not is_deterministic(site):
+            yield name, site
+
+
+def deterministic_sites(trace: Trace) -> Iterator[tuple[str, dict]]:
+    """The sites made by ``pyro.deterministic``."""
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and is_deterministic(site):
+            yield name, site
+
+
+def is_subsample(site: dict) -> bool:
+    """Whether a site holds the indices of a plate."""
+    return type(site["fn"]).__name__ == "_Subsample"
+
+
+def is_deterministic(site: dict) -> bool:
+    """Whether a site was made by ``pyro.deterministic``."""
+    return bool(site["infer"].get("_deterministic"))
+
+
+def max_plate_nesting(*traces: Trace) -> int:
+    """The number of batch dimensions that the plates of these traces take."""
+    frames = [
+        frame
+        for trace in traces
+        for site in trace.nodes.values()
+        if site["type"] == "sample"
+        for frame in site["cond_indep_stack"]
+        if frame.vectorized
+    ]
+    return max((-frame.dim for frame in frames), default=0)
+
+
+@contextmanager
+def quiet_trace() -> Iterator[None]:
+    """Runs a model for inspection: without graph, and without leaving anything in the handlers outside."""
+    with torch.no_grad(), poutine.block():
+        yield
+
+
+class Tracer:
+    """Traces a model and its guide on fixed arguments, for many draws at a time.
+
+    Whether the pair can be vectorised over draws (an extra plate on the left) is found out once, by trying two draws; where it
+    cannot, every draw is a run of its own, and one warning says so.
+
+    Arguments:
+        model: The model.
+        guide: The guide.
+        args: The positional arguments of both.
+        model_kwargs: The keyword arguments of both.
+    """
+
+    def __init__(self, model: Callable, guide: Callable, args: tuple, model_kwargs: Mapping[str, Any] | None) -> None:
+        self.model = model
+        self.guide = guide
+        self.args = args
+        self.model_kwargs = dict(model_kwargs or {})
+        with quiet_trace():
+            self.guide_prototype, self.model_prototype = self._trace_pair()
+        self.max_plate_nesting = max_plate_nesting(self.guide_prototype, self.model_prototype)
+        self.vectorizes = self._try_to_vectorize()
+
+    def _trace_pair(self, num_draws: int | None = None) -> tuple[Trace, Trace]:
+        guide, model = self.guide, self.model
+        if num_draws is not None:
+            # Inside replay: a site whose value is given already is not expanded by a plate further out.
+            guide, model = self._in_plate(guide, num_draws), self._in_plate(model, num_draws)
+        guide_trace = poutine.trace(guide).get_trace(*self.args, **self.model_kwargs)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*self.args, **self.model_kwargs)
+        return guide_trace, model_trace
+
+    def _in_plate(self, function: Callable, num_draws: int) -> Callable:
+        def in_plate(*args: Any, **kwargs: Any) -> Any:
+            with pyro.plate(PLATE_NAME, num_draws, dim=-1 - self.max_plate_nesting):
+                return function(*args, **kwargs)
+
+        return in_plate
+
+    def _try_to_vectorize(self) -> bool:
+        try:
+            with quiet_trace(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                guide_trace, model_trace = self._trace_pair(2)
+                check_vectorized(guide_trace, self.guide_prototype, 2, self.max_plate_nesting)
+                check_vectorized(model_trace, self.model_prototype, 2, self.max_plate_nesting)
+        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+            warnings.warn(
+                "The model cannot be vectorised over draws, so that every draw is a run of its own, which is slow. Write it "
+                "so that extra batch dimensions on the left of every latent are carried through. The first error was: "
+                f"{' '.join(str(error).split())[:300]}",
+                stacklevel=4,
+            )
+            return False
+        return True
+
+    def traces(self, num_draws: int) -> Iterator[tuple[Trace, Trace, int]]:
+        """Pairs of guide and model trace with the number of draws in each; together ``num_draws``."""
+        if self.vectorizes:
+            yield *self._trace_pair(num_draws), num_draws
+        else:
+            for _ in range(num_draws):
+                yield *self._trace_pair(), 1
+
+
+def check_vectorized(trace: Trace, prototype: Trace, num_draws: int, nesting: int) -> None:
+    """Raises ValueError unless every site has the shape of its prototype behind a dimension of draws."""
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or name not in prototype.nodes or is_subsample(site) or is_deterministic(site):
+            continue
+        shape, expected = site["fn"].batch_shape, prototype.nodes[name]["fn"].batch_shape
+        full = (num_draws, *[1] * (nesting - len(expected)), *expected)
+        if tuple(shape) != full:
+            raise ValueError(f"site '{name}' has batch shape {tuple(shape)} instead of {full}")
+
+
+def log_prob_per_draw(trace: Trace, num_draws: int) -> Tensor:
+    """The sum of the log-probabilities of a trace's sample sites, shape ``(num_draws,)``, with scales and masks applied."""
+    trace.compute_log_prob()
+    total: Tensor | float = 0.0
+    for site in trace.nodes.values():
+        if site["type"] == "sample" and not is_subsample(site):
+            log_prob = site["log_prob"]
+            total = total + (log_prob.reshape(num_draws, -1).sum(-1) if num_draws > 1 else log_prob.sum().reshape(1))
+    return torch.as_tensor(total).expand(num_draws)
+
+
+def per_draw(value: Tensor, shape: torch.Size, num_draws: int) -> Tensor:
+    """A value of a vectorised trace, without the padding of plates it does not use: ``(num_draws, *shape)``.
+
+    A value that does not depend on the draw is repeated.
+    """
+    if value.numel() == num_draws * shape.numel():
+        return value.reshape(num_draws, *shape)
+    return value.reshape(shape).expand(num_draws, *shape)
