@@ -66,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     fitting.add_argument("model", help="a bundled model, or FILE.py:NAME for a model of your own")
     fitting.add_argument("--guide", default="coupling", metavar="NAME", help="the guide (default: %(default)s)")
     fitting.add_argument("--compare", nargs="+", default=[], metavar="NAME", help="further guides to fit beside it")
-    fitting.add_argument("--data", type=Path, metavar="FILE", help="arguments of your model by name: .json, .npz or .csv")
+    fitting.add_argument(
+        "--data", type=Path, metavar="FILE", help="arguments of your model by name: .json, .npz or .csv"
+    )
     fitting.add_argument("--out", type=Path, metavar="DIR", help="write netCDF files and a PNG to this directory")
     fitting.add_argument("--num-steps", type=int, metavar="N", help="training steps (default: that of fit)")
     fitting.add_argument("--num-particles", type=int, metavar="N", help="draws per step (default: that of fit)")
@@ -204,7 +206,9 @@ def _check_arguments(model: Callable, arguments: Mapping[str, Any], data: Path |
         return
     parameters = signature.parameters.values()
     source = f"{data}" if data is not None else "no --data file, so"
-    required = [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    required = [
+        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
     missing = [name for name in required if name not in arguments]
     if missing:
         raise UserError(f"the model needs the argument '{missing[0]}': {source} has no '{missing[0]}'")
@@ -212,15 +216,15 @@ def _check_arguments(model: Callable, arguments: Mapping[str, Any], data: Path |
         return
     unknown = [name for name in arguments if name not in signature.parameters]
     if unknown:
-        raise UserError(f"{source} has '{unknown[0]}', which the model does not take; it takes {', '.join(signature.parameters)}")
+        raise UserError(
+            f"{source} has '{unknown[0]}', which the model does not take; it takes {', '.join(signature.parameters)}"
+        )
 
 
 # --- results ------------------------------------------------------------------------------------------------------------
 
 
-def comparison_table(
-    fits: Mapping[str, FlowFit], example: Example, reference: Mapping[str, np.ndarray] | None
-) -> str:
+def comparison_table(fits: Mapping[str, FlowFit], example: Example, reference: Mapping[str, np.ndarray] | None) -> str:
     """ELBO, k-hat, and every reported scalar's mean and sd under each guide, next to the reference."""
     columns: dict[str, dict[str, str]] = {}
     for name, result in fits.items():
@@ -271,12 +275,10 @@ def _write(
         return written
     first = next(iter(fits.values()))
     dims = first.draws.dims
-    posteriors = {
-        name: _columns(result.draws.posterior(), dims, example.coords) for name, result in fits.items()
-    }
+    posteriors = {name: _columns(result.draws.posterior(), dims, example.coords) for name, result in fits.items()}
     if reference is not None:
         posteriors = {"NUTS": _columns(reference, dims, example.coords)} | posteriors
-    shown = [label for label in _moments(first.summary(coords=example.coords, quantiles=()), example.report)]
+    shown = list(_moments(first.summary(coords=example.coords, quantiles=()), example.report))
     axes = plot_marginals(posteriors, shown[:MAX_PLOTTED], reference="NUTS" if reference is not None else None)
     with _whole_file(path) as part:
         axes.ravel()[0].figure.savefig(part, dpi=120)

@@ -80,7 +80,7 @@ class NormalizingFlow(dist.TransformedDistribution):
         return x, self.base_dist.log_prob(z) - log_det
 
     def _draw_with_path_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        log_base, pull_back = torch.func.vjp(self.base_dist.log_prob, z.detach())
+        log_base, pull_back = T.base.value_and_pull_back(self.base_dist.log_prob, z.detach())
         with torch.no_grad():
             (score,) = pull_back(torch.ones_like(log_base))
         x, log_det, score = self.transform.forward_with_score(z, score)

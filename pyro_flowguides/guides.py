@@ -77,6 +77,9 @@ class AutoFlow(AutoContinuous):
         1
     """
 
+    flow: T.Compose
+    prototype_trace: Any
+
     def __init__(
         self,
         model: Callable,
@@ -155,7 +158,7 @@ class AutoFlow(AutoContinuous):
                     "space; choose another init_loc_fn, for example init_to_feasible"
                 )
 
-    def _build_flow(self, init_loc: Tensor) -> T.FlowTransform:
+    def _build_flow(self, init_loc: Tensor) -> T.Compose:
         dim = self.latent_dim
         body = self._recipe(dim)
         if not isinstance(body, T.FlowTransform) or body.dim != dim or body.context_dim:
@@ -173,7 +176,9 @@ class AutoFlow(AutoContinuous):
 
     @property
     def _whitening(self) -> T.FixedAffine:
-        return self.flow.transforms[-1]
+        whitening_map = self.flow.transforms[-1]
+        assert isinstance(whitening_map, T.FixedAffine)
+        return whitening_map
 
     # --- the parameter store -------------------------------------------------------------------------------------------
 

@@ -16,48 +16,48 @@ from torch import Tensor
 PLATE_NAME = "_flowguides_draws"
 
 
-def latent_sites(trace: Trace) -> Iterator[tuple[str, dict]]:
+def latent_sites(trace: Trace) -> Iterator[tuple[str, Any]]:
     """The sites of a model that a guide has to supply."""
     for name, site in trace.nodes.items():
         if site["type"] == "sample" and not site["is_observed"] and not is_subsample(site):
             yield name, site
 
 
-def observed_sites(trace: Trace) -> Iterator[tuple[str, dict]]:
+def observed_sites(trace: Trace) -> Iterator[tuple[str, Any]]:
     """The sites that hold data."""
     for name, site in trace.nodes.items():
         if site["type"] == "sample" and site["is_observed"] and not is_subsample(site) and not is_deterministic(site):
             yield name, site
 
 
-def deterministic_sites(trace: Trace) -> Iterator[tuple[str, dict]]:
+def deterministic_sites(trace: Trace) -> Iterator[tuple[str, Any]]:
     """The sites made by ``pyro.deterministic``."""
     for name, site in trace.nodes.items():
         if site["type"] == "sample" and is_deterministic(site):
             yield name, site
 
 
-def is_subsample(site: dict) -> bool:
+def is_subsample(site: Any) -> bool:
     """Whether a site holds the indices of a plate."""
     return type(site["fn"]).__name__ == "_Subsample"
 
 
-def is_deterministic(site: dict) -> bool:
+def is_deterministic(site: Any) -> bool:
     """Whether a site was made by ``pyro.deterministic``."""
     return bool(site["infer"].get("_deterministic"))
 
 
 def max_plate_nesting(*traces: Trace) -> int:
     """The number of batch dimensions that the plates of these traces take."""
-    frames = [
-        frame
+    nestings = [
+        -frame.dim
         for trace in traces
         for site in trace.nodes.values()
         if site["type"] == "sample"
         for frame in site["cond_indep_stack"]
-        if frame.vectorized
+        if frame.dim is not None
     ]
-    return max((-frame.dim for frame in frames), default=0)
+    return max(nestings, default=0)
 
 
 @contextmanager
@@ -134,10 +134,12 @@ class Tracer:
 
 def check_vectorized(trace: Trace, prototype: Trace, num_draws: int, nesting: int) -> None:
     """Raises ValueError unless every site has the shape of its prototype behind a dimension of draws."""
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample" or name not in prototype.nodes or is_subsample(site) or is_deterministic(site):
+    nodes: dict[str, Any] = dict(trace.nodes)
+    expected_nodes: dict[str, Any] = dict(prototype.nodes)
+    for name, site in nodes.items():
+        if site["type"] != "sample" or name not in expected_nodes or is_subsample(site) or is_deterministic(site):
             continue
-        shape, expected = site["fn"].batch_shape, prototype.nodes[name]["fn"].batch_shape
+        shape, expected = site["fn"].batch_shape, expected_nodes[name]["fn"].batch_shape
         full = (num_draws, *[1] * (nesting - len(expected)), *expected)
         if tuple(shape) != full:
             raise ValueError(f"site '{name}' has batch shape {tuple(shape)} instead of {full}")

@@ -125,7 +125,11 @@ class Draws:
         return summarise(self.posterior(), {**self.dims, **(dims or {})}, coords or {}, quantiles)
 
     def to_arviz(
-        self, *, coords: Coords | None = None, dims: Dims | None = None, variational_fit: Mapping[str, Any] | None = None
+        self,
+        *,
+        coords: Coords | None = None,
+        dims: Dims | None = None,
+        variational_fit: Mapping[str, Any] | None = None,
     ) -> Any:
         """The draws as ArviZ's ``InferenceData`` (0.x) or ``DataTree`` (1.x), with one chain.
 
@@ -236,23 +240,23 @@ def _extract(
     guide_trace: Trace, model_trace: Trace, prototype: Trace, count: int, log_likelihood: bool
 ) -> dict[str, Any]:
     """The values and densities of one pair of traces, each with ``count`` draws in front."""
+    originals: dict[str, Any] = dict(prototype.nodes)
 
     def at_draws(name: str, value: Tensor) -> Tensor:
-        return per_draw(value, prototype.nodes[name]["value"].shape, count)
+        return per_draw(value, originals[name]["value"].shape, count)
 
     values, unconstrained = {}, {}
     for name, site in latent_sites(model_trace):
         values[name] = at_draws(name, site["value"])
         if not site["fn"].support.is_discrete:
             transform = biject_to(site["fn"].support)
-            shape = transform.inverse_shape(prototype.nodes[name]["value"].shape)
+            shape = transform.inverse_shape(originals[name]["value"].shape)
             unconstrained[name] = per_draw(transform.inv(site["value"]), shape, count)
     likelihoods = {}
     if log_likelihood:
         for name, site in observed_sites(model_trace):
             log_prob = site["fn"].log_prob(site["value"])
-            original = prototype.nodes[name]
-            likelihoods[name] = per_draw(log_prob, original["fn"].batch_shape, count)
+            likelihoods[name] = per_draw(log_prob, originals[name]["fn"].batch_shape, count)
     return {
         "values": values,
         "unconstrained": unconstrained,
@@ -263,7 +267,7 @@ def _extract(
     }
 
 
-def _dimension_names(name: str, site: dict) -> list[str]:
+def _dimension_names(name: str, site: Any) -> list[str]:
     """A name for every dimension of a site's value: that of its plate, or ``<site>_dim_<i>``."""
     shape = site["value"].shape
     names = [f"{name}_dim_{i}" for i in range(len(shape))]
@@ -279,9 +283,7 @@ def _dimension_names(name: str, site: dict) -> list[str]:
 def _without_clashes(dims: Dims, groups: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
     """A plate may have the name of a site; a dimension may not have that of a variable."""
     variables = {name for group in groups.values() for name in group}
-    return {
-        site: [f"{name}_plate" if name in variables else name for name in names] for site, names in dims.items()
-    }
+    return {site: [f"{name}_plate" if name in variables else name for name in names] for site, names in dims.items()}
 
 
 def _numpy(value: Tensor) -> np.ndarray:

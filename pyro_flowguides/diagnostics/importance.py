@@ -60,7 +60,9 @@ def psis(log_ratios: np.ndarray) -> tuple[np.ndarray, float]:
     """
     log_ratios = np.asarray(log_ratios, dtype=np.float64)
     if log_ratios.size < MIN_DRAWS:
-        raise ValueError(f"PSIS needs at least {MIN_DRAWS} draws to fit the tail of their weights, got {log_ratios.size}")
+        raise ValueError(
+            f"PSIS needs at least {MIN_DRAWS} draws to fit the tail of their weights, got {log_ratios.size}"
+        )
     wrong = np.isnan(log_ratios) | np.isposinf(log_ratios)
     if wrong.any():
         raise ValueError(
@@ -110,9 +112,7 @@ def verdict(khat: float, ess_fraction: float, num_draws: int) -> str:
         return f"exact: every draw has the same weight, up to rounding. {unseen}"
     threshold = khat_threshold(num_draws)
     if khat < threshold:
-        return (
-            f"good: k-hat {khat:.2f} is below {threshold:.2f} and {ess_fraction:.0%} of the draws are effective. {unseen}"
-        )
+        return f"good: k-hat {khat:.2f} is below {threshold:.2f} and {ess_fraction:.0%} of the draws are effective. {unseen}"
     if ess_fraction > NEAR_PERFECT_ESS:
         return (
             f"good: {ess_fraction:.1%} of the draws are effective; k-hat {khat:.2f} is the shape of a tail that carries no "

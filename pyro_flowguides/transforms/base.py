@@ -1,7 +1,7 @@
 r"""The contract of a transform, its composition and inversion, and the numerical inverses.
 
-A transform maps z (base space) to x (target space). ``forward`` is z → x, the sampling direction; ``inverse`` is x → z. Every call
-returns ``log_det``, the log absolute determinant of the Jacobian of *that* call, with the batch shape of its input.
+A transform maps z (base space) to x (target space). ``forward`` is z → x, the sampling direction; ``inverse`` is x → z. Every
+call returns ``log_det``, the log absolute determinant of the Jacobian of *that* call, with the batch shape of its input.
 
 Training a flow by variational inference needs the sampling direction alone: draw z, push it forward, and
 
@@ -11,6 +11,7 @@ Training a flow by variational inference needs the sampling direction alone: dra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from pyro.distributions.torch_transform import TransformModule
@@ -127,9 +128,9 @@ class FlowTransform(TransformModule):
         """This transform itself: flow transforms keep no cache."""
         return self
 
-    def log_abs_det_jacobian(self, z: Tensor, x: Tensor) -> Tensor:
-        """``log|det ∂x/∂z|`` at z, recomputed from z."""
-        return self.forward_and_log_det(z)[1]
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """The log-determinant of the map from x to y, recomputed from x; torch's names."""
+        return self.forward_and_log_det(x)[1]
 
     def _call(self, z: Tensor) -> Tensor:
         return self.forward_and_log_det(z)[0]
@@ -157,7 +158,9 @@ class FlowTransform(TransformModule):
                 raise ValueError(f"{name} has no context (context_dim = 0), but was given one")
             return value, None
         if context is None:
-            raise ValueError(f"{name} needs a context of size {self.context_dim}: pass context, or use condition(context)")
+            raise ValueError(
+                f"{name} needs a context of size {self.context_dim}: pass context, or use condition(context)"
+            )
         if context.dim() == 0 or context.shape[-1] != self.context_dim:
             raise ValueError(
                 f"{name}: the last dimension of the context must be context_dim = {self.context_dim}, "
@@ -168,7 +171,7 @@ class FlowTransform(TransformModule):
 
     def _linearise(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x, log_det, the Jacobian ``[..., output, input]`` and the gradient of log_det, the last two without graph."""
-        (x, log_det), pull_back = torch.func.vjp(lambda point: self.forward_and_log_det(point, context), z)
+        (x, log_det), pull_back = value_and_pull_back(lambda point: self.forward_and_log_det(point, context), z)
         with torch.no_grad():
             basis = torch.eye(self.dim, dtype=z.dtype, device=z.device)
             basis = basis.reshape(self.dim, *[1] * (z.dim() - 1), self.dim).expand(self.dim, *z.shape)
@@ -207,9 +210,9 @@ class Compose(FlowTransform):
         if len(context_dims) > 1:
             raise ValueError(f"Compose: the transforms take contexts of different sizes, {sorted(context_dims)}")
         super().__init__(dims[0], context_dim=max(context_dims, default=0))
-        self.transforms = nn.ModuleList(transforms)
+        self.transforms: Any = nn.ModuleList(transforms)
 
-    def _context_of(self, transform: FlowTransform, context: Tensor | None) -> Tensor | None:
+    def _context_of(self, transform: Any, context: Tensor | None) -> Tensor | None:
         return context if transform.context_dim else None
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -281,7 +284,7 @@ class Inverse(FlowTransform):
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, log_det = self.transform.inverse_and_log_det(z, context)
         with torch.no_grad():
-            _, pull_back = torch.func.vjp(lambda point: self.transform.forward_and_log_det(point, context), x)
+            _, pull_back = value_and_pull_back(lambda point: self.transform.forward_and_log_det(point, context), x)
             (score,) = pull_back((score.expand_as(x), torch.ones_like(log_det)))
         return x, log_det, score.detach()
 
@@ -307,6 +310,15 @@ class Conditioned(FlowTransform):
     ) -> tuple[Tensor, Tensor, Tensor]:
         z, _ = self.check_input(z, context)
         return self.transform.forward_with_score(z, score, self.context)
+
+
+def value_and_pull_back(function: Callable, *points: Tensor) -> tuple[Any, Callable]:
+    """The value of a function and the map from its cotangents to those of its arguments (``torch.func.vjp``).
+
+    Unlike ``torch.autograd.grad`` it works under ``vmap``, ``torch.compile`` and ``make_fx``. The value keeps its graph.
+    """
+    value, pull_back = torch.func.vjp(function, *points)[:2]
+    return value, pull_back
 
 
 def sum_tensors(tensors: list[Tensor]) -> Tensor:

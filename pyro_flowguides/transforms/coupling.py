@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..conditioners import MLP, FreeParameters
-from .base import FlowTransform
+from .base import FlowTransform, value_and_pull_back
 from .univariate import Shift, ShiftScale, Univariate
 
 
@@ -57,6 +57,8 @@ class Coupling(FlowTransform):
         order = torch.cat([kept.nonzero().squeeze(-1), (~kept).nonzero().squeeze(-1)])
         self.num_kept = int(kept.sum())
         self.num_changed = dim - self.num_kept
+        self.order: Tensor
+        self.order_back: Tensor
         self.register_buffer("order", order)
         self.register_buffer("order_back", order.argsort())
         # Two slices are views; an index is a copy.
@@ -103,8 +105,10 @@ class Coupling(FlowTransform):
     ) -> tuple[Tensor, Tensor, Tensor]:
         z, context = self.check_input(z, context)
         kept, changed = self._split(z)
-        parameters, pull_back_network = torch.func.vjp(lambda point: self._univariate_parameters(point, context), kept)
-        (changed, log_derivative), pull_back = torch.func.vjp(self.univariate.forward, changed, parameters)
+        parameters, pull_back_network = value_and_pull_back(
+            lambda point: self._univariate_parameters(point, context), kept
+        )
+        (changed, log_derivative), pull_back = value_and_pull_back(self.univariate.forward, changed, parameters)
         with torch.no_grad():
             score_kept, score_changed = self._split(score)
             ones = torch.ones_like(log_derivative)

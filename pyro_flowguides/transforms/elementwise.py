@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..conditioners import FreeParameters
-from .base import FlowTransform
+from .base import FlowTransform, value_and_pull_back
 from .univariate import ShiftScale, Univariate
 
 
@@ -53,7 +53,9 @@ class Elementwise(FlowTransform):
     ) -> tuple[Tensor, Tensor, Tensor]:
         z, context = self.check_input(z, context)
         parameters = self._univariate_parameters(context)
-        (x, log_derivative), pull_back = torch.func.vjp(lambda point: self.univariate.forward(point, parameters), z)
+        (x, log_derivative), pull_back = value_and_pull_back(
+            lambda point: self.univariate.forward(point, parameters), z
+        )
         with torch.no_grad():
             (gradient,) = pull_back((torch.zeros_like(x), torch.ones_like(log_derivative)))
             score = (score - gradient) * (-log_derivative).exp()

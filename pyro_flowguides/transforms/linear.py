@@ -25,6 +25,9 @@ class Permutation(FlowTransform):
         tensor([12., 10., 11.])
     """
 
+    permutation: Tensor
+    inverse_permutation: Tensor
+
     def __init__(self, permutation: Sequence[int] | Tensor) -> None:
         permutation = torch.as_tensor(permutation)
         if permutation.dim() != 1 or not torch.equal(permutation.sort().values.cpu(), torch.arange(len(permutation))):
@@ -64,9 +67,9 @@ class LowerTriangularAffine(FlowTransform):
 
     .. math:: L = \operatorname{diag}(e^{d}) + S / \sqrt{D}, \qquad \log|\det J| = \sum_i d_i
 
-    with a free vector d and a free strictly lower triangular S; the factor makes a step of one size in every entry of S a step
-    of that size in Lz, whatever D. The push-forward of a standard normal is any multivariate normal: a flow that ends with it has its location and
-    covariance free. O(D²) in both directions and for the score.
+    with a free vector d and a free strictly lower triangular S; the factor makes a step of one size in every entry of S a
+    step of that size in Lz, whatever D. The push-forward of a standard normal is any multivariate normal: a flow that ends
+    with it has its location and covariance free. O(D²) in both directions and for the score.
 
     Arguments:
         dim: The number D of coordinates.
@@ -76,6 +79,7 @@ class LowerTriangularAffine(FlowTransform):
 
     def __init__(self, dim: int, *, context_dim: int = 0, hidden_dims: Sequence[int] = (32, 32)) -> None:
         super().__init__(dim, context_dim)
+        self.below_diagonal: Tensor
         rows, columns = torch.tril_indices(dim, dim, -1)
         self.register_buffer("below_diagonal", rows * dim + columns)
         self.parameters_of = FreeParameters(torch.zeros(2 * dim + len(rows)), context_dim, hidden_dims)
@@ -120,6 +124,9 @@ class FixedAffine(FlowTransform):
     Raises:
         ValueError: if the shapes do not agree, or the diagonal is not positive.
     """
+
+    loc: Tensor
+    scale: Tensor
 
     def __init__(self, loc: Tensor, scale: Tensor) -> None:
         super().__init__(len(loc))
