@@ -80,6 +80,11 @@ class NormalizingFlow(dist.TransformedDistribution):
         return x, self.base_dist.log_prob(z) - log_det
 
     def _draw_with_path_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.jit.is_tracing():
+            raise NotImplementedError(
+                "torch.jit.trace cannot record the path gradient, which differentiates within the forward pass; use "
+                'gradient="total" with the Jit ELBOs, or Trace_ELBO with gradient="path"'
+            )
         log_base, pull_back = T.base.value_and_pull_back(self.base_dist.log_prob, z.detach())
         with torch.no_grad():
             (score,) = pull_back(torch.ones_like(log_base))

@@ -29,7 +29,7 @@ from torch.distributions import biject_to
 
 from . import flows, whitening
 from . import transforms as T
-from .tracing import PLATE_NAME, log_prob_per_draw, max_plate_nesting
+from .tracing import PLATE_NAME, log_prob_per_draw, max_plate_nesting, quiet_trace
 
 RECIPES: dict[str, Callable[..., T.FlowTransform]] = {"coupling": flows.coupling, "planar": flows.planar}
 # Above this size the fixed map is diagonal: a full one costs D² numbers and D³ operations to find.
@@ -349,7 +349,9 @@ class AutoFlow(AutoContinuous):
         self, args: tuple, model_kwargs: dict[str, Any], vectorize: bool
     ) -> whitening.LogDensityAndScore:
         """log p of flat unconstrained latents, with its gradient, in float64 whatever the dtype of the model."""
-        nesting = max_plate_nesting(self.prototype_trace)
+        with quiet_trace():
+            # Not that of the prototype, which leaves out the observed sites and their plates.
+            nesting = max_plate_nesting(poutine.trace(self.model).get_trace(*args, **model_kwargs))
         dtype = self._whitening.loc.dtype
 
         def log_density(latent: Tensor) -> Tensor:
@@ -370,7 +372,7 @@ class AutoFlow(AutoContinuous):
 
         def log_density_and_score(points: Tensor) -> tuple[Tensor, Tensor]:
             with torch.enable_grad(), pyro.validation_enabled(False):
-                rows = points.to(dtype).requires_grad_()
+                rows = points.detach().to(dtype).requires_grad_()
                 batches = [rows] if vectorize else rows.split(1)
                 value = torch.cat([log_density(batch) for batch in batches])
                 (score,) = torch.autograd.grad(value.sum(), rows)

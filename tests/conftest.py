@@ -1,5 +1,6 @@
 """Options and fixtures of the suite: ``pytest --device cuda --dtype float32`` runs it elsewhere."""
 
+import contextlib
 import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -36,6 +37,7 @@ def clean_state(device):
     torch.set_num_threads(1)
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
-    with torch.device(device):
+    # Not for the CPU: torch.jit.trace and the device context do not go together.
+    with torch.device(device) if device.type != "cpu" else contextlib.nullcontext():
         yield
     pyro.clear_param_store()

@@ -20,6 +20,8 @@ NUM_BOOTSTRAP = 25
 MIN_DRAWS = 25
 # Above this fraction of effective draws the weights do not matter, whatever the shape of their tail.
 NEAR_PERFECT_ESS = 0.997
+# Below this one the moments of the unweighted draws are visibly off.
+WELL_FITTED_ESS = 0.9
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,16 @@ def verdict(khat: float, ess_fraction: float, num_draws: int) -> str:
     if math.isnan(khat):
         return f"exact: every draw has the same weight, up to rounding. {unseen}"
     threshold = khat_threshold(num_draws)
-    if khat < threshold:
-        return f"good: k-hat {khat:.2f} is below {threshold:.2f} and {ess_fraction:.0%} of the draws are effective. {unseen}"
-    if ess_fraction > NEAR_PERFECT_ESS:
+    if ess_fraction > NEAR_PERFECT_ESS and khat >= threshold:
         return (
             f"good: {ess_fraction:.1%} of the draws are effective; k-hat {khat:.2f} is the shape of a tail that carries no "
             f"weight. {unseen}"
+        )
+    if khat < threshold:
+        weighted = "" if ess_fraction > WELL_FITTED_ESS else "Weight the draws: unweighted they are off. "
+        return (
+            f"good: k-hat {khat:.2f} is below {threshold:.2f} and {ess_fraction:.0%} of the draws are effective. "
+            f"{weighted}{unseen}"
         )
     return (
         f"doubtful: k-hat {khat:.2f} is not below {threshold:.2f}: the guide misses part of the posterior, and neither its "

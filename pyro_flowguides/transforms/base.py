@@ -146,6 +146,9 @@ class FlowTransform(TransformModule):
 
     def check_input(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Checks a point and its context, and broadcasts the point to their common batch shape."""
+        if torch.jit.is_tracing():
+            # Sizes are tensors there, and their comparison would become part of the trace.
+            return value, context
         name = type(self).__name__
         if not value.is_floating_point():
             raise TypeError(f"{name} works on floating-point tensors, got {value.dtype}")

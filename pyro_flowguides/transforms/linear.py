@@ -81,12 +81,13 @@ class LowerTriangularAffine(FlowTransform):
         super().__init__(dim, context_dim)
         self.below_diagonal: Tensor
         rows, columns = torch.tril_indices(dim, dim, -1)
+        self.num_below = dim * (dim - 1) // 2
         self.register_buffer("below_diagonal", rows * dim + columns)
-        self.parameters_of = FreeParameters(torch.zeros(2 * dim + len(rows)), context_dim, hidden_dims)
+        self.parameters_of = FreeParameters(torch.zeros(2 * dim + self.num_below), context_dim, hidden_dims)
 
     def _loc_scale_tril_log_det(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         dim = self.dim
-        loc, log_diagonal, below = self.parameters_of(context).split([dim, dim, len(self.below_diagonal)], -1)
+        loc, log_diagonal, below = self.parameters_of(context).split([dim, dim, self.num_below], -1)
         zeros = below.new_zeros(*below.shape[:-1], dim * dim)
         scale_tril = zeros.index_copy(-1, self.below_diagonal, below / dim**0.5).reshape(*below.shape[:-1], dim, dim)
         return loc, scale_tril + torch.diag_embed(log_diagonal.exp()), log_diagonal.sum(-1)
