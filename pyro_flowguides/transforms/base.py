@@ -157,7 +157,9 @@ class FlowTransform(TransformModule):
                 raise ValueError(f"{name} has no context (context_dim = 0), but was given one")
             return value, None
         if context is None:
-            raise ValueError(f"{name} needs a context of size {self.context_dim}: pass context, or use condition(context)")
+            raise ValueError(
+                f"{name} needs a context of size {self.context_dim}: pass context, or use condition(context)"
+            )
         if context.dim() == 0 or context.shape[-1] != self.context_dim:
             raise ValueError(
                 f"{name}: the last dimension of the context must be context_dim = {self.context_dim}, "
@@ -315,6 +317,16 @@ def sum_tensors(tensors: list[Tensor]) -> Tensor:
     for tensor in tensors[1:]:
         total = total + tensor
     return total
+
+
+def log_one_plus(excess: Tensor, total: Tensor) -> Tensor:
+    """``log(1 + excess)`` for an excess above −1, given the positive ``total = 1 + excess`` computed without cancellation.
+
+    Near 0 the excess holds the digits, near −1 the total does. Each logarithm sees only the values it is used for, so that
+    the other has no infinite gradient.
+    """
+    near = total > 0.5
+    return torch.where(near, torch.log1p(torch.where(near, excess, 0.0)), torch.where(near, 1.0, total).log())
 
 
 def check_positive_integer(owner: str, argument: str, value: int) -> int:
