@@ -157,9 +157,7 @@ class FlowTransform(TransformModule):
                 raise ValueError(f"{name} has no context (context_dim = 0), but was given one")
             return value, None
         if context is None:
-            raise ValueError(
-                f"{name} needs a context of size {self.context_dim}: pass context, or use condition(context)"
-            )
+            raise ValueError(f"{name} needs a context of size {self.context_dim}: pass context, or use condition(context)")
         if context.dim() == 0 or context.shape[-1] != self.context_dim:
             raise ValueError(
                 f"{name}: the last dimension of the context must be context_dim = {self.context_dim}, "
@@ -320,10 +318,10 @@ def sum_tensors(tensors: list[Tensor]) -> Tensor:
 
 
 def log_one_plus(excess: Tensor, total: Tensor) -> Tensor:
-    """``log(1 + excess)`` for an excess above −1, given the positive ``total = 1 + excess`` computed without cancellation.
+    """``log(1 + excess)`` for an excess above −1, given also ``total = 1 + excess``, computed without cancellation.
 
-    Near 0 the excess holds the digits, near −1 the total does. Each logarithm sees only the values it is used for, so that
-    the other has no infinite gradient.
+    Near 0 the excess holds the digits, near −1 the total does. Each logarithm sees only the values it is used for: an
+    infinite gradient of the other, multiplied by 0, would be NaN.
     """
     near = total > 0.5
     return torch.where(near, torch.log1p(torch.where(near, excess, 0.0)), torch.where(near, 1.0, total).log())

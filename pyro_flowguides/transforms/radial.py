@@ -1,18 +1,21 @@
 r"""Radial flows: space is drawn to a centre, or pushed away from it.
 
-.. math:: x = z + \frac{\beta}{\alpha + r}(z - z_0), \quad r = \|z - z_0\|, \qquad
-    \log|\det J| = (D - 1) \log\left(1 + \frac{\beta}{\alpha + r}\right) + \log\left(1 + \frac{\alpha\beta}{(\alpha + r)^2}\right) .
+.. math::
 
-It is invertible when :math:`\alpha > 0` and :math:`\beta > -\alpha`, which :math:`\beta = m\,\alpha` with :math:`m > -1` guarantees.
-Rezende & Mohamed (2015), *Variational inference with normalizing flows*, arXiv:1505.05770, section 4.1 and appendix A.2; there
-:math:`\beta = -\alpha + \log(1 + e^{\hat\beta})`, which ties the identity to the value of α. Here
-:math:`m = (1 - \delta)\left(\log(1 + e^{a + \log(e - 1)}) - 1\right)`, so that a = 0 is the identity for every α, and the scale
-:math:`1 + m` at the centre stays above δ = 10⁻⁴.
+    x = z + \frac{\beta}{\alpha + r}(z - z_0), \qquad r = \|z - z_0\|, \qquad
+    \log|\det J| = (D - 1) \log\left(1 + \frac{\beta}{\alpha + r}\right)
+    + \log\left(1 + \frac{\alpha\beta}{(\alpha + r)^2}\right) .
 
-With :math:`p = \alpha / (\alpha + r)`, the Jacobian has the eigenvalue :math:`1 + m p^2` along :math:`z - z_0` and :math:`1 + m p` across.
+It is invertible when :math:`\alpha > 0` and :math:`\beta > -\alpha`; here :math:`\beta = m\,\alpha` with
+:math:`m = (1 - \delta)\left(\log(1 + e^{a + \log(e - 1)}) - 1\right) > -1`, so that a = 0 is the identity for every α, and
+1 + m, the scale at the centre, stays above δ = 10⁻⁴. Rezende & Mohamed (2015), *Variational inference with normalizing
+flows*, arXiv:1505.05770, section 4.1 and appendix A.2, whose :math:`\beta = -\alpha + \log(1 + e^{a})` is 0 at an a that
+depends on α.
 
-The inverse runs along the ray from the centre: :math:`\|x - z_0\| = r + m p\,r` is a quadratic equation in r with one positive
-root.
+With :math:`p = \alpha / (\alpha + r)`, the Jacobian has the eigenvalue :math:`1 + m p^2` along the ray from the centre, and
+:math:`1 + m p` across.
+
+The inverse runs along the ray: :math:`\|x - z_0\| = r + m p\,r` is a quadratic equation in r with one positive root.
 """
 
 from __future__ import annotations
@@ -72,7 +75,7 @@ class Radial(FlowTransform):
         centre, alpha, m, one_plus_m = self._radial_parameters(context)
         offset = x - centre
         distance = _norm(offset)
-        # r² − b r − α·distance = 0. The root of larger size is a sum of positive terms, and the product of both is known.
+        # r² − b r − α·distance = 0. The root of larger size is a sum of positive terms; the product of both is known.
         b = distance - alpha * one_plus_m
         positive = b >= 0
         larger = (torch.where(positive, b, -b) + (b * b + 4 * alpha * distance).sqrt()) / 2
@@ -106,7 +109,7 @@ class Radial(FlowTransform):
 def _excess_and_scale(a: Tensor) -> tuple[Tensor, Tensor]:
     """A positive scale that is 1 at a = 0, and the scale minus 1, each to full relative precision."""
     scale = softplus(a + _LOG_E_MINUS_1)
-    # log(1 + (e − 1) eᵃ) − 1, which keeps the tiny a of the start: in the difference of softplus and 1 it would be lost.
+    # log(1 + (e − 1) eᵃ) − 1 in a form that keeps the tiny a of the start: softplus minus 1 would lose it.
     excess = torch.log1p((1 - 1 / math.e) * torch.expm1(a.clamp(max=1.0)))
     excess = torch.where(a < 1, excess, scale - 1)
     return (1 - _MARGIN) * excess, _MARGIN + (1 - _MARGIN) * scale
@@ -119,6 +122,6 @@ def _norm(offset: Tensor) -> Tensor:
 
 
 def _scales(r: Tensor, alpha: Tensor, one_plus_m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """p and the eigenvalues of the Jacobian across and along the ray: sums of positive terms, 0 nowhere."""
+    """The fraction p and the eigenvalues of the Jacobian across and along the ray: sums of positive terms, 0 nowhere."""
     p, q = alpha / (alpha + r), r / (alpha + r)
     return p, q + one_plus_m * p, q * (1 + p) + one_plus_m * p * p

@@ -1,15 +1,18 @@
 r"""Sylvester flows: M ridges that act together, in a subspace with an orthonormal basis.
 
-.. math:: x = z + Q R \tanh(\tilde R Q^\top z + b), \qquad \log|\det J| = \sum_{i=1}^M \log\left(1 + h'(u_i)\, r_{ii}\tilde r_{ii}\right)
+.. math::
 
-with :math:`u = \tilde R Q^\top z + b` and :math:`h' = 1 - \tanh^2`, for Q of size D × M with orthonormal columns and upper
-triangular R and R̃: by Sylvester's identity the determinant is that of :math:`I_M + \operatorname{diag}(h')\tilde R R`, a triangular
-matrix. It is invertible when :math:`r_{ii}\tilde r_{ii} > -1`; both diagonals are :math:`(1 - \delta)\tanh` of a free parameter,
-δ = 10⁻³. van den Berg, Hasenclever, Tomczak & Welling (2018), *Sylvester normalizing flows for variational inference*,
-arXiv:1803.05649.
+    x = z + Q R \tanh(u), \quad u = \tilde R Q^\top z + b, \qquad
+    \log|\det J| = \sum_{i=1}^M \log\left(1 + h'(u_i)\, r_{ii}\tilde r_{ii}\right), \quad h' = 1 - \tanh^2,
 
-The inverse: :math:`w = Q^\top z` solves :math:`w + R\tanh(\tilde R w + b) = Q^\top x`. Row i holds no coordinate before i, so that, from the
-last to the first, each is the root of an increasing scalar function; then :math:`z = x - Q R \tanh(\tilde R w + b)`.
+for Q of size D × M with orthonormal columns, and upper triangular R and R̃: by Sylvester's identity the determinant is that of
+:math:`I_M + \operatorname{diag}(h')\tilde R R`, a triangular matrix. It is invertible when :math:`r_{ii}\tilde r_{ii} > -1`;
+both diagonals are :math:`(1 - \delta)\tanh` of a free parameter, δ = 10⁻³. van den Berg, Hasenclever, Tomczak & Welling
+(2018), *Sylvester normalizing flows for variational inference*, arXiv:1803.05649.
+
+The inverse: :math:`w = Q^\top z` solves :math:`w + R\tanh(\tilde R w + b) = Q^\top x`. Row i holds no coordinate before i:
+from the last to the first, each is the root of an increasing scalar function. Then
+:math:`z = x - Q R \tanh(\tilde R w + b)`.
 """
 
 from __future__ import annotations
@@ -21,28 +24,28 @@ import torch
 from torch import Tensor
 
 from ..conditioners import NEAR_ZERO, FreeParameters
-from .base import FlowTransform, check_positive_integer, log_one_plus, solve_increasing
+from .base import FlowTransform, check_positive_integer, log_one_plus
 from .linear import _multiply
 from .planar import _tanh_derivative
 
 _BASES = ("qr", "householder", "triangular")
 # Both diagonals stay below this in size. Without a margin tanh reaches 1 in float32, and the log-determinant −∞.
 _LARGEST_DIAGONAL = 1 - 1e-3
-# A coordinate lies within ±1 of a known value: with so many safeguarded Newton steps what is left is for the last, joint one.
-_NUM_ITERATIONS = 40
+# At that bound, the worst case, nine steps reach the last digit of float64.
+_NUM_NEWTON_STEPS = 10
 
 
 class Sylvester(FlowTransform):
     r"""The Sylvester flow of van den Berg et al. (2018). Always invertible.
 
-    The three bases are the three flows of the paper. ``"qr"`` (orthogonal; there by an iterative orthogonalisation) takes Q from
-    the QR decomposition of a free D × M matrix, its signs fixed so that Q depends continuously on it. ``"householder"`` takes
-    the first M columns of a product of Householder reflections. ``"triangular"`` has M = D and for Q the identity or, with
-    ``reverse``, the reversal of the coordinates; layers of both kinds should take turns. For D = 1 every basis is Q = 1.
+    The three bases are the three flows of the paper. ``"qr"`` (the orthogonal flow; there by an iteration) takes Q from the
+    QR decomposition of a free D × M matrix, its signs fixed so that Q is continuous. ``"householder"`` takes the first M
+    columns of a product of Householder reflections. ``"triangular"`` has M = D, and for Q the identity or, with
+    ``reverse``, the reversal of the coordinates; layers of both kinds should take turns. For D = 1 every basis is 1.
 
-    Cost: O(DM + M²) per point in both directions and for the score, the inverse by M scalar roots one after the other. On top,
-    once per call (once per context, if there is one), O(DM²) for the decomposition and products with Q; ``"triangular"``
-    needs neither.
+    Cost: O(DM + M²) per point in both directions and for the score; the inverse finds M scalar roots one after the other.
+    On top, once per call (once per context, if there is one), O(DM²) for Q and the products with it, of which
+    ``"triangular"`` needs none, and O(M³) for R̃R in the inverse and the score.
 
     Arguments:
         dim: The number D of coordinates.
@@ -50,12 +53,13 @@ class Sylvester(FlowTransform):
         basis: ``"qr"``, ``"householder"`` or ``"triangular"``.
         num_reflections: The number of reflections of ``"householder"``; by default min(D, 8).
         reverse: Whether the Q of ``"triangular"`` is the reversal.
-        context_dim: The size of the context that all parameters depend on; 0 for none. Where M = D with ``"qr"``, prefer another
-            basis with a context: a square matrix that varies is singular here and there, and Q jumps where it is.
+        context_dim: The size of the context that all parameters depend on; 0 for none. With one, leave M = D to the
+            other bases: the square matrix behind ``"qr"`` is singular for some contexts, and Q jumps there.
         hidden_dims: The hidden layers of the network of the context.
 
     Raises:
-        ValueError: if the basis is unknown, M is larger than D or (``"triangular"``) not D, or an option of another basis is given.
+        ValueError: if the basis is unknown, M is larger than D or (``"triangular"``) not D, or an option of another
+            basis is given.
 
     Example:
         >>> sylvester = Sylvester(5, num_vectors=2)
@@ -132,7 +136,7 @@ class Sylvester(FlowTransform):
         return _Ridges(None, out, into, out, into.mT, shift, product)
 
     def _upper_triangular(self, raw_diagonal: Tensor, above: Tensor) -> Tensor:
-        """A bounded diagonal, and above it entries in units of 1/√M: a step of one size in each is one of that size in Rh."""
+        """A bounded diagonal, and above it entries in units of 1/√M: a step of one size in all is one of it in Rh."""
         size, batch_shape = self.num_vectors, above.shape[:-1]
         zeros = above.new_zeros(*batch_shape, size * size)
         above = zeros.index_copy(-1, self.above_diagonal, above / size**0.5).reshape(*batch_shape, size, size)
@@ -144,8 +148,8 @@ class Sylvester(FlowTransform):
             return None
         if self.basis == "qr":
             q, r = torch.linalg.qr(raw.reshape(*raw.shape[:-1], self.dim, self.num_vectors))
-            # The sign of a column of Q follows an entry of the matrix that may cross 0; with a positive diagonal of r it does
-            # not. A sign of 0 would wipe the column.
+            # Left alone, the sign of a column follows an entry of the matrix, and jumps where that crosses 0; with a
+            # positive diagonal of r it does not. The sign of an exact 0 would wipe the column.
             return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype).unsqueeze(-2)
         vectors = raw.reshape(*raw.shape[:-1], -1, self.dim)
         # A vector that is exactly 0 reflects nothing; the floor only keeps 0/0 out.
@@ -165,15 +169,12 @@ class Sylvester(FlowTransform):
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, context = self.check_input(x, context)
         ridges = self._ridge_parameters(context)
-        if ridges.q is None:
-            target = x.flip(-1) if self.reverse else x
-        else:
-            target = _multiply(ridges.q.mT, x)
+        target = _multiply(ridges.q.mT, x) if ridges.q is not None else x.flip(-1) if self.reverse else x
         with torch.no_grad():
             w = _solve_coordinates(ridges, target)
             h_prime = _tanh_derivative(_multiply(ridges.into, w) + ridges.shift)
-        # One joint Newton step with the Jacobian I + R diag(h') R̃ held fixed: its value polishes the solution, its derivative is
-        # that of the implicit function theorem. The inverse is Woodbury's, of a triangular matrix again.
+        # One joint Newton step with the Jacobian I + R diag(h') R̃ held fixed: its value polishes the solution, its
+        # derivative is the implicit one. By Woodbury's identity only I + diag(h') R̃ R is solved with.
         residual = w + _multiply(ridges.out, torch.tanh(_multiply(ridges.into, w) + ridges.shift)) - target
         into, out = ridges.into.detach(), ridges.out.detach()
         inner = _solve(h_prime.unsqueeze(-1) * (into @ out), h_prime * _multiply(into, residual), upper=True)
@@ -192,7 +193,7 @@ class Sylvester(FlowTransform):
             h_prime = _tanh_derivative(u)
             # −∂ log_det/∂u; ∇ log_det = Q R̃ᵀ ∂ log_det/∂u.
             curvature = 2 * h * h_prime * ridges.product / _slope(u, ridges.product)
-            # J^{-T} by Woodbury's identity, J = I + (Q R) diag(h') (Q R̃ᵀ)ᵀ: the inner matrix I + diag(h') (R̃ R)ᵀ is lower triangular.
+            # J^{-T} by Woodbury's identity, J = I + (Q R) diag(h') (Q R̃ᵀ)ᵀ: I + diag(h') (R̃ R)ᵀ is lower triangular.
             product = (ridges.into @ ridges.out).mT
             inner = h_prime * (_multiply(ridges.q_out.mT, score) + _multiply(product, curvature))
             inner = _solve(h_prime.unsqueeze(-1) * product, inner, upper=False)
@@ -201,7 +202,7 @@ class Sylvester(FlowTransform):
 
 
 class _Ridges(NamedTuple):
-    """The parameters of all ridges: Q (None: a permutation), R, R̃, Q R, Q R̃ᵀ, b, and the products of the diagonals."""
+    """The parameters of all ridges: Q (None: a permutation), R, R̃, Q R, Q R̃ᵀ, b, and the product of the diagonals."""
 
     q: Tensor | None
     out: Tensor
@@ -228,21 +229,30 @@ def _solve(matrix: Tensor, vector: Tensor, upper: bool) -> Tensor:
 
 
 def _solve_coordinates(ridges: _Ridges, target: Tensor) -> Tensor:
-    """w with ``w + R tanh(R̃ w + b) = target``, without graph, from the last coordinate to the first."""
+    """The solution w of ``w + R tanh(R̃ w + b) = target``, without graph, from the last coordinate to the first."""
     diagonal_out = ridges.out.diagonal(dim1=-2, dim2=-1)
     diagonal_into = ridges.into.diagonal(dim1=-2, dim2=-1)
     shift, coordinates = ridges.shift, []
     for i in reversed(range(target.shape[-1])):
-        r, r_tilde, b, product = diagonal_out[..., i], diagonal_into[..., i], shift[..., i], ridges.product[..., i]
-
-        def row(w, r=r, r_tilde=r_tilde, b=b, product=product):  # type: ignore[no-untyped-def]
-            u = r_tilde * w + b
-            return w + r * torch.tanh(u), _slope(u, product)
-
-        goal = target[..., i]
-        w = solve_increasing(row, goal, goal - r.abs(), goal + r.abs(), _NUM_ITERATIONS)
+        # w_i + r_ii tanh(u_i) = target_i, times r̃_ii and plus b_i, is an equation in u_i = r̃_ii w_i + b_i alone.
+        u = _solve_ridge(ridges.product[..., i], diagonal_into[..., i] * target[..., i] + shift[..., i])
+        w = target[..., i] - diagonal_out[..., i] * torch.tanh(u)
         coordinates.append(w)
         # What this coordinate adds to the rows before it; the rows from here on are not looked at again.
-        target = target - ridges.out[..., :, i] * torch.tanh(r_tilde * w + b).unsqueeze(-1)
-        shift = shift + ridges.into[..., :, i] * w.unsqueeze(-1)
+        target = target - ridges.out[..., i] * torch.tanh(u).unsqueeze(-1)
+        shift = shift + ridges.into[..., i] * w.unsqueeze(-1)
     return torch.stack(coordinates[::-1], -1)
+
+
+def _solve_ridge(product: Tensor, target: Tensor) -> Tensor:
+    """The solution of ``u + product·tanh(u) = target``.
+
+    On the side of 0 where it lies the function is convex (product < 0) or concave: Newton's method cannot overshoot once
+    it starts above the solution, or below it. Two such starts are known, for tanh(u) is at most 1 and at most u there.
+    """
+    size = target.abs()
+    bounded, linear = size - product, size / (1 + product)
+    u = torch.where(product < 0, torch.minimum(bounded, linear), torch.maximum(bounded, linear))
+    for _ in range(_NUM_NEWTON_STEPS):
+        u = u - (u + product * torch.tanh(u) - size) / _slope(u, product)
+    return torch.copysign(u, target)
