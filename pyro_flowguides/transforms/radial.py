@@ -7,13 +7,13 @@ r"""Radial flows: space is drawn to a centre, or pushed away from it.
     + \log\left(1 + \frac{\alpha\beta}{(\alpha + r)^2}\right) .
 
 It is invertible when :math:`\alpha > 0` and :math:`\beta > -\alpha`; here :math:`\beta = m\,\alpha` with
-:math:`m = (1 - \delta)\left(\log(1 + e^{a + \log(e - 1)}) - 1\right) > -1`, so that a = 0 is the identity for every α, and
-1 + m, the scale at the centre, stays above δ = 10⁻⁴. Rezende & Mohamed (2015), *Variational inference with normalizing
-flows*, arXiv:1505.05770, section 4.1 and appendix A.2, whose :math:`\beta = -\alpha + \log(1 + e^{a})` is 0 at an a that
-depends on α.
+:math:`m = (1 - \delta)\left(\log(1 + e^{a + \log(e - 1)}) - 1\right) > -1`, so that a = 0 is the identity for every α,
+and 1 + m, the scale at the centre, stays above δ = 10⁻⁴. Rezende & Mohamed (2015), *Variational inference with
+normalizing flows*, arXiv:1505.05770, section 4.1 and appendix A.2, whose :math:`\beta = -\alpha + \log(1 + e^{a})` is 0
+at an a that depends on α.
 
-With :math:`p = \alpha / (\alpha + r)`, the Jacobian has the eigenvalue :math:`1 + m p^2` along the ray from the centre, and
-:math:`1 + m p` across.
+With :math:`p = \alpha / (\alpha + r)`, the Jacobian has the eigenvalue :math:`1 + m p^2` along the ray from the centre,
+and :math:`1 + m p` across.
 
 The inverse runs along the ray: :math:`\|x - z_0\| = r + m p\,r` is a quadratic equation in r with one positive root.
 """
@@ -81,7 +81,7 @@ class Radial(FlowTransform):
         larger = (torch.where(positive, b, -b) + (b * b + 4 * alpha * distance).sqrt()) / 2
         r = torch.where(positive, larger, alpha * distance / larger)
         p, across, along = _scales(r, alpha, one_plus_m)
-        return x - (m * p / across).unsqueeze(-1) * offset, -self._log_det(m, p, across, along)
+        return centre + offset / across.unsqueeze(-1), -self._log_det(m, p, across, along)
 
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
@@ -122,6 +122,6 @@ def _norm(offset: Tensor) -> Tensor:
 
 
 def _scales(r: Tensor, alpha: Tensor, one_plus_m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The fraction p and the eigenvalues of the Jacobian across and along the ray: sums of positive terms, 0 nowhere."""
+    """The fraction p and the eigenvalues of the Jacobian across and along the ray: sums of positive terms."""
     p, q = alpha / (alpha + r), r / (alpha + r)
     return p, q + one_plus_m * p, q * (1 + p) + one_plus_m * p * p

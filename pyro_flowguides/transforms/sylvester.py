@@ -5,13 +5,13 @@ r"""Sylvester flows: M ridges that act together, in a subspace with an orthonorm
     x = z + Q R \tanh(u), \quad u = \tilde R Q^\top z + b, \qquad
     \log|\det J| = \sum_{i=1}^M \log\left(1 + h'(u_i)\, r_{ii}\tilde r_{ii}\right), \quad h' = 1 - \tanh^2,
 
-for Q of size D × M with orthonormal columns, and upper triangular R and R̃: by Sylvester's identity the determinant is that of
-:math:`I_M + \operatorname{diag}(h')\tilde R R`, a triangular matrix. It is invertible when :math:`r_{ii}\tilde r_{ii} > -1`;
-both diagonals are :math:`(1 - \delta)\tanh` of a free parameter, δ = 10⁻³. van den Berg, Hasenclever, Tomczak & Welling
-(2018), *Sylvester normalizing flows for variational inference*, arXiv:1803.05649.
+for Q of size D × M with orthonormal columns, and upper triangular R and R̃: by Sylvester's identity the determinant is
+that of :math:`I_M + \operatorname{diag}(h')\tilde R R`, a triangular matrix. It is invertible when
+:math:`r_{ii}\tilde r_{ii} > -1`; both diagonals are :math:`(1 - \delta)\tanh` of a free parameter, δ = 10⁻³. van den
+Berg, Hasenclever, Tomczak & Welling (2018), *Sylvester normalizing flows for variational inference*, arXiv:1803.05649.
 
-The inverse: :math:`w = Q^\top z` solves :math:`w + R\tanh(\tilde R w + b) = Q^\top x`. Row i holds no coordinate before i:
-from the last to the first, each is the root of an increasing scalar function. Then
+The inverse: :math:`w = Q^\top z` solves :math:`w + R\tanh(\tilde R w + b) = Q^\top x`. Row i holds no coordinate before
+i: from the last to the first, each is the root of an increasing scalar function. Then
 :math:`z = x - Q R \tanh(\tilde R w + b)`.
 """
 
@@ -38,13 +38,13 @@ _NUM_NEWTON_STEPS = 10
 class Sylvester(FlowTransform):
     r"""The Sylvester flow of van den Berg et al. (2018). Always invertible.
 
-    The three bases are the three flows of the paper. ``"qr"`` (the orthogonal flow; there by an iteration) takes Q from the
-    QR decomposition of a free D × M matrix, its signs fixed so that Q is continuous. ``"householder"`` takes the first M
-    columns of a product of Householder reflections. ``"triangular"`` has M = D, and for Q the identity or, with
+    The three bases are the three flows of the paper. ``"qr"`` (the orthogonal flow; there by an iteration) takes Q from
+    the QR decomposition of a free D × M matrix, its signs fixed so that Q is continuous. ``"householder"`` takes the
+    first M columns of a product of Householder reflections. ``"triangular"`` has M = D, and for Q the identity or, with
     ``reverse``, the reversal of the coordinates; layers of both kinds should take turns. For D = 1 every basis is 1.
 
-    Cost: O(DM + M²) per point in both directions and for the score; the inverse finds M scalar roots one after the other.
-    On top, once per call (once per context, if there is one), O(DM²) for Q and the products with it, of which
+    Cost: O(DM + M²) per point in both directions and for the score; the inverse finds M scalar roots one after the
+    other. On top, once per call (once per context, if there is one), O(DM²) for Q and the products with it, of which
     ``"triangular"`` needs none, and O(M³) for R̃R in the inverse and the score.
 
     Arguments:
@@ -247,8 +247,8 @@ def _solve_coordinates(ridges: _Ridges, target: Tensor) -> Tensor:
 def _solve_ridge(product: Tensor, target: Tensor) -> Tensor:
     """The solution of ``u + product·tanh(u) = target``.
 
-    On the side of 0 where it lies the function is convex (product < 0) or concave: Newton's method cannot overshoot once
-    it starts above the solution, or below it. Two such starts are known, for tanh(u) is at most 1 and at most u there.
+    On the side of 0 where it lies the function is convex (product < 0) or concave, and Newton's method cannot overshoot
+    from a start above the solution, or below it. Two such starts are known: there tanh(u) is at most 1 and at most u.
     """
     size = target.abs()
     bounded, linear = size - product, size / (1 + product)
