@@ -67,6 +67,8 @@ class Sylvester(FlowTransform):
         >>> z, _ = sylvester.inverse_and_log_det(x)
     """
 
+    above_diagonal: Tensor
+
     def __init__(
         self,
         dim: int,
