@@ -151,3 +151,54 @@ def planar(
     """
     T.base.check_positive_integer("planar", "num_layers", num_layers)
     return T.Compose(T.Planar(dim, context_dim=context_dim, hidden_dims=hidden_dims) for _ in range(num_layers))
+
+
+def radial(
+    dim: int, *, num_layers: int = 16, hidden_dims: Sequence[int] = (32, 32), context_dim: int = 0
+) -> T.FlowTransform:
+    """A stack of radial flows. Rezende & Mohamed (2015), arXiv:1505.05770.
+
+    Arguments:
+        dim: The number D of coordinates.
+        num_layers: The number of radial layers; each draws space to one centre, or pushes it away.
+        hidden_dims: The hidden layers of the networks of the context; not used without one.
+        context_dim: The size of the context; 0 for none.
+    """
+    T.base.check_positive_integer("radial", "num_layers", num_layers)
+    return T.Compose(T.Radial(dim, context_dim=context_dim, hidden_dims=hidden_dims) for _ in range(num_layers))
+
+
+def sylvester(
+    dim: int,
+    *,
+    num_layers: int = 8,
+    num_vectors: int = 8,
+    basis: str = "qr",
+    hidden_dims: Sequence[int] = (32, 32),
+    context_dim: int = 0,
+) -> T.FlowTransform:
+    """A stack of Sylvester flows. van den Berg et al. (2018), arXiv:1803.05649.
+
+    Arguments:
+        dim: The number D of coordinates.
+        num_layers: The number of Sylvester layers.
+        num_vectors: The number M of directions that each layer bends; D where that is less. Not used by ``"triangular"``,
+            which bends all.
+        basis: ``"qr"``, ``"householder"`` or ``"triangular"``, whose layers keep and reverse the coordinates in turn.
+        hidden_dims: The hidden layers of the networks of the context; not used without one.
+        context_dim: The size of the context; 0 for none.
+    """
+    T.base.check_positive_integer("sylvester", "num_layers", num_layers)
+    T.base.check_positive_integer("sylvester", "num_vectors", num_vectors)
+    triangular = basis == "triangular"
+    return T.Compose(
+        T.Sylvester(
+            dim,
+            None if triangular else min(num_vectors, dim),
+            basis=basis,
+            reverse=triangular and layer % 2 == 1,
+            context_dim=context_dim,
+            hidden_dims=hidden_dims,
+        )
+        for layer in range(num_layers)
+    )

@@ -12,6 +12,14 @@ def _fixed_affine(dim, context_dim):
 # name -> constructor(dim, context_dim)
 CONDITIONAL = {
     "planar": lambda dim, context_dim: T.Planar(dim, context_dim=context_dim),
+    "radial": lambda dim, context_dim: T.Radial(dim, context_dim=context_dim),
+    "sylvester_qr": lambda dim, context_dim: T.Sylvester(dim, min(dim, 3), context_dim=context_dim),
+    "sylvester_qr_full": lambda dim, context_dim: T.Sylvester(dim, dim, context_dim=context_dim),
+    "sylvester_householder": lambda dim, context_dim: T.Sylvester(dim, basis="householder", context_dim=context_dim),
+    "sylvester_triangular": lambda dim, context_dim: T.Sylvester(dim, basis="triangular", context_dim=context_dim),
+    "sylvester_triangular_reversed": lambda dim, context_dim: T.Sylvester(
+        dim, basis="triangular", reverse=True, context_dim=context_dim
+    ),
     "affine_coupling": lambda dim, context_dim: T.AffineCoupling(dim, context_dim=context_dim, hidden_dims=(8,)),
     "affine_coupling_checkerboard": lambda dim, context_dim: T.AffineCoupling(
         dim, mask="checkerboard", flip=True, context_dim=context_dim

@@ -5,6 +5,8 @@ from .coupling import AdditiveCoupling, AffineCoupling, Coupling
 from .elementwise import Affine, Elementwise
 from .linear import FixedAffine, LowerTriangularAffine, Permutation, Reverse
 from .planar import Planar
+from .radial import Radial
+from .sylvester import Sylvester
 
 __all__ = [
     "AdditiveCoupling",
@@ -19,5 +21,7 @@ __all__ = [
     "LowerTriangularAffine",
     "Permutation",
     "Planar",
+    "Radial",
     "Reverse",
+    "Sylvester",
 ]

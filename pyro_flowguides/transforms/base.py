@@ -332,6 +332,16 @@ def sum_tensors(tensors: list[Tensor]) -> Tensor:
     return total
 
 
+def log_one_plus(excess: Tensor, total: Tensor) -> Tensor:
+    """``log(1 + excess)`` for an excess above −1, given also ``total = 1 + excess``, computed without cancellation.
+
+    Near 0 the excess holds the digits, near −1 the total does. Each logarithm sees only the values it is used for: an
+    infinite gradient of the other, multiplied by 0, would be NaN.
+    """
+    near = total > 0.5
+    return torch.where(near, torch.log1p(torch.where(near, excess, 0.0)), torch.where(near, 1.0, total).log())
+
+
 def check_positive_integer(owner: str, argument: str, value: int) -> int:
     """The value, if it is an integer of at least 1; else an error that names the argument."""
     if isinstance(value, bool) or not isinstance(value, int):
