@@ -7,6 +7,7 @@ with non-zero gradients to every one of its weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +127,11 @@ class MaskedMLP(nn.Module):
         degrees = [torch.arange(1, dim + 1)]
         degrees += [_hidden_degrees(width, dim, with_zero=context_dim > 0 and width > 1) for width in hidden_dims]
         degrees += [torch.arange(dim).repeat(num_parameters)]
-        pairs = [] if dim == 1 else list(zip(degrees[:-1], degrees[1:], strict=True))
+        # Degrees increase within a hidden layer, so that the units of one degree are a slice.
+        self.units_of_degree = [
+            [(int((degree < m).sum()), int((degree <= m).sum())) for m in range(dim)] for degree in degrees[1:-1]
+        ]
+        pairs = [] if dim == 1 else list(pairwise(degrees))
         self.layers = nn.ModuleList(
             _MaskedLinear(degree_out.unsqueeze(-1) >= degree_in, context_dim) for degree_in, degree_out in pairs
         )
@@ -154,6 +159,7 @@ class MaskedMLPAtContext:
         self.dim = network.dim
         self.num_parameters = network.num_parameters
         self.activations = list(network.activations)
+        self.units_of_degree = network.units_of_degree
         self.weights = weights
         self.biases = biases
 
@@ -169,35 +175,62 @@ class MaskedMLPAtContext:
             return bias
         return _affine(self._hidden(inputs), self._last_weight()[:, coordinate], bias)
 
-    def linearise(self, inputs: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
-        """The parameters, and the products of their derivatives with gradients.
-
-        The second takes two gradients by parameter, of shape ``batch_shape + (dim, num_parameters)``. It returns the gradient
-        by input that each coordinate contributes for the first, ``[..., coordinate, input]``, and the sum over coordinates
-        for the second, both without graph. All rows go through the hidden layers together, and each through those outputs
-        that are its own: O(D·H·(P + H + D)) for D rows, where D vector-Jacobian products of the whole network cost
-        O(D·H·(P·D + H)).
-        """
+    def linearise(self, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The parameters, and the slopes of the activations of each hidden layer, the latter without graph."""
         slopes = []
         hidden = inputs
         for weight, bias, activation in self._hidden_layers():
             hidden, pull_back = torch.func.vjp(activation, _affine(hidden, weight, bias))
             with torch.no_grad():
-                slopes.append(pull_back(torch.ones_like(hidden))[0])
+                slopes.append(pull_back(torch.ones_like(hidden))[0].detach())
+        return self._by_coordinate(self._last_layer(hidden)), slopes
 
-        def pull_back_rows(each: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-            if not self.weights:
-                return torch.zeros_like(inputs).unsqueeze(-1), torch.zeros_like(inputs)
-            with torch.no_grad():
-                weight = self._last_weight()
-                rows = torch.einsum("...ip,pih->...ih", each, weight)
-                row = torch.einsum("...ip,pih->...h", total, weight)
-                rows = torch.cat([rows, row.unsqueeze(-2)], -2)
-                for weight, slope in zip(reversed(self.weights[:-1]), reversed(slopes), strict=True):
-                    rows = (rows * slope.unsqueeze(-2)) @ weight
-                return rows[..., :-1, :], rows[..., -1, :]
+    def pull_back(self, slopes: list[Tensor], gradient: Tensor) -> Tensor:
+        """The gradient by input, ``[..., input]``, from one by parameter, ``[..., coordinate, parameter]``."""
+        if not self.weights:
+            return torch.zeros_like(gradient[..., 0])
+        row = gradient.mT.reshape(*gradient.shape[:-2], -1) @ self.weights[-1]
+        for weight, slope in zip(reversed(self.weights[:-1]), reversed(slopes), strict=True):
+            row = (row * slope) @ weight
+        return row
 
-        return self._by_coordinate(self._last_layer(hidden)), pull_back_rows
+    def pull_back_rows(self, slopes: list[Tensor], gradient: Tensor) -> Tensor:
+        """What every coordinate contributes to that gradient: ``[..., coordinate, input]``, strictly lower triangular.
+
+        All rows go through the hidden layers together, and each through those outputs that are its own: O(D·H·(P + H + D)),
+        where D vector-Jacobian products of the whole network cost O(D·H·(P·D + H + D)).
+        """
+        if not self.weights:
+            return torch.zeros_like(gradient[..., :1])
+        rows = torch.einsum("...ip,pih->...ih", gradient, self._last_weight())
+        for weight, slope in zip(reversed(self.weights[:-1]), reversed(slopes), strict=True):
+            rows = (rows * slope.unsqueeze(-2)) @ weight
+        return rows
+
+    def back_substitute(self, slopes: list[Tensor], gradient: Tensor, diagonal: Tensor, right: Tensor) -> Tensor:
+        r"""Solves :math:`(\operatorname{diag}(d) + R)^\top v = r` for R of :meth:`pull_back_rows`, without forming it.
+
+        From the last coordinate to the first: a hidden unit of degree m has its whole gradient once coordinates ≥ m are
+        solved, and is pulled back to inputs < m, once. The work is that of a single vector-Jacobian product,
+        O(H·(P·D + H)), in D steps.
+        """
+        gradients = [torch.zeros_like(slope) for slope in slopes]
+        solved = []
+        for i in reversed(range(self.dim)):
+            solved.append(right[..., i] / diagonal[..., i])
+            if i == 0 or not self.weights:
+                continue
+            gradients[-1] = gradients[-1] + (gradient[..., i, :] * solved[-1].unsqueeze(-1)) @ self._last_weight()[:, i]
+            for layer in reversed(range(len(slopes))):
+                units = slice(*self.units_of_degree[layer][i])
+                if units.start == units.stop:
+                    continue
+                pulled = (gradients[layer][..., units] * slopes[layer][..., units]) @ self.weights[layer][units]
+                if layer:
+                    gradients[layer - 1] = gradients[layer - 1] + pulled
+                else:
+                    right = right - pulled
+        return torch.stack(solved[::-1], -1)
 
     def _hidden_layers(self) -> Iterable[tuple[Tensor, Tensor, nn.Module]]:
         return zip(self.weights[:-1], self.biases[:-1], self.activations, strict=True)

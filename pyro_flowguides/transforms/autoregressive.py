@@ -25,6 +25,9 @@ from ..conditioners import MaskedMLP, MaskedMLPAtContext
 from .base import FlowTransform
 from .univariate import RationalQuadraticSpline, ShiftScale, Univariate
 
+# Up to this D the score takes the whole Jacobian and one triangular solve: fewer kernels than D steps of substitution.
+_LARGEST_DENSE_JACOBIAN = 24
+
 
 class Autoregressive(FlowTransform):
     r"""The autoregressive structure over any scalar function.
@@ -70,40 +73,47 @@ class Autoregressive(FlowTransform):
         solution = solution.detach()
         if not torch.is_grad_enabled():
             return solution, -self._log_det(network, solution)
-        x_back, _, jacobian, _ = self._linearise_triangular(network, solution)
+        parameters, slopes = network.linearise(solution)
+        x_back, log_derivative, pull_back = self._linearise_univariate(solution, parameters)
+        with torch.no_grad():
+            _, by_parameters = pull_back((torch.ones_like(x_back), torch.zeros_like(log_derivative)))
+            jacobian = network.pull_back_rows(slopes, by_parameters) + torch.diag_embed(log_derivative.exp())
         residual = x_back - x
         # Of value 0, with the derivative of the implicit function theorem. A Newton step instead would spoil what is exact
         # to rounding already where the Jacobian is ill-conditioned.
         residual = residual - residual.detach()
-        z = solution - torch.linalg.solve_triangular(jacobian, residual.unsqueeze(-1), upper=False).squeeze(-1)
+        z = solution - torch.linalg.solve_triangular(jacobian.detach(), residual.unsqueeze(-1), upper=False).squeeze(-1)
         return z, -self._log_det(network, z)
 
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         z, context = self.check_input(z, context)
-        x, log_derivative, jacobian, log_det_gradient = self._linearise_triangular(self.conditioner.at(context), z)
+        network = self.conditioner.at(context)
+        parameters, slopes = network.linearise(z)
+        x, log_derivative, pull_back = self._linearise_univariate(z, parameters)
         with torch.no_grad():
-            score = (score - log_det_gradient).unsqueeze(-1)
-            score = torch.linalg.solve_triangular(jacobian.mT, score, upper=True).squeeze(-1)
+            gradient, by_parameters = pull_back((torch.zeros_like(x), torch.ones_like(log_derivative)))
+            score = score - gradient - network.pull_back(slopes, by_parameters)
+            _, by_parameters = pull_back((torch.ones_like(x), torch.zeros_like(log_derivative)))
+            diagonal = log_derivative.exp()
+            if self.dim <= _LARGEST_DENSE_JACOBIAN:
+                jacobian = network.pull_back_rows(slopes, by_parameters) + torch.diag_embed(diagonal)
+                score = torch.linalg.solve_triangular(jacobian.mT, score.unsqueeze(-1), upper=True).squeeze(-1)
+            else:
+                score = network.back_substitute(slopes, by_parameters, diagonal, score)
         return x, log_derivative.expand_as(x).sum(-1), score.detach()
 
     def _log_det(self, network: MaskedMLPAtContext, z: Tensor) -> Tensor:
         x, log_derivative = self.univariate.forward(z, network(z))
         return log_derivative.expand_as(x).sum(-1)
 
-    def _linearise_triangular(self, network: MaskedMLPAtContext, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x and the log-derivatives; the Jacobian ``[..., output, input]`` and the gradient of log_det, without graph."""
-        parameters, pull_back_rows = network.linearise(z)
+    def _linearise_univariate(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor, Callable]:
+        """x, the log-derivatives, and the function that pulls gradients back to z and the parameters of every point."""
         # A free parameter is one for all points; its gradients are wanted point by point.
         parameters = parameters.expand(*z.shape, self.univariate.num_parameters)
         (x, log_derivative), pull_back = torch.func.vjp(self.univariate.forward, z, parameters)
-        with torch.no_grad():
-            _, x_by_parameters = pull_back((torch.ones_like(x), torch.zeros_like(log_derivative)))
-            gradient, log_det_by_parameters = pull_back((torch.zeros_like(x), torch.ones_like(log_derivative)))
-            below_diagonal, gradient_by_network = pull_back_rows(x_by_parameters, log_det_by_parameters)
-            jacobian = below_diagonal + torch.diag_embed(log_derivative.exp())
-        return x, log_derivative, jacobian.detach(), (gradient + gradient_by_network).detach()
+        return x, log_derivative, pull_back
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, univariate={self.univariate}"

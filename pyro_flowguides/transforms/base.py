@@ -157,9 +157,7 @@ class FlowTransform(TransformModule):
                 raise ValueError(f"{name} has no context (context_dim = 0), but was given one")
             return value, None
         if context is None:
-            raise ValueError(
-                f"{name} needs a context of size {self.context_dim}: pass context, or use condition(context)"
-            )
+            raise ValueError(f"{name} needs a context of size {self.context_dim}: pass context, or use condition(context)")
         if context.dim() == 0 or context.shape[-1] != self.context_dim:
             raise ValueError(
                 f"{name}: the last dimension of the context must be context_dim = {self.context_dim}, "
