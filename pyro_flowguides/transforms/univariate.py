@@ -156,7 +156,9 @@ class RationalQuadraticSpline:
         return value.abs() < self.bound, value.clamp(-self.bound, self.bound)
 
     def _knots(self, unnormalised: Tensor, smallest: float) -> Tensor:
-        fractions = smallest + (1 - smallest * self.num_bins) * unnormalised.softmax(-1)
+        # Several times faster on a CPU than torch's softmax over so few numbers.
+        weights = (unnormalised - unnormalised.detach().amax(-1, keepdim=True)).exp()
+        fractions = smallest + (1 - smallest * self.num_bins) * weights / weights.sum(-1, keepdim=True)
         inner = 2 * self.bound * fractions[..., :-1].cumsum(-1) - self.bound
         # The ends are those of the box, not those of a rounded sum.
         return pad(pad(inner, (1, 0), value=-self.bound), (0, 1), value=self.bound)
@@ -183,7 +185,7 @@ def _unpack_piece(piece: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
 
 
 def _evaluate_piece(piece: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """x and log dx/dz on a piece."""
+    """The value and log dx/dz on a piece."""
     left, width, lower, height, slope, d_left, d_right = _unpack_piece(piece)
     theta = (z - left) / width
     rest = 1 - theta
@@ -199,7 +201,10 @@ def _evaluate_piece(piece: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _solve_piece(piece: Tensor, x: Tensor) -> Tensor:
-    """z on a piece, without graph: the root of a·θ² + b·θ = slope·ξ for the fraction ξ of the height that x has reached."""
+    """The point z of a piece that is mapped to x, without graph.
+
+    It is the root of a·θ² + b·θ = slope·ξ, where ξ is the fraction of the height that x has reached.
+    """
     with torch.no_grad():
         left, width, lower, height, slope, d_left, d_right = _unpack_piece(piece)
         fraction = (x - lower) / height
