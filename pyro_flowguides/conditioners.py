@@ -86,14 +86,14 @@ class FreeParameters(nn.Module):
 
 
 class MaskedMLP(nn.Module):
-    r"""A masked network (MADE): the parameters of coordinate i depend on the coordinates before it, and on the context, alone.
+    r"""A masked network (MADE): the parameters of a coordinate depend on the coordinates before it, and on the context.
 
-    Every unit has a degree, the number of leading coordinates that it may see, and a weight between two units is kept where
-    the degree does not fall. The degrees of a hidden layer are spread evenly, whatever its width; a layer narrower than D
-    sees fewer of the last coordinates. With a context there are units of degree 0 too, and the context enters every layer, so
-    that it reaches the parameters of every coordinate. Those of coordinate 0 are free where there is no context; for D = 1
-    there are no others, and no network. Germain et al. (2015), *MADE: masked autoencoder for distribution estimation*,
-    arXiv:1502.03509.
+    Every unit has a degree, the number of leading coordinates that it may see, and a weight between two units is kept
+    where the degree does not fall. The degrees of a hidden layer are spread evenly, whatever its width; a layer
+    narrower than D sees fewer of the last coordinates. With a context there are units of degree 0 too, and the context
+    enters every layer, so that it reaches the parameters of every coordinate. Those of coordinate 0 are free where
+    there is no context; for D = 1 there are no others, and no network. Germain et al. (2015), *MADE: masked autoencoder
+    for distribution estimation*, arXiv:1502.03509.
 
     Arguments:
         dim: The number D of coordinates.
@@ -197,8 +197,8 @@ class MaskedMLPAtContext:
     def pull_back_rows(self, slopes: list[Tensor], gradient: Tensor) -> Tensor:
         """What every coordinate contributes to that gradient: ``[..., coordinate, input]``, strictly lower triangular.
 
-        All rows go through the hidden layers together, and each through those outputs that are its own: O(D·H·(P + H + D)),
-        where D vector-Jacobian products of the whole network cost O(D·H·(P·D + H + D)).
+        All rows go through the hidden layers together, and each through those outputs that are its own:
+        O(D·H·(P + H + D)), where D vector-Jacobian products of the whole network cost O(D·H·(P·D + H + D)).
         """
         if not self.weights:
             return torch.zeros_like(gradient[..., :1])
@@ -282,7 +282,7 @@ def _affine(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _hidden_degrees(width: int, dim: int, with_zero: bool) -> Tensor:
-    """Degrees spread evenly over 1, …, D − 1 (or 0, …, D − 1). Degree 1 is always there: no layer cuts off the one before."""
+    """Degrees spread evenly over 1, …, D − 1 (or 0, …, D − 1); with degree 1 always there no layer is cut off."""
     num_zero = max(1, width // dim) if with_zero else 0
     others = width - num_zero
     return torch.cat([torch.zeros(num_zero, dtype=torch.int64), 1 + torch.arange(others) * (dim - 1) // others])

@@ -176,7 +176,7 @@ def iaf(
     context_dim: int = 0,
     bound: float = 3.0,
 ) -> T.FlowTransform:
-    """Inverse autoregressive flow: affine autoregressive layers, with the order of the coordinates reversed between them.
+    """Inverse autoregressive flow: affine autoregressive layers, with the coordinates reversed between them.
 
     Sampling takes one pass per layer; the inverse takes D. Kingma et al. (2016), arXiv:1606.04934.
 

@@ -1,17 +1,19 @@
-r"""Autoregressive transforms: each coordinate is transformed by a scalar function that the coordinates before it decide.
+r"""Autoregressive transforms: the coordinates before it decide how a coordinate is transformed.
 
 .. math:: x_i = f(z_i; \theta_i(z_1, \dots, z_{i-1})), \qquad \log|\det J| = \sum_i \log f'(z_i; \theta_i).
 
-The Jacobian is lower triangular. Invertible whenever f is increasing. With P parameters per coordinate and a masked network
-(MADE) of hidden width H,
+The Jacobian is lower triangular. Invertible whenever f is increasing. With P parameters per coordinate and a masked
+network (MADE) of hidden width H,
 
-- forward, the sampling direction, is one pass of the network, O(H·(P·D + H)): the inverse autoregressive flow of Kingma et al.
-  (2016), *Improving variational inference with inverse autoregressive flow*, arXiv:1606.04934;
-- the inverse takes its D coordinates in turn, each with a pass through the hidden layers, O(D·H·(D + H + P)). Its gradient is
-  implicit, by one triangular solve: nothing of the D passes is kept. As a flow that samples this way it is the masked
-  autoregressive flow of Papamakarios et al. (2017), *Masked autoregressive flow for density estimation*, arXiv:1705.07057;
-- the score needs the triangular Jacobian and one solve with it, exact whatever D: O(D·H·(D + H + P)) in one pass, and
-  O(D·(D + H)) memory per point.
+- forward, the sampling direction, is one pass of the network, O(H·(P·D + H)): the inverse autoregressive flow of Kingma
+  et al. (2016), *Improving variational inference with inverse autoregressive flow*, arXiv:1606.04934;
+- the inverse takes its D coordinates in turn, each with a pass through the hidden layers, O(D·H·(D + H + P)). Its
+  gradient is implicit, by one triangular solve: nothing of the D passes is kept. As a flow that samples this way it is
+  the masked autoregressive flow of Papamakarios et al. (2017), *Masked autoregressive flow for density estimation*,
+  arXiv:1705.07057;
+- the score takes one triangular solve with the Jacobian, exact whatever D. For small D the Jacobian is formed,
+  O(D·H·(D + H + P)) at once and O(D·(D + H)) memory per point; for larger D the solve goes through the network
+  coordinate by coordinate and visits every unit once, O(H·(P·D + H)) in D steps and O(D + H) memory per point.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ class Autoregressive(FlowTransform):
         network = self.conditioner.at(context)
         with torch.no_grad():
             coordinates = torch.arange(self.dim, device=x.device)
-            # Coordinates still to come are held at 0: a guess could overflow, and a masked weight of 0 times inf is NaN.
+            # Coordinates still to come are held at 0: a guess could overflow, and 0 (a masked weight) times inf is NaN.
             solution = torch.zeros_like(x)
             for i in range(self.dim):
                 z_i, _ = self.univariate.inverse(x[..., i], network.of_coordinate(solution, i))
@@ -79,8 +81,8 @@ class Autoregressive(FlowTransform):
             _, by_parameters = pull_back((torch.ones_like(x_back), torch.zeros_like(log_derivative)))
             jacobian = network.pull_back_rows(slopes, by_parameters) + torch.diag_embed(log_derivative.exp())
         residual = x_back - x
-        # Of value 0, with the derivative of the implicit function theorem. A Newton step instead would spoil what is exact
-        # to rounding already where the Jacobian is ill-conditioned.
+        # Of value 0, with the derivative of the implicit function theorem. A Newton step instead would spoil what is
+        # exact to rounding already where the Jacobian is ill-conditioned.
         residual = residual - residual.detach()
         z = solution - torch.linalg.solve_triangular(jacobian.detach(), residual.unsqueeze(-1), upper=False).squeeze(-1)
         return z, -self._log_det(network, z)
@@ -122,8 +124,8 @@ class Autoregressive(FlowTransform):
 class AffineAutoregressive(Autoregressive):
     r"""Affine autoregressive transform: :math:`x_i = e^{s_i(z_{<i})} z_i + t_i(z_{<i})`.
 
-    The log-scale is clipped smoothly at ``bound``, :math:`s = c\tanh(a/c)`. Forward is an inverse autoregressive flow (IAF);
-    ``.inv`` is a masked autoregressive flow (MAF).
+    The log-scale is clipped smoothly at ``bound``, :math:`s = c\tanh(a/c)`. Forward is an inverse autoregressive flow
+    (IAF); ``.inv`` is a masked autoregressive flow (MAF).
 
     Arguments:
         dim: The number D of coordinates.

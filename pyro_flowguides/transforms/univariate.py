@@ -90,11 +90,12 @@ class RationalQuadraticSpline:
         x = y_k + (y_{k+1} - y_k) \frac{s\theta^2 + \delta_k\theta(1-\theta)}
                                       {s + (\delta_{k+1} + \delta_k - 2s)\theta(1-\theta)} .
 
-    It is increasing since widths, heights and derivatives are positive, and continuously differentiable: the derivative at
-    ±B is 1. The parameters are K unnormalised widths, K unnormalised heights (both through a softmax) and the K − 1 inner
-    derivatives (through a softplus that is 1 at 0). Gregory & Delbourgo (1982), *Piecewise rational quadratic interpolation
-    to monotonic data*; Durkan et al. (2019), *Neural spline flows*, arXiv:1906.04032. O(K) in both directions; the inverse
-    is the root of a quadratic equation. It cannot change the tails beyond ±B: points should be brought to unit scale before.
+    It is increasing since widths, heights and derivatives are positive, and continuously differentiable: the derivative
+    at ±B is 1. The parameters are K unnormalised widths, K unnormalised heights (both through a softmax) and the K − 1
+    inner derivatives (through a softplus that is 1 at 0). Gregory & Delbourgo (1982), *Piecewise rational quadratic
+    interpolation to monotonic data*; Durkan et al. (2019), *Neural spline flows*, arXiv:1906.04032. O(K) in both
+    directions; the inverse is the root of a quadratic equation. It cannot change the tails beyond ±B: points should be
+    brought to unit scale before.
 
     Arguments:
         num_bins: The number K of pieces, at least 2.
@@ -143,8 +144,8 @@ class RationalQuadraticSpline:
         inside, clipped = self._clip(x)
         piece = self._piece(clipped, parameters, axis=1)
         root = _solve_piece(piece, clipped)
-        # The root has no graph: a vanishing discriminant would have an infinite derivative. This term of value 0 has the
-        # derivative of the implicit function theorem.
+        # The root has no graph: a vanishing discriminant would have an infinite derivative. This term of value 0 has
+        # the derivative of the implicit function theorem.
         x_back, log_derivative = _evaluate_piece(piece, root)
         residual = x_back - clipped
         z = root - (residual - residual.detach()) * (-log_derivative).exp().detach()
@@ -177,23 +178,24 @@ class RationalQuadraticSpline:
         return table.expand(*value.shape, 3, self.num_bins + 1).gather(-1, index)
 
 
-def _unpack_piece(piece: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Left end, width, lower end, height, slope, and the derivatives at the two ends."""
+def _unpack_piece(piece: Tensor) -> tuple[Tensor, ...]:
+    """The left and right end, the lower end, width, height and slope, and the derivatives at the two ends."""
     (left, lower, d_left), (right, upper, d_right) = (end.unbind(-1) for end in piece.unbind(-1))
     width, height = right - left, upper - lower
-    return left, width, lower, height, height / width, d_left, d_right
+    return left, right, lower, width, height, height / width, d_left, d_right
 
 
 def _evaluate_piece(piece: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """The value and log dx/dz on a piece."""
-    left, width, lower, height, slope, d_left, d_right = _unpack_piece(piece)
+    left, right, lower, width, height, slope, d_left, d_right = _unpack_piece(piece)
     theta = (z - left) / width
-    rest = 1 - theta
+    # 1 − θ, with all its digits near the right end.
+    rest = (right - z) / width
     product = theta * rest
     denominator = slope + (d_left + d_right - 2 * slope) * product
     x = lower + height * (slope * theta.square() + d_left * product) / denominator
-    # The derivative is slope²·(d_right·θ² + 2·slope·θ(1 − θ) + d_left·(1 − θ)²) / denominator². The sum of positive terms is
-    # precise where derivatives are far below the slope; around the identity 1 + bend is, where bend is 0.
+    # The derivative is slope²·(d_right·θ² + 2·slope·θ(1 − θ) + d_left·(1 − θ)²) / denominator². The sum of positive
+    # terms is precise where derivatives are far below the slope; around the identity 1 + bend is, where bend is 0.
     bend = (d_right / slope - 1) * theta.square() + (d_left / slope - 1) * rest.square()
     positive = (d_right * theta.square() + d_left * rest.square()) / slope + 2 * product
     numerator = torch.where(bend.abs() < 0.5, 1 + bend, positive)
@@ -206,7 +208,7 @@ def _solve_piece(piece: Tensor, x: Tensor) -> Tensor:
     It is the root of a·θ² + b·θ = slope·ξ, where ξ is the fraction of the height that x has reached.
     """
     with torch.no_grad():
-        left, width, lower, height, slope, d_left, d_right = _unpack_piece(piece)
+        left, _, lower, width, height, slope, d_left, d_right = _unpack_piece(piece)
         fraction = (x - lower) / height
         a = slope - d_left + fraction * (d_left + d_right - 2 * slope)
         b = d_left - fraction * (d_left + d_right - 2 * slope)
