@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import linear
 from transform_cases import perturb
 
@@ -100,6 +101,26 @@ def test_both_ways_to_the_score_are_exact(make, dim, largest_dense, dtype, toler
     *_, expected = T.FlowTransform.forward_with_score(transform, z, score)
     size = expected.abs().max().clamp(min=1.0).item()
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance(1e-9) * size)
+
+
+@pytest.mark.parametrize("how", ["vmap", "make_fx", "aot_eager"])
+def test_the_score_by_substitution_can_be_captured(how, dtype, tolerance):
+    transform = perturb(T.AffineAutoregressive(autoregressive._LARGEST_DENSE_JACOBIAN + 2, hidden_dims=(9,))).to(dtype)
+    z = torch.randn(4, transform.dim, dtype=dtype)
+
+    def step(z):
+        return transform.forward_with_score(z, -z)
+
+    expected = step(z)
+    if how == "vmap":
+        found = torch.vmap(step)(z)
+    elif how == "make_fx":
+        found = make_fx(step)(torch.randn_like(z))(z)
+    else:
+        torch._dynamo.reset()
+        found = torch.compile(step, backend="aot_eager", fullgraph=True)(z)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance(1e-9), atol=tolerance(1e-9))
 
 
 @pytest.mark.parametrize("make", [T.AffineAutoregressive, T.SplineAutoregressive])
@@ -262,14 +283,16 @@ def test_recipes_start_as_the_identity(name, num_layers, context_dim):
 
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("dim", [2, 3])
-def test_recipes_mix_every_pair_of_coordinates(name, dim, dtype, tolerance):
-    flow = perturb(getattr(flows, name)(dim)).to(dtype)
-    z = torch.randn(4, dim, dtype=dtype)
+def test_recipes_mix_every_pair_of_coordinates(name, dim):
+    # In float64 whatever the run: some of these Jacobians are too ill-conditioned for a determinant in float32.
+    flow = perturb(getattr(flows, name)(dim)).double()
+    z = torch.randn(4, dim, dtype=torch.float64)
     x, log_det = flow.forward_and_log_det(z)
     jacobian = torch.func.vmap(torch.func.jacrev(flow))(z)
     assert (jacobian.abs().amax(0) > 0).all()
-    torch.testing.assert_close(log_det, torch.linalg.slogdet(jacobian).logabsdet)
-    torch.testing.assert_close(flow.inverse_and_log_det(x)[0], z, rtol=tolerance(1e-7), atol=tolerance(1e-7))
+    expected = torch.linalg.slogdet(jacobian).logabsdet
+    torch.testing.assert_close(log_det, expected, rtol=0, atol=1e-8)
+    torch.testing.assert_close(flow.inverse_and_log_det(x)[0], z, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize(
