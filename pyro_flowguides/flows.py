@@ -6,7 +6,7 @@ stack which starts as the identity. Any function of that shape can be given to a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pyro.distributions as dist
 import torch
@@ -130,11 +130,130 @@ def coupling(
         bound: The bound of the log-scales.
     """
     T.base.check_positive_integer("coupling", "num_layers", num_layers)
-    if hidden_dims is None:
-        hidden_dims = (64, 64) if dim > 30 else (32, 32)
+    hidden_dims = _default_hidden_dims(dim, hidden_dims)
     return T.Compose(
         T.AffineCoupling(dim, flip=bool(layer % 2), hidden_dims=hidden_dims, context_dim=context_dim, bound=bound)
         for layer in range(num_layers)
+    )
+
+
+def spline_coupling(
+    dim: int,
+    *,
+    num_layers: int = 4,
+    hidden_dims: Sequence[int] | None = None,
+    context_dim: int = 0,
+    num_bins: int = 8,
+    bound: float = 5.0,
+) -> T.FlowTransform:
+    """Neural spline flow: spline couplings that keep one half of the coordinates and the other in turn.
+
+    Invertible at the cost of a forward pass. Durkan et al. (2019), arXiv:1906.04032.
+
+    Arguments:
+        dim: The number D of coordinates.
+        num_layers: The number of couplings.
+        hidden_dims: The hidden layers of each network; by default two of 32, or of 64 for D > 30.
+        context_dim: The size of the context; 0 for none.
+        num_bins: The number of pieces of each spline.
+        bound: Half the side of the box outside which the splines are the identity.
+    """
+    T.base.check_positive_integer("spline_coupling", "num_layers", num_layers)
+    hidden_dims = _default_hidden_dims(dim, hidden_dims)
+    return T.Compose(
+        T.SplineCoupling(
+            dim,
+            flip=bool(layer % 2),
+            hidden_dims=hidden_dims,
+            context_dim=context_dim,
+            num_bins=num_bins,
+            bound=bound,
+        )
+        for layer in range(num_layers)
+    )
+
+
+def iaf(
+    dim: int,
+    *,
+    num_layers: int = 3,
+    hidden_dims: Sequence[int] | None = None,
+    context_dim: int = 0,
+    bound: float = 3.0,
+) -> T.FlowTransform:
+    """Inverse autoregressive flow: affine autoregressive layers, with the coordinates reversed between them.
+
+    Sampling takes one pass per layer; the inverse takes D. Kingma et al. (2016), arXiv:1606.04934.
+
+    Arguments:
+        dim: The number D of coordinates.
+        num_layers: The number of autoregressive layers.
+        hidden_dims: The hidden layers of each network; by default two of 32, or of 64 for D > 30.
+        context_dim: The size of the context; 0 for none.
+        bound: The bound of the log-scales.
+    """
+    T.base.check_positive_integer("iaf", "num_layers", num_layers)
+    hidden_dims = _default_hidden_dims(dim, hidden_dims)
+    return _with_reverses(
+        T.AffineAutoregressive(dim, hidden_dims=hidden_dims, context_dim=context_dim, bound=bound)
+        for _ in range(num_layers)
+    )
+
+
+def maf(
+    dim: int,
+    *,
+    num_layers: int = 3,
+    hidden_dims: Sequence[int] | None = None,
+    context_dim: int = 0,
+    bound: float = 3.0,
+) -> T.FlowTransform:
+    """Masked autoregressive flow: the inverse direction of the layers of :func:`iaf`.
+
+    The density of a given point takes one pass per layer, a draw D passes: for variational inference :func:`iaf` is the
+    cheaper of the two by far. Papamakarios et al. (2017), arXiv:1705.07057.
+
+    Arguments:
+        dim: The number D of coordinates.
+        num_layers: The number of autoregressive layers.
+        hidden_dims: The hidden layers of each network; by default two of 32, or of 64 for D > 30.
+        context_dim: The size of the context; 0 for none.
+        bound: The bound of the log-scales.
+    """
+    T.base.check_positive_integer("maf", "num_layers", num_layers)
+    hidden_dims = _default_hidden_dims(dim, hidden_dims)
+    return _with_reverses(
+        T.Inverse(T.AffineAutoregressive(dim, hidden_dims=hidden_dims, context_dim=context_dim, bound=bound))
+        for _ in range(num_layers)
+    )
+
+
+def spline_autoregressive(
+    dim: int,
+    *,
+    num_layers: int = 3,
+    hidden_dims: Sequence[int] | None = None,
+    context_dim: int = 0,
+    num_bins: int = 8,
+    bound: float = 5.0,
+) -> T.FlowTransform:
+    """Autoregressive neural spline flow, with the order of the coordinates reversed between its layers.
+
+    Sampling takes one pass per layer; the inverse takes D. Durkan et al. (2019), arXiv:1906.04032.
+
+    Arguments:
+        dim: The number D of coordinates.
+        num_layers: The number of autoregressive layers.
+        hidden_dims: The hidden layers of each network; by default two of 32, or of 64 for D > 30.
+        context_dim: The size of the context; 0 for none.
+        num_bins: The number of pieces of each spline.
+        bound: Half the side of the box outside which the splines are the identity.
+    """
+    T.base.check_positive_integer("spline_autoregressive", "num_layers", num_layers)
+    hidden_dims = _default_hidden_dims(dim, hidden_dims)
+    return _with_reverses(
+        T.SplineAutoregressive(dim, hidden_dims=hidden_dims, context_dim=context_dim, num_bins=num_bins, bound=bound)
+        for _ in range(num_layers)
     )
 
 
@@ -202,3 +321,18 @@ def sylvester(
         )
         for layer in range(num_layers)
     )
+
+
+def _default_hidden_dims(dim: int, hidden_dims: Sequence[int] | None) -> Sequence[int]:
+    if hidden_dims is not None:
+        return hidden_dims
+    return (64, 64) if dim > 30 else (32, 32)
+
+
+def _with_reverses(layers: Iterable[T.FlowTransform]) -> T.FlowTransform:
+    """The layers with a reversal of the coordinates between them, and one at the end where it restores their order."""
+    transforms: list[T.FlowTransform] = []
+    for layer in layers:
+        transforms += [layer, T.Reverse(layer.dim)]
+    # Only an even number of reversals leaves the start the identity.
+    return T.Compose(transforms if len(transforms) % 4 == 0 else transforms[:-1])

@@ -26,7 +26,9 @@ COVARIANCE = torch.tensor([[1.0, 0.9, 0.3], [0.9, 1.2, 0.1], [0.3, 0.1, 0.5]], d
 
 def correlated(dtype=torch.float64):
     """A correlated normal without data: log Z = 0."""
-    pyro.sample("x", dist.MultivariateNormal(torch.arange(3.0, dtype=dtype), COVARIANCE.to(torch.zeros(()).device, dtype)))
+    pyro.sample(
+        "x", dist.MultivariateNormal(torch.arange(3.0, dtype=dtype), COVARIANCE.to(torch.zeros(()).device, dtype))
+    )
 
 
 def kitchen_sink():

@@ -28,6 +28,20 @@ CONDITIONAL = {
         dim, mask=torch.arange(dim) % 3 == 1, context_dim=context_dim
     ),
     "additive_coupling": lambda dim, context_dim: T.AdditiveCoupling(dim, context_dim=context_dim),
+    "affine_autoregressive": lambda dim, context_dim: T.AffineAutoregressive(
+        dim, context_dim=context_dim, hidden_dims=(8,)
+    ),
+    "affine_autoregressive_narrow": lambda dim, context_dim: T.AffineAutoregressive(
+        dim, context_dim=context_dim, hidden_dims=(2, 1, 3)
+    ),
+    "inverse_of_affine_autoregressive": lambda dim, context_dim: T.Inverse(
+        T.AffineAutoregressive(dim, context_dim=context_dim)
+    ),
+    "spline_coupling": lambda dim, context_dim: T.SplineCoupling(dim, context_dim=context_dim, bound=3.0),
+    "spline_autoregressive": lambda dim, context_dim: T.SplineAutoregressive(
+        dim, context_dim=context_dim, num_bins=5, bound=3.0
+    ),
+    "elementwise_spline": lambda dim, context_dim: T.ElementwiseSpline(dim, context_dim=context_dim, bound=3.0),
     "affine": lambda dim, context_dim: T.Affine(dim, context_dim=context_dim),
     "lower_triangular_affine": lambda dim, context_dim: T.LowerTriangularAffine(dim, context_dim=context_dim),
     "inverse_of_planar": lambda dim, context_dim: T.Inverse(T.Planar(dim, context_dim=context_dim)),

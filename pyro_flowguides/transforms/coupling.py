@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..conditioners import MLP, FreeParameters
 from .base import FlowTransform, value_and_pull_back
-from .univariate import Shift, ShiftScale, Univariate
+from .univariate import RationalQuadraticSpline, Shift, ShiftScale, Univariate
 
 
 class Coupling(FlowTransform):
@@ -183,6 +183,40 @@ class AdditiveCoupling(Coupling):
         super().__init__(
             dim,
             Shift(),
+            mask=mask,
+            flip=flip,
+            hidden_dims=hidden_dims,
+            activation=activation,
+            context_dim=context_dim,
+        )
+
+
+class SplineCoupling(Coupling):
+    r"""Rational-quadratic spline coupling on :math:`[-\text{bound}, \text{bound}]`, the identity outside.
+
+    Durkan et al. (2019), *Neural spline flows*, arXiv:1906.04032.
+
+    Arguments:
+        dim: The number D of coordinates.
+        mask, flip, hidden_dims, activation, context_dim: As in :class:`Coupling`.
+        num_bins, bound: As in :class:`~pyro_flowguides.transforms.univariate.RationalQuadraticSpline`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        mask: str | Tensor = "half",
+        flip: bool = False,
+        hidden_dims: Sequence[int] = (32, 32),
+        activation: Callable[[], nn.Module] = nn.SiLU,
+        context_dim: int = 0,
+        num_bins: int = 8,
+        bound: float = 5.0,
+    ) -> None:
+        super().__init__(
+            dim,
+            RationalQuadraticSpline(num_bins, bound),
             mask=mask,
             flip=flip,
             hidden_dims=hidden_dims,

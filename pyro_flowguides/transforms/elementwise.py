@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..conditioners import FreeParameters
 from .base import FlowTransform, value_and_pull_back
-from .univariate import ShiftScale, Univariate
+from .univariate import RationalQuadraticSpline, ShiftScale, Univariate
 
 
 class Elementwise(FlowTransform):
@@ -80,3 +80,29 @@ class Affine(Elementwise):
 
     def __init__(self, dim: int, *, context_dim: int = 0, hidden_dims: Sequence[int] = (32, 32)) -> None:
         super().__init__(dim, ShiftScale(bound=None), context_dim=context_dim, hidden_dims=hidden_dims)
+
+
+class ElementwiseSpline(Elementwise):
+    r"""A rational-quadratic spline for every coordinate on :math:`[-\text{bound}, \text{bound}]`, the identity outside.
+
+    Durkan et al. (2019), *Neural spline flows*, arXiv:1906.04032.
+
+    Arguments:
+        dim: The number D of coordinates.
+        context_dim: The size of the context; 0 for none.
+        hidden_dims: The hidden layers of the network of the context.
+        num_bins, bound: As in :class:`~pyro_flowguides.transforms.univariate.RationalQuadraticSpline`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        context_dim: int = 0,
+        hidden_dims: Sequence[int] = (32, 32),
+        num_bins: int = 8,
+        bound: float = 5.0,
+    ) -> None:
+        super().__init__(
+            dim, RationalQuadraticSpline(num_bins, bound), context_dim=context_dim, hidden_dims=hidden_dims
+        )
