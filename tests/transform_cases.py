@@ -22,6 +22,10 @@ CONDITIONAL = {
     "additive_coupling": lambda dim, context_dim: T.AdditiveCoupling(dim, context_dim=context_dim),
     "affine": lambda dim, context_dim: T.Affine(dim, context_dim=context_dim),
     "lower_triangular_affine": lambda dim, context_dim: T.LowerTriangularAffine(dim, context_dim=context_dim),
+    "residual": lambda dim, context_dim: T.Residual(dim, hidden_dims=(16, 16), context_dim=context_dim),
+    "residual_narrow": lambda dim, context_dim: T.Residual(
+        dim, hidden_dims=(8, 5, 6), lipschitz=0.97, context_dim=context_dim
+    ),
     "inverse_of_planar": lambda dim, context_dim: T.Inverse(T.Planar(dim, context_dim=context_dim)),
     "compose": lambda dim, context_dim: T.Compose(
         [

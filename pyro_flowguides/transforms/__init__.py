@@ -5,6 +5,7 @@ from .coupling import AdditiveCoupling, AffineCoupling, Coupling
 from .elementwise import Affine, Elementwise
 from .linear import FixedAffine, LowerTriangularAffine, Permutation, Reverse
 from .planar import Planar
+from .residual import Residual
 
 __all__ = [
     "AdditiveCoupling",
@@ -19,5 +20,6 @@ __all__ = [
     "LowerTriangularAffine",
     "Permutation",
     "Planar",
+    "Residual",
     "Reverse",
 ]

@@ -114,6 +114,11 @@ class FlowTransform(TransformModule):
         return Conditioned(self, context)
 
     @property
+    def stochastic_log_det(self) -> bool:
+        """Whether log_det is a random estimate: its noise is right on average in a gradient, never in importance weights."""
+        return False
+
+    @property
     def inv(self) -> FlowTransform:
         """The inverse transform; it shares the parameters of this one."""
         return Inverse(self)
@@ -157,7 +162,9 @@ class FlowTransform(TransformModule):
                 raise ValueError(f"{name} has no context (context_dim = 0), but was given one")
             return value, None
         if context is None:
-            raise ValueError(f"{name} needs a context of size {self.context_dim}: pass context, or use condition(context)")
+            raise ValueError(
+                f"{name} needs a context of size {self.context_dim}: pass context, or use condition(context)"
+            )
         if context.dim() == 0 or context.shape[-1] != self.context_dim:
             raise ValueError(
                 f"{name}: the last dimension of the context must be context_dim = {self.context_dim}, "
@@ -208,6 +215,18 @@ class Compose(FlowTransform):
             raise ValueError(f"Compose: the transforms take contexts of different sizes, {sorted(context_dims)}")
         super().__init__(dims[0], context_dim=max(context_dims, default=0))
         self.transforms = nn.ModuleList(transforms)
+
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.transforms[0].domain
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.transforms[-1].codomain
+
+    @property
+    def stochastic_log_det(self) -> bool:
+        return any(transform.stochastic_log_det for transform in self.transforms)
 
     def _context_of(self, transform: FlowTransform, context: Tensor | None) -> Tensor | None:
         return context if transform.context_dim else None
@@ -267,6 +286,10 @@ class Inverse(FlowTransform):
         return self.transform.domain
 
     @property
+    def stochastic_log_det(self) -> bool:
+        return self.transform.stochastic_log_det
+
+    @property
     def inv(self) -> FlowTransform:
         return self.transform
 
@@ -293,6 +316,18 @@ class Conditioned(FlowTransform):
         super().__init__(transform.dim)
         self.transform = transform
         self.context = context
+
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.transform.domain
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.transform.codomain
+
+    @property
+    def stochastic_log_det(self) -> bool:
+        return self.transform.stochastic_log_det
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, _ = self.check_input(z, context)
