@@ -86,12 +86,12 @@ class FreeParameters(nn.Module):
 
 
 class LipschitzMLP(nn.Module):
-    r"""A fully connected network with a Lipschitz constant of at most ``lipschitz`` in its inputs; its output starts at 0.
+    r"""A fully connected network with Lipschitz constant at most ``lipschitz`` in its inputs; its output starts at 0.
 
-    Every weight is used as :math:`W / \max(1, \|W\|_2 / c)` with :math:`c = \text{lipschitz}^{1/L}` for L layers and the
-    exact largest singular value (a few steps of power iteration can miss a fifth of it, and the bound with it). The
-    activation is LipSwish, :math:`t\,\sigma(\beta t)/1.1` with a free β > 0 per layer: its slope never exceeds 1, and unlike
-    tanh or ELU it still bends where the slope is 1. Behrmann et al. (2019), *Invertible residual networks*,
+    Every weight is used as :math:`W / \max(1, \|W\|_2 / c)` with :math:`c = \text{lipschitz}^{1/L}` for L layers and
+    the exact largest singular value (a few steps of power iteration can miss a fifth of it, and the bound with it). The
+    activation is LipSwish, :math:`t\,\sigma(\beta t)/1.1` with a free β > 0 per layer: its slope never exceeds 1, and
+    unlike tanh or ELU it still bends where the slope is 1. Behrmann et al. (2019), *Invertible residual networks*,
     arXiv:1811.00995; Chen et al. (2019), *Residual flows for invertible generative modeling*, arXiv:1906.02735.
 
     Normalising costs one singular value decomposition per layer and call, whatever the number of points.
@@ -101,7 +101,7 @@ class LipschitzMLP(nn.Module):
         out_features: The size of the output.
         hidden_dims: The widths of the hidden layers, at least one.
         lipschitz: The bound, in (0, 1].
-        context_dim: The size of a context, a further input of the first layer, which the bound does not concern; 0 for none.
+        context_dim: The size of a context, a further input that the bound does not concern; 0 for none.
 
     Raises:
         ValueError: if a size is smaller than 1, there is no hidden layer, or the bound is not in (0, 1].

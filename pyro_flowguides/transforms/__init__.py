@@ -2,12 +2,14 @@
 
 from .base import Compose, FlowTransform, Inverse
 from .coupling import AdditiveCoupling, AffineCoupling, Coupling
-from .elementwise import Affine, Elementwise
-from .linear import FixedAffine, LowerTriangularAffine, Permutation, Reverse
+from .elementwise import ActNorm, Affine, Elementwise, Sigmoid
+from .linear import FixedAffine, LowerTriangularAffine, LULinear, Permutation, Reverse
+from .orthogonal import Householder, Orthogonal
 from .planar import Planar
 from .residual import Residual
 
 __all__ = [
+    "ActNorm",
     "AdditiveCoupling",
     "Affine",
     "AffineCoupling",
@@ -16,10 +18,14 @@ __all__ = [
     "Elementwise",
     "FixedAffine",
     "FlowTransform",
+    "Householder",
     "Inverse",
+    "LULinear",
     "LowerTriangularAffine",
+    "Orthogonal",
     "Permutation",
     "Planar",
     "Residual",
     "Reverse",
+    "Sigmoid",
 ]
