@@ -153,8 +153,8 @@ def nice(
 ) -> T.FlowTransform:
     """NICE: additive couplings that change one half of the coordinates and the other in turn, then a scale for each.
 
-    The couplings preserve volume; all change of volume is that of the final elementwise affine map. Invertible at the cost
-    of a forward pass. Dinh et al. (2015), *NICE: non-linear independent components estimation*, arXiv:1410.8516.
+    The couplings preserve volume; all change of volume is that of the final elementwise affine map. Invertible at the
+    cost of a forward pass. Dinh et al. (2015), *NICE: non-linear independent components estimation*, arXiv:1410.8516.
 
     Arguments:
         dim: The number D of coordinates.
@@ -183,7 +183,7 @@ def glow(
     """Glow for vectors: steps of a scale for each coordinate, a trainable linear map and an affine coupling.
 
     The linear maps take the place of the permutations between couplings. All parts start as the identity, which on base
-    draws is what a data-dependent initialisation of the scales would give. Invertible at the cost of a forward pass.
+    draws is what an initialisation of the scales from draws would give. Invertible at the cost of a forward pass.
     Kingma & Dhariwal (2018), *Glow: generative flow with invertible 1×1 convolutions*, arXiv:1807.03039.
 
     Arguments:
@@ -218,8 +218,8 @@ def residual(
     """A stack of residual flows. Chen et al. (2019), *Residual flows for invertible generative modeling*,
     arXiv:1906.02735.
 
-    One layer stretches by less than 1 + L and shrinks by less than 1 − L, so that several are needed. Always invertible;
-    the inverse costs some tens of forward passes.
+    One layer stretches at most by 1 + L and shrinks at most by 1 − L, so that several are needed. Always invertible; the
+    inverse costs some tens of forward passes.
 
     Arguments:
         dim: The number D of coordinates.
