@@ -218,8 +218,8 @@ def residual(
     """A stack of residual flows. Chen et al. (2019), *Residual flows for invertible generative modeling*,
     arXiv:1906.02735.
 
-    One layer stretches at most by 1 + L and shrinks at most by 1 − L, so that several are needed. Always invertible; the
-    inverse costs some tens of forward passes.
+    One layer stretches at most by 1 + L and shrinks at most by 1 − L, so that several are needed. Always invertible;
+    the inverse costs some tens of forward passes.
 
     Arguments:
         dim: The number D of coordinates.

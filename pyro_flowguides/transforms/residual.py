@@ -53,7 +53,7 @@ class Residual(FlowTransform):
     - ``"roulette"``: as before, and every point stops after a random number N of terms, term k counting
       :math:`1/P(N \ge k)` times (Chen et al. 2019). N is at most K: this too is unbiased for the series of K terms, not
       for the infinite one. All K terms are computed and masked, since a graph that is captured once cannot branch on N;
-      it costs the same as ``"hutchinson"`` and is noisier;
+      it costs the same as ``"hutchinson"`` and can only be noisier;
     - ``"auto"``: ``"exact"`` for m up to ``exact_threshold``, else ``"hutchinson"``.
 
     The gradient of ``"hutchinson"`` and ``"roulette"`` is not the derivative of the estimated value but the Neumann
@@ -74,7 +74,8 @@ class Residual(FlowTransform):
             series converges slowly.
         num_terms: K; by default as many terms as bring :math:`L^{K+1} / ((K+1)(1-L))`, the error per dimension, below
             1e-3.
-        exact_threshold: The largest m for which ``"auto"`` means ``"exact"``.
+        exact_threshold: The largest m for which ``"auto"`` means ``"exact"``. On one core a training step at m = 128
+            takes twice as long as with the estimator, at m = 400 six times as long; at m = 32 it is faster.
         context_dim: The size of the context, a further input of g; 0 for none.
 
     Raises:
