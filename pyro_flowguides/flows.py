@@ -80,7 +80,7 @@ class NormalizingFlow(dist.TransformedDistribution):
         return x, self.base_dist.log_prob(z) - log_det
 
     def _draw_with_path_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
             raise NotImplementedError(
                 "torch.jit.trace cannot record the path gradient, which differentiates within the forward pass; use "
                 'gradient="total" with the Jit ELBOs, or Trace_ELBO with gradient="path"'
@@ -320,6 +320,92 @@ def sylvester(
             hidden_dims=hidden_dims,
         )
         for layer in range(num_layers)
+    )
+
+
+def nice(
+    dim: int, *, num_layers: int = 6, hidden_dims: Sequence[int] | None = None, context_dim: int = 0
+) -> T.FlowTransform:
+    """NICE: additive couplings that change one half of the coordinates and the other in turn, then a scale for each.
+
+    The couplings preserve volume; all change of volume is that of the final elementwise affine map. Invertible at the
+    cost of a forward pass. Dinh et al. (2015), *NICE: non-linear independent components estimation*, arXiv:1410.8516.
+
+    Arguments:
+        dim: The number D of coordinates.
+        num_layers: The number of couplings.
+        hidden_dims: The hidden layers of each network; by default two of 32, or of 64 for D > 30.
+        context_dim: The size of the context; 0 for none.
+    """
+    T.base.check_positive_integer("nice", "num_layers", num_layers)
+    hidden_dims = _default_hidden_dims(dim, hidden_dims)
+    couplings = [
+        T.AdditiveCoupling(dim, flip=bool(layer % 2), hidden_dims=hidden_dims, context_dim=context_dim)
+        for layer in range(num_layers)
+    ]
+    return T.Compose([*couplings, T.Affine(dim, context_dim=context_dim, hidden_dims=hidden_dims)])
+
+
+def glow(
+    dim: int,
+    *,
+    num_layers: int = 4,
+    hidden_dims: Sequence[int] | None = None,
+    context_dim: int = 0,
+    bound: float = 3.0,
+) -> T.FlowTransform:
+    """Glow for vectors: steps of a scale for each coordinate, a trainable linear map and an affine coupling.
+
+    The linear maps take the place of the permutations between couplings. All parts start as the identity, which on base
+    draws is what an initialisation of the scales from draws would give. Invertible at the cost of a forward pass.
+    Kingma & Dhariwal (2018), *Glow: generative flow with invertible 1×1 convolutions*, arXiv:1807.03039.
+
+    Arguments:
+        dim: The number D of coordinates.
+        num_layers: The number of steps.
+        hidden_dims: The hidden layers of each network; by default two of 32, or of 64 for D > 30.
+        context_dim: The size of the context; 0 for none.
+        bound: The bound of the log-scales of the couplings.
+    """
+    T.base.check_positive_integer("glow", "num_layers", num_layers)
+    hidden_dims = _default_hidden_dims(dim, hidden_dims)
+    steps: list[T.FlowTransform] = []
+    for layer in range(num_layers):
+        steps += [
+            T.ActNorm(dim, context_dim=context_dim, hidden_dims=hidden_dims),
+            T.LULinear(dim, context_dim=context_dim, hidden_dims=hidden_dims),
+            T.AffineCoupling(dim, flip=bool(layer % 2), hidden_dims=hidden_dims, context_dim=context_dim, bound=bound),
+        ]
+    return T.Compose(steps)
+
+
+def residual(
+    dim: int,
+    *,
+    num_layers: int = 8,
+    hidden_dims: Sequence[int] = (32, 32),
+    context_dim: int = 0,
+    lipschitz: float = 0.9,
+    log_det: str = "auto",
+) -> T.FlowTransform:
+    """A stack of residual flows. Chen et al. (2019), *Residual flows for invertible generative modeling*,
+    arXiv:1906.02735.
+
+    One layer stretches at most by 1 + L and shrinks at most by 1 − L, so that several are needed. Always invertible;
+    the inverse costs some tens of forward passes.
+
+    Arguments:
+        dim: The number D of coordinates.
+        num_layers: The number of residual layers.
+        hidden_dims: The hidden layers of each network.
+        context_dim: The size of the context; 0 for none.
+        lipschitz: The bound L of the Lipschitz constant of each network, in (0, 1).
+        log_det: How the log-determinant is computed, as in :class:`~pyro_flowguides.transforms.Residual`.
+    """
+    T.base.check_positive_integer("residual", "num_layers", num_layers)
+    return T.Compose(
+        T.Residual(dim, hidden_dims=hidden_dims, log_det=log_det, lipschitz=lipschitz, context_dim=context_dim)
+        for _ in range(num_layers)
     )
 
 

@@ -44,6 +44,15 @@ CONDITIONAL = {
     "elementwise_spline": lambda dim, context_dim: T.ElementwiseSpline(dim, context_dim=context_dim, bound=3.0),
     "affine": lambda dim, context_dim: T.Affine(dim, context_dim=context_dim),
     "lower_triangular_affine": lambda dim, context_dim: T.LowerTriangularAffine(dim, context_dim=context_dim),
+    "act_norm": lambda dim, context_dim: T.ActNorm(dim, context_dim=context_dim),
+    "lu_linear": lambda dim, context_dim: T.LULinear(dim, context_dim=context_dim),
+    "orthogonal": lambda dim, context_dim: T.Orthogonal(dim, context_dim=context_dim),
+    "householder": lambda dim, context_dim: T.Householder(dim, context_dim=context_dim),
+    "householder_odd": lambda dim, context_dim: T.Householder(dim, num_reflections=3, context_dim=context_dim),
+    "residual": lambda dim, context_dim: T.Residual(dim, hidden_dims=(16, 16), context_dim=context_dim),
+    "residual_narrow": lambda dim, context_dim: T.Residual(
+        dim, hidden_dims=(8, 5, 6), lipschitz=0.97, context_dim=context_dim
+    ),
     "inverse_of_planar": lambda dim, context_dim: T.Inverse(T.Planar(dim, context_dim=context_dim)),
     "compose": lambda dim, context_dim: T.Compose(
         [
@@ -59,12 +68,17 @@ UNCONDITIONAL = {
     "reverse": lambda dim, context_dim: T.Reverse(dim),
     "fixed_affine": _fixed_affine,
     "fixed_affine_diagonal": lambda dim, context_dim: T.FixedAffine(torch.randn(dim), torch.rand(dim) + 0.5),
+    "sigmoid": lambda dim, context_dim: T.Sigmoid(dim),
 }
 CONTEXT_DIM = 3
 
 CASES = [(name, 0) for name in CONDITIONAL | UNCONDITIONAL] + [(name, CONTEXT_DIM) for name in CONDITIONAL]
-# Transforms with parameters that start as the identity.
-IDENTITY_AT_START = [case for case in CASES if case[0] in CONDITIONAL and case[0] != "compose"]
+# Transforms with parameters that start as the identity. An orthogonal map has no parameters for D = 1 (a rotation) or
+# none that matter there (reflections); test_linear.py has their start for D > 1.
+_NO_IDENTITY_AT_START = {"compose", "orthogonal", "householder", "householder_odd"}
+IDENTITY_AT_START = [case for case in CASES if case[0] in CONDITIONAL and case[0] not in _NO_IDENTITY_AT_START]
+# Transforms whose score at far points is beyond the range of float32: that of the sigmoid grows like exp(|z|).
+SCORE_OVERFLOWS = {"sigmoid"}
 
 
 def case_id(case):

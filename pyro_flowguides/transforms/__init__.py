@@ -3,13 +3,16 @@
 from .autoregressive import AffineAutoregressive, Autoregressive, SplineAutoregressive
 from .base import Compose, FlowTransform, Inverse
 from .coupling import AdditiveCoupling, AffineCoupling, Coupling, SplineCoupling
-from .elementwise import Affine, Elementwise, ElementwiseSpline
-from .linear import FixedAffine, LowerTriangularAffine, Permutation, Reverse
+from .elementwise import ActNorm, Affine, Elementwise, ElementwiseSpline, Sigmoid
+from .linear import FixedAffine, LowerTriangularAffine, LULinear, Permutation, Reverse
+from .orthogonal import Householder, Orthogonal
 from .planar import Planar
 from .radial import Radial
+from .residual import Residual
 from .sylvester import Sylvester
 
 __all__ = [
+    "ActNorm",
     "AdditiveCoupling",
     "Affine",
     "AffineAutoregressive",
@@ -21,13 +24,18 @@ __all__ = [
     "ElementwiseSpline",
     "FixedAffine",
     "FlowTransform",
+    "Householder",
     "Inverse",
     "LowerTriangularAffine",
+    "LULinear",
+    "Orthogonal",
     "Permutation",
     "Planar",
     "Radial",
+    "Residual",
     "Reverse",
-    "Sylvester",
+    "Sigmoid",
     "SplineAutoregressive",
     "SplineCoupling",
+    "Sylvester",
 ]

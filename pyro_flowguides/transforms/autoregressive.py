@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..conditioners import MaskedMLP, MaskedMLPAtContext
-from .base import FlowTransform
+from .base import FlowTransform, value_and_pull_back
 from .univariate import RationalQuadraticSpline, ShiftScale, Univariate
 
 # Up to this D the score takes the whole Jacobian and one triangular solve: fewer kernels than D steps of substitution.
@@ -114,7 +114,7 @@ class Autoregressive(FlowTransform):
         """x, the log-derivatives, and the function that pulls gradients back to z and the parameters of every point."""
         # A free parameter is one for all points; its gradients are wanted point by point.
         parameters = parameters.expand(*z.shape, self.univariate.num_parameters)
-        (x, log_derivative), pull_back = torch.func.vjp(self.univariate.forward, z, parameters)
+        (x, log_derivative), pull_back = value_and_pull_back(self.univariate.forward, z, parameters)
         return x, log_derivative, pull_back
 
     def extra_repr(self) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
+from torch.nn.functional import logsigmoid
 
 from ..conditioners import FreeParameters
 from .base import FlowTransform, value_and_pull_back
@@ -106,3 +108,99 @@ class ElementwiseSpline(Elementwise):
         super().__init__(
             dim, RationalQuadraticSpline(num_bins, bound), context_dim=context_dim, hidden_dims=hidden_dims
         )
+
+
+class ActNorm(Affine):
+    r"""A location and a scale for every coordinate, :math:`x = e^{s} \odot z + t`, that can be set from draws.
+
+    It starts as the identity, and :meth:`initialize` sets s and t so that given draws come out with mean 0 and standard
+    deviation 1. That is an explicit call and never a side effect of a forward pass, which would hide in a copy, a
+    captured graph or a map over draws. Always invertible; O(D) in both directions. Kingma & Dhariwal (2018), *Glow:
+    generative flow with invertible 1×1 convolutions*, arXiv:1807.03039.
+
+    Arguments:
+        dim: The number D of coordinates.
+        context_dim: The size of the context; 0 for none.
+        hidden_dims: The hidden layers of the network of the context.
+
+    Example:
+        >>> norm = ActNorm(2)
+        >>> norm.initialize(5 + 3 * torch.randn(1000, 2))
+        >>> bool((norm(5 + 3 * torch.randn(1000, 2)).mean(0).abs() < 0.5).all())
+        True
+    """
+
+    def initialize(self, z: Tensor) -> None:
+        """Sets the free scale and location from draws that reach this transform.
+
+        In a stack, the draws are those that the transforms before it have made of base draws. With a context, the part
+        that depends on it is left as it is; before training it is 0.
+
+        Arguments:
+            z: At least two draws, shape ``(…, dim)``; 256 or more for a stable scale.
+
+        Raises:
+            ValueError: if the shape is wrong, there are fewer than two draws, or a coordinate does not vary.
+        """
+        if z.dim() == 0 or z.shape[-1] != self.dim:
+            raise ValueError(f"ActNorm: expected draws of shape (…, {self.dim}), got {tuple(z.shape)}")
+        draws = z.detach().reshape(-1, self.dim)
+        if len(draws) < 2:
+            raise ValueError(f"ActNorm: a standard deviation needs at least 2 draws, got {len(draws)}")
+        standard_deviation, mean = torch.std_mean(draws, 0)
+        constant = (~(standard_deviation > 0)).nonzero().squeeze(-1).tolist()
+        if constant:
+            raise ValueError(f"ActNorm: the draws do not vary in the coordinates {constant}")
+        with torch.no_grad():
+            self.parameters_of.value.copy_(torch.cat([-mean / standard_deviation, -standard_deviation.log()]))
+
+
+class Sigmoid(FlowTransform):
+    r"""The logistic function of every coordinate, :math:`x_i = 1/(1 + e^{-z_i})`: from R^D to the open unit cube.
+
+    .. math:: \log|\det J| = \sum_i \left(\log\sigma(z_i) + \log\sigma(-z_i)\right),
+
+    a sum that is finite and precise wherever z is. It has no parameters. O(D) in both directions. Where rounding would
+    put x on the boundary it is kept inside, as a distribution on the open cube requires; the inverse does the same with
+    points on the boundary or outside. The score :math:`(s - 1 + 2x)/(x(1 - x))` grows like :math:`e^{|z|}`, beyond the
+    range of float32 from |z| = 88 on.
+
+    Arguments:
+        dim: The number D of coordinates.
+
+    Example:
+        >>> Sigmoid(2)(torch.zeros(2))
+        tensor([0.5000, 0.5000])
+    """
+
+    codomain = constraints.independent(constraints.unit_interval, 1)
+
+    def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z, _ = self.check_input(z, context)
+        return _into_unit_interval(torch.sigmoid(z)), _log_sigmoid_derivative(z).sum(-1)
+
+    def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, _ = self.check_input(x, context)
+        x = _into_unit_interval(x)
+        z = x.log() - (-x).log1p()
+        return z, -_log_sigmoid_derivative(z).sum(-1)
+
+    def forward_with_score(
+        self, z: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        z, _ = self.check_input(z, context)
+        log_derivative = _log_sigmoid_derivative(z)
+        with torch.no_grad():
+            # 1 − 2σ(z) = −tanh(z/2) is the gradient of log_det.
+            score = (score + torch.tanh(z / 2)) * (-log_derivative).exp()
+        return _into_unit_interval(torch.sigmoid(z)), log_derivative.sum(-1), score.detach()
+
+
+def _log_sigmoid_derivative(z: Tensor) -> Tensor:
+    return logsigmoid(z) + logsigmoid(-z)
+
+
+def _into_unit_interval(x: Tensor) -> Tensor:
+    """The point of the open unit interval, as the dtype resolves it, that is closest to x."""
+    limits = torch.finfo(x.dtype)
+    return x.clamp(min=limits.tiny, max=1 - limits.eps / 2)

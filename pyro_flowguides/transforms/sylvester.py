@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from ..conditioners import NEAR_ZERO, FreeParameters
-from .base import FlowTransform, check_positive_integer, log_one_plus
-from .linear import _multiply
-from .planar import _tanh_derivative
+from .base import FlowTransform, check_positive_integer, log_one_plus, tanh_derivative
+from .linear import multiply
 
 _BASES = ("qr", "householder", "triangular")
 # Both diagonals stay below this in size. Without a margin tanh reaches 1 in float32, and the log-determinant −∞.
@@ -165,42 +164,42 @@ class Sylvester(FlowTransform):
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, context = self.check_input(z, context)
         ridges = self._ridge_parameters(context)
-        u = _multiply(ridges.q_into.mT, z) + ridges.shift
-        return z + _multiply(ridges.q_out, torch.tanh(u)), _log_det(u, ridges.product)
+        u = multiply(ridges.q_into.mT, z) + ridges.shift
+        return z + multiply(ridges.q_out, torch.tanh(u)), _log_det(u, ridges.product)
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, context = self.check_input(x, context)
         ridges = self._ridge_parameters(context)
-        target = _multiply(ridges.q.mT, x) if ridges.q is not None else x.flip(-1) if self.reverse else x
+        target = multiply(ridges.q.mT, x) if ridges.q is not None else x.flip(-1) if self.reverse else x
         with torch.no_grad():
             w = _solve_coordinates(ridges, target)
-            h_prime = _tanh_derivative(_multiply(ridges.into, w) + ridges.shift)
+            h_prime = tanh_derivative(multiply(ridges.into, w) + ridges.shift)
         # One joint Newton step with the Jacobian I + R diag(h') R̃ held fixed: its value polishes the solution, its
         # derivative is the implicit one. By Woodbury's identity only I + diag(h') R̃ R is solved with.
-        residual = w + _multiply(ridges.out, torch.tanh(_multiply(ridges.into, w) + ridges.shift)) - target
+        residual = w + multiply(ridges.out, torch.tanh(multiply(ridges.into, w) + ridges.shift)) - target
         into, out = ridges.into.detach(), ridges.out.detach()
-        inner = _solve(h_prime.unsqueeze(-1) * (into @ out), h_prime * _multiply(into, residual), upper=True)
-        w = w - residual + _multiply(out, inner)
-        u = _multiply(ridges.into, w) + ridges.shift
-        return x - _multiply(ridges.q_out, torch.tanh(u)), -_log_det(u, ridges.product)
+        inner = _solve(h_prime.unsqueeze(-1) * (into @ out), h_prime * multiply(into, residual), upper=True)
+        w = w - residual + multiply(out, inner)
+        u = multiply(ridges.into, w) + ridges.shift
+        return x - multiply(ridges.q_out, torch.tanh(u)), -_log_det(u, ridges.product)
 
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         z, context = self.check_input(z, context)
         ridges = self._ridge_parameters(context)
-        u = _multiply(ridges.q_into.mT, z) + ridges.shift
+        u = multiply(ridges.q_into.mT, z) + ridges.shift
         h = torch.tanh(u)
         with torch.no_grad():
-            h_prime = _tanh_derivative(u)
+            h_prime = tanh_derivative(u)
             # −∂ log_det/∂u; ∇ log_det = Q R̃ᵀ ∂ log_det/∂u.
             curvature = 2 * h * h_prime * ridges.product / _slope(u, ridges.product)
             # J^{-T} by Woodbury's identity, J = I + (Q R) diag(h') (Q R̃ᵀ)ᵀ: I + diag(h') (R̃ R)ᵀ is lower triangular.
             product = (ridges.into @ ridges.out).mT
-            inner = h_prime * (_multiply(ridges.q_out.mT, score) + _multiply(product, curvature))
+            inner = h_prime * (multiply(ridges.q_out.mT, score) + multiply(product, curvature))
             inner = _solve(h_prime.unsqueeze(-1) * product, inner, upper=False)
-            score = score + _multiply(ridges.q_into, curvature - inner)
-        return z + _multiply(ridges.q_out, h), _log_det(u, ridges.product), score.detach()
+            score = score + multiply(ridges.q_into, curvature - inner)
+        return z + multiply(ridges.q_out, h), _log_det(u, ridges.product), score.detach()
 
 
 class _Ridges(NamedTuple):
@@ -217,11 +216,11 @@ class _Ridges(NamedTuple):
 
 def _slope(u: Tensor, product: Tensor) -> Tensor:
     """1 + h'·product as tanh² + h'·(1 + product): a sum of positive terms."""
-    return torch.tanh(u).square() + _tanh_derivative(u) * (1 + product)
+    return torch.tanh(u).square() + tanh_derivative(u) * (1 + product)
 
 
 def _log_det(u: Tensor, product: Tensor) -> Tensor:
-    return log_one_plus(_tanh_derivative(u) * product, _slope(u, product)).sum(-1)
+    return log_one_plus(tanh_derivative(u) * product, _slope(u, product)).sum(-1)
 
 
 def _solve(matrix: Tensor, vector: Tensor, upper: bool) -> Tensor:
