@@ -133,12 +133,11 @@ class MaskedMLP(nn.Module):
             [(int((degree < m).sum()), int((degree <= m).sum())) for m in range(dim)] for degree in degrees[1:-1]
         ]
         pairs = [] if dim == 1 else list(pairwise(degrees))
-        self.layers: Any = nn.ModuleList(
-            _MaskedLinear(degree_out.unsqueeze(-1) >= degree_in, context_dim) for degree_in, degree_out in pairs
-        )
+        layers = [_MaskedLinear(degree_out.unsqueeze(-1) >= degree_in, context_dim) for degree_in, degree_out in pairs]
+        for last in layers[-1:]:
+            last.start_near_zero()
+        self.layers: Any = nn.ModuleList(layers)
         self.activations = nn.ModuleList(activation() for _ in pairs[1:])
-        if pairs:
-            self.layers[-1].start_near_zero()
 
     def at(self, context: Tensor | None = None) -> MaskedMLPAtContext:
         """The network at a context, with its weights masked once for any number of calls."""
@@ -333,13 +332,14 @@ class LipschitzMLP(nn.Module):
             raise ValueError(f"LipschitzMLP: lipschitz must be in (0, 1], got {lipschitz}")
         self.sizes = tuple(sizes)
         self.lipschitz = lipschitz
-        self.layers: Any = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(sizes))
-        self.context_layer = nn.Linear(context_dim, sizes[1], bias=False) if context_dim else None
+        layers = [nn.Linear(*pair) for pair in pairwise(sizes)]
+        with torch.no_grad():
+            layers[-1].weight.mul_(NEAR_ZERO)
+            layers[-1].bias.zero_()
+        self.layers: Any = nn.ModuleList(layers)
+        self.context_layer: Any = nn.Linear(context_dim, sizes[1], bias=False) if context_dim else None
         # β = softplus of these.
         self.sharpness = nn.Parameter(torch.full((len(hidden_dims),), 0.5))
-        with torch.no_grad():
-            self.layers[-1].weight.mul_(NEAR_ZERO)
-            self.layers[-1].bias.zero_()
 
     def normalised_weights(self) -> list[Tensor]:
         """The weights as they are used, first layer first: the spectral norm of each is at most c."""
