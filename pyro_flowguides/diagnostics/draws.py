@@ -163,7 +163,7 @@ class Draws:
         return to_tree(
             groups,
             coords=coords,
-            dims={**_without_clashes({**self.dims, **(dims or {})}, groups), **along_steps},
+            dims={**self.dims, **(dims or {}), **along_steps},
             sample_dims={"variational_fit": []},
             attrs={
                 "inference_library": "pyro-ppl",
@@ -206,9 +206,11 @@ def draw(
     for name, number in (("num_samples", num_samples), ("batch_size", batch_size)):
         if number < 1:
             raise ValueError(f"draw: {name} must be at least 1, got {number}")
+    tracer = Tracer(model, guide, args, model_kwargs)
     if seed is not None:
+        # After the tracer, whose runs build a guide that is not set up.
         pyro.set_rng_seed(seed)
-    return draw_traced(Tracer(model, guide, args, model_kwargs), num_samples, batch_size, log_likelihood)
+    return draw_traced(tracer, num_samples, batch_size, log_likelihood)
 
 
 @torch.no_grad()
@@ -278,12 +280,6 @@ def _dimension_names(name: str, site: Any) -> list[str]:
         if axis >= 0 and shape[axis] == frame.size:
             names[axis] = frame.name
     return names
-
-
-def _without_clashes(dims: Dims, groups: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """A plate may have the name of a site; a dimension may not have that of a variable."""
-    variables = {name for group in groups.values() for name in group}
-    return {site: [f"{name}_plate" if name in variables else name for name in names] for site, names in dims.items()}
 
 
 def _numpy(value: Tensor) -> np.ndarray:

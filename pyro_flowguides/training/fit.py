@@ -184,6 +184,10 @@ def fit(
         raise ValueError(
             "fit: a Pyro optimiser has its own schedulers, such as pyro.optim.ExponentialLR; leave schedule out"
         )
+    if optim is not None and not callable(optim):
+        raise TypeError(
+            f"fit: optim must be a Pyro optimiser or a function from parameters to a torch optimiser, got {optim!r}"
+        )
     factor = _schedule(schedule)
     kwargs = dict(model_kwargs or {})
     if seed is not None:
@@ -212,7 +216,10 @@ def fit(
             max_plate_nesting=tracer.max_plate_nesting,
         )
     trainer = _Trainer(loss, model, guide, args, kwargs, optim, lambda step: factor(step / num_steps))
-    with _path_gradient(guide) if default_loss else contextlib.nullcontext():
+    with torch.no_grad():
+        # Once with the user's validation: later on a step that is not finite is the guard's business.
+        loss.loss(model, guide, *args, **kwargs)  # type: ignore[attr-defined]
+    with _path_gradient(guide) if default_loss else contextlib.nullcontext(), pyro.validation_enabled(False):
         losses, num_skipped = _train(trainer, num_steps, max_skipped, callbacks, progress, tracer)
     draws = draw_traced(tracer, NUM_FINAL_DRAWS if tracer.vectorizes else NUM_LOOPED_DRAWS)
     return FlowFit(model, guide, args, kwargs, losses, num_skipped, time.perf_counter() - start, draws)
