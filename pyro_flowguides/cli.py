@@ -189,7 +189,8 @@ def _as_argument(path: Path, name: str, value: Any) -> Any:
     if not isinstance(value, (list, np.ndarray)):
         return value
     try:
-        array = np.asarray(value)
+        # A copy: pandas gives arrays that must not be written to, which torch would share.
+        array = np.array(value)
     except ValueError as error:
         raise UserError(f"{path}: '{name}' is not a rectangular array") from error
     if array.dtype.kind not in "biuf":
@@ -205,20 +206,20 @@ def _check_arguments(model: Callable, arguments: Mapping[str, Any], data: Path |
     except (TypeError, ValueError):
         return
     parameters = signature.parameters.values()
-    source = f"{data}" if data is not None else "no --data file, so"
     required = [
         p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
     missing = [name for name in required if name not in arguments]
+    if missing and data is None:
+        raise UserError(f"the model needs the argument '{missing[0]}': give it in a file with --data")
     if missing:
-        raise UserError(f"the model needs the argument '{missing[0]}': {source} has no '{missing[0]}'")
+        raise UserError(f"the model needs the argument '{missing[0]}', which {data} does not have")
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return
     unknown = [name for name in arguments if name not in signature.parameters]
     if unknown:
-        raise UserError(
-            f"{source} has '{unknown[0]}', which the model does not take; it takes {', '.join(signature.parameters)}"
-        )
+        taken = ", ".join(signature.parameters)
+        raise UserError(f"{data} has '{unknown[0]}', which the model does not take; it takes {taken}")
 
 
 # --- results ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,176 @@
+"""The command line: the main job end to end, models of the user, and one clear line for bad input."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from pyro_flowguides.cli import main, read_data
+
+FAST = ["--num-steps", "5", "--num-particles", "4", "--no-progress"]
+MODEL = """
+import pyro
+import pyro.distributions as dist
+import torch
+from helper import SCALE
+
+def model(x, y=None):
+    slope = pyro.sample("slope", dist.Normal(0.0, SCALE))
+    with pyro.plate("data", x.shape[0]):
+        pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
+
+def no_latents(x):
+    pyro.sample("y", dist.Normal(0.0, 1.0), obs=x[0])
+
+def shapes(x, y):
+    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 7):
+        pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
+
+number = 3
+"""
+
+
+@pytest.fixture
+def model_file(tmp_path):
+    (tmp_path / "helper.py").write_text("SCALE = 10.0\n")
+    path = tmp_path / "my_model.py"
+    path.write_text(MODEL)
+    return path
+
+
+@pytest.fixture
+def data_file(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps({"x": [0.0, 1.0, 2.0], "y": [0.1, 2.2, 3.9]}))
+    return path
+
+
+def test_list(capsys):
+    assert main(["list"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("eight_schools", "eight_schools_centered", "coupling", "planar", "normal"):
+        assert f"  {name} " in printed
+
+
+def test_main_job(tmp_path, capsys):
+    out = tmp_path / "results"
+    command = ["fit", "eight_schools", "--guide", "coupling", "--compare", "normal", "--out", str(out), *FAST]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    header, *rows = printed.splitlines()
+    assert header.split() == ["coupling", "normal", "NUTS"]
+    labels = [row.split("  ")[0] for row in rows]
+    for label in ("ELBO", "k-hat", "mu", "tau", "theta[Choate]", "theta[Mt. Hermon]"):
+        assert label in labels
+    assert "log Z = -31.311" in printed
+    assert "coupling: " in printed
+    assert "normal: " in printed
+    files = {path.name for path in out.iterdir()}
+    assert files == {"eight_schools_coupling.nc", "eight_schools_normal.nc", "eight_schools_marginals.png"}
+    assert (out / "eight_schools_marginals.png").read_bytes()[:4] == b"\x89PNG"
+    az = pytest.importorskip("arviz")
+    posterior = az.from_netcdf(str(out / "eight_schools_normal.nc"))["posterior"]
+    assert posterior["theta"].shape == (1, 4000, 8)
+
+
+def test_centred_eight_schools(capsys):
+    assert main(["fit", "eight_schools_centered", "--guide", "planar", *FAST]) == 0
+    assert "theta[Choate]" in capsys.readouterr().out
+
+
+def test_is_installed_as_a_module():
+    finished = subprocess.run(
+        [sys.executable, "-m", "pyro_flowguides", "--version"], capture_output=True, text=True, check=True
+    )
+    assert finished.stdout.startswith("pyro_flowguides ")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".npz", ".csv"])
+def test_a_model_of_the_user(model_file, tmp_path, capsys, suffix):
+    data = {"x": [0.0, 1.0, 2.0], "y": [0.1, 2.2, 3.9]}
+    path = tmp_path / f"data{suffix}"
+    if suffix == ".json":
+        path.write_text(json.dumps(data))
+    elif suffix == ".npz":
+        np.savez(path, **{name: np.array(values) for name, values in data.items()})
+    else:
+        pd.DataFrame(data).to_csv(path, index=False)
+    assert main(["fit", f"{model_file}:model", "--data", str(path), "--out", str(tmp_path / "out"), *FAST]) == 0
+    assert "slope" in capsys.readouterr().out
+    assert (tmp_path / "out" / "model_coupling.nc").exists()
+
+
+def test_data_become_tensors_in_the_default_dtype(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps({"x": [[1.5, 2.0]], "k": [1, 2], "n": 3, "name": "a"}))
+    data = read_data(path)
+    assert data["x"].dtype == torch.get_default_dtype()
+    assert data["x"].shape == (1, 2)
+    assert data["k"].dtype == torch.int64
+    assert data["n"] == 3
+    assert data["name"] == "a"
+
+
+def wrong(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text(content)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (lambda m, d, t: ["nine_schools"], "unknown model 'nine_schools'; known are eight_schools"),
+        (lambda m, d, t: ["eight_schools", "--guide", "copula"], "unknown guide 'copula'; known are coupling"),
+        (lambda m, d, t: ["eight_schools", "--compare", "copula"], "unknown guide 'copula'"),
+        (lambda m, d, t: ["eight_schools", "--num-steps", "-5"], "--num-steps must be at least 1, got -5"),
+        (lambda m, d, t: ["eight_schools", "--data", d], "is a bundled model with its own data"),
+        (lambda m, d, t: ["eight_schools", "--out", f"{d}/out"], "cannot be made"),
+        (lambda m, d, t: ["missing.py:model", "--data", d], "there is no file missing.py"),
+        (lambda m, d, t: [f"{m}:mdel", "--data", d], "has no model 'mdel'"),
+        (lambda m, d, t: [f"{m}:number", "--data", d], "has no model 'number'"),
+        (lambda m, d, t: [f"{m}:model"], "the model needs the argument 'x': give it in a file"),
+        (lambda m, d, t: [f"{m}:model", "--data", "missing.json"], "there is no data file missing.json"),
+        (
+            lambda m, d, t: [f"{m}:model", "--data", wrong(t, "a.json", '{"y": [1.0]}')],
+            "needs the argument 'x', which .*a.json does not have",
+        ),
+        (
+            lambda m, d, t: [f"{m}:model", "--data", wrong(t, "a.json", '{"x": [1], "z": 1}')],
+            "'z', which the model does not",
+        ),
+        (lambda m, d, t: [f"{m}:model", "--data", wrong(t, "a.json", "{")], "cannot be read"),
+        (lambda m, d, t: [f"{m}:model", "--data", wrong(t, "a.json", "[1]")], "must hold an object"),
+        (
+            lambda m, d, t: [f"{m}:model", "--data", wrong(t, "a.json", '{"x": [[1], [1, 2]]}')],
+            "not a rectangular array",
+        ),
+        (lambda m, d, t: [f"{m}:model", "--data", wrong(t, "a.csv", "x\na\n")], "values that are not numbers"),
+        (lambda m, d, t: [f"{m}:model", "--data", wrong(t, "a.txt", "")], "data files are .json, .npz or .csv"),
+        (lambda m, d, t: [f"{m}:model", "--data", wrong(t, "a.npz", "no")], "cannot be read"),
+        (lambda m, d, t: [wrong(t, "bad.py", "1 / 0") + ":model"], "cannot be run: ZeroDivisionError"),
+        (lambda m, d, t: [f"{m}:shapes", "--data", d], "size|shape|broadcast"),
+        (
+            lambda m, d, t: [f"{m}:no_latents", "--data", wrong(t, "a.json", '{"x": [1.0]}')],
+            "found no latent variables",
+        ),
+        (
+            lambda m, d, t: [f"{m}:model", "--data", wrong(t, "a.json", '{"x": [1.0], "y": [NaN]}')],
+            "observed site 'y' holds 1 NaN",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(command, message, model_file, data_file, tmp_path, capsys):
+    arguments = ["fit", *command(str(model_file), str(data_file), tmp_path)]
+    assert main([*arguments, *([] if "--num-steps" in arguments else FAST)]) == 2
+    printed = capsys.readouterr()
+    assert len(printed.err.strip().splitlines()) == 1
+    assert printed.err.startswith("flowguides: ")
+    assert re.search(message, printed.err), printed.err
+    assert printed.out == ""
