@@ -201,6 +201,7 @@ class Compose(FlowTransform):
         ValueError: if there is no part, or the sizes differ.
 
     Example:
+        >>> from pyro_flowguides.transforms import AffineCoupling, Reverse
         >>> flow = Compose([AffineCoupling(3), Reverse(3)])
         >>> x, log_det = flow.forward_and_log_det(torch.zeros(5, 3))
         >>> x.shape, log_det.shape
