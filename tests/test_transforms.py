@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import shutil
 
 import pyro.distributions as dist
 import pytest
@@ -13,6 +14,8 @@ from pyro_flowguides import transforms as T
 from pyro_flowguides.transforms.univariate import ShiftScale
 
 DIMS = [1, 2, 3, 7, 64]
+# Some seconds of C++ each: one per structure.
+INDUCTOR = ["lower_triangular_affine", "affine_coupling", "elementwise_spline"]
 BATCH_SHAPES = [(), (5,), (2, 3)]
 every_case = pytest.mark.parametrize("case", CASES, ids=case_id)
 every_dim = pytest.mark.parametrize("dim", DIMS)
@@ -182,9 +185,17 @@ def test_vmap_equals_batch(case, dtype, tolerance):
         torch.testing.assert_close(a, b, rtol=tolerance(1e-9), atol=tolerance(1e-9))
 
 
-@every_case
-@pytest.mark.parametrize("how", ["make_fx", "aot_eager"])
+@pytest.mark.parametrize(
+    ("case", "how"),
+    [
+        *(pytest.param(case, "make_fx", id=f"make_fx-{case_id(case)}") for case in CASES),
+        *(pytest.param(case, "aot_eager", id=f"aot_eager-{case_id(case)}", marks=pytest.mark.slow) for case in CASES),
+        *(pytest.param((name, 0), "inductor", id=f"inductor-{name}", marks=pytest.mark.slow) for name in INDUCTOR),
+    ],
+)
 def test_captured_equals_eager(case, how, dtype, tolerance):
+    if how == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor needs a C++ compiler")
     transform = build_perturbed(case, 3, dtype)
     z, context = torch.randn(4, 3, dtype=dtype), make_context(case, (4,), dtype)
 
@@ -196,7 +207,7 @@ def test_captured_equals_eager(case, how, dtype, tolerance):
         captured = make_fx(step)(z)
     else:
         torch._dynamo.reset()
-        captured = torch.compile(step, backend="aot_eager", fullgraph=True)
+        captured = torch.compile(step, backend=how, fullgraph=True)
     z = torch.randn(4, 3, dtype=dtype)
     for a, b in zip(captured(z), step(z), strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance(1e-9), atol=tolerance(1e-9))
