@@ -242,11 +242,8 @@ def comparison_table(fits: Mapping[str, FlowFit], example: Example, reference: M
 
 
 def _moments(summary: pd.DataFrame, report: Sequence[str]) -> dict[str, str]:
-    return {
-        label: f"{row['mean']:.3f} ({row['sd']:.3f})"
-        for label, row in summary.iterrows()
-        if not report or label.split("[")[0] in report
-    }
+    rows = zip(map(str, summary.index), summary["mean"], summary["sd"], strict=True)
+    return {label: f"{mean:.3f} ({sd:.3f})" for label, mean, sd in rows if not report or label.split("[")[0] in report}
 
 
 def _make_directory(path: Path) -> None:
