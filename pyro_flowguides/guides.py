@@ -35,6 +35,11 @@ RECIPES: dict[str, Callable[..., T.FlowTransform]] = {"coupling": flows.coupling
 # Above this size the fixed map is diagonal: a full one costs D² numbers and D³ operations to find.
 MAX_FULL_RANK_DIM = 200
 NUM_QUANTILE_PAIRS = 5000
+WHITENING_METHODS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "auto": whitening.best_gaussian,
+    "batch_and_match": whitening.batch_and_match,
+    "path": whitening.quasi_newton_path,
+}
 
 
 class AutoFlow(AutoContinuous):
@@ -300,8 +305,9 @@ class AutoFlow(AutoContinuous):
         Arguments:
             args: The positional arguments of the model.
             method: ``"batch_and_match"`` for the Gaussian that :func:`pyro_flowguides.whitening.batch_and_match` finds from
-                ``init_loc_fn`` and ``init_scale``; ``"init"`` to leave the map as it starts; ``"auto"`` for the one of the
-                two with the higher ELBO. Above 200 latent dimensions ``"auto"`` leaves the map as it is.
+                ``init_loc_fn`` and ``init_scale``; ``"path"`` for the best on a quasi-Newton path from there; ``"init"`` to
+                leave the map as it starts; ``"auto"`` for the one of all these, and of batch and match from the path, with
+                the highest ELBO. Above 200 latent dimensions ``"auto"`` leaves the map as it is.
             model_kwargs: The keyword arguments of the model.
             vectorize: Whether the model can be run on many latents at once.
 
@@ -313,8 +319,8 @@ class AutoFlow(AutoContinuous):
         """
         if method == "laplace":
             raise NotImplementedError('whiten: method "laplace" is not available yet; use "auto" or "batch_and_match"')
-        if method not in ("auto", "batch_and_match", "init"):
-            raise ValueError(f'whiten: method must be "auto", "batch_and_match" or "init", got {method!r}')
+        if method not in ("init", *WHITENING_METHODS):
+            raise ValueError(f"whiten: method must be one of {', '.join(['init', *WHITENING_METHODS])}, got {method!r}")
         self.setup(*args, **(model_kwargs or {}))
         if self.is_trained():
             raise ValueError(
@@ -325,16 +331,14 @@ class AutoFlow(AutoContinuous):
             return self
         if self.latent_dim > MAX_FULL_RANK_DIM:
             raise ValueError(
-                f"whiten: batch_and_match is for at most {MAX_FULL_RANK_DIM} latent dimensions, here {self.latent_dim}"
+                f'whiten: "{method}" is for at most {MAX_FULL_RANK_DIM} latent dimensions, here {self.latent_dim}'
             )
         target = self._log_density_and_score(args, dict(model_kwargs or {}), vectorize)
         start = self._whitening.loc.double(), self._whitening.scale.double()
-        found = whitening.batch_and_match(target, *start)
-        if method == "auto" and whitening.gaussian_elbo(target, *found) < whitening.gaussian_elbo(target, *start):
-            return self
+        loc, scale = WHITENING_METHODS[method](target, *start)
         with torch.no_grad():
-            self._whitening.loc.copy_(found[0])
-            self._whitening.scale.copy_(found[1])
+            self._whitening.loc.copy_(loc)
+            self._whitening.scale.copy_(scale)
         if not pyro.settings.get("module_local_params"):
             with self._pyro_context:
                 for name, buffer in self._whitening.named_buffers():
