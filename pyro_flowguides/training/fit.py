@@ -263,7 +263,9 @@ class _Trainer:
         norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
         updated = math.isfinite(loss) and math.isfinite(norm)
         if updated:
-            torch.nn.utils.clip_grads_with_norm_(parameters, CLIP_FACTOR * self.norms.add(norm), torch.tensor(norm))
+            # An outlier must not raise the bar for the next one.
+            self.norms.add(min(norm, CLIP_FACTOR * self.norms.mean))
+            torch.nn.utils.clip_grads_with_norm_(parameters, CLIP_FACTOR * self.norms.mean, torch.tensor(norm))
             self._update(parameters)
         pyro.infer.util.zero_grads(parameters)
         return float(loss), updated
@@ -286,13 +288,14 @@ class _RunningMean:
     def __init__(self, decay: float = 0.99) -> None:
         self.decay, self.total, self.weight = decay, 0.0, 0.0
 
-    def add(self, value: float) -> float:
-        """Takes a value in, unless it is an outlier that would raise the bar for the next; returns the mean."""
-        if self.weight:
-            value = min(value, CLIP_FACTOR * self.total / self.weight)
+    def add(self, value: float) -> None:
         self.total = self.decay * self.total + (1 - self.decay) * value
         self.weight = self.decay * self.weight + (1 - self.decay)
-        return self.total / self.weight
+
+    @property
+    def mean(self) -> float:
+        """The mean so far; infinite before the first value."""
+        return self.total / self.weight if self.weight else math.inf
 
 
 def _train(
@@ -324,9 +327,8 @@ def _train(
                         )
                     )
                 if updated:
-                    recent.total = recent.decay * recent.total - (1 - recent.decay) * loss
-                    recent.weight = recent.decay * recent.weight + (1 - recent.decay)
-                    bar.set_postfix(elbo=f"{recent.total / recent.weight:.3f}", refresh=False)
+                    recent.add(-loss)
+                    bar.set_postfix(elbo=f"{recent.mean:.3f}", refresh=False)
                 bar.update()
                 stops = [callback(step, loss) for callback in callbacks]
                 if any(stops):
