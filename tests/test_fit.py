@@ -112,7 +112,7 @@ def test_the_path_gradient_is_for_the_fit_alone():
         {"schedule": lambda progress: 1 - progress},
         {"whiten": None},
         {"whiten": "init"},
-        {"num_particles": 1},
+        {"num_particles": 1, "whiten": None},
     ],
     ids=lambda options: next(iter(options)),
 )

@@ -294,8 +294,8 @@ class _RunningMean:
 
     @property
     def mean(self) -> float:
-        """The mean so far; infinite before the first value."""
-        return self.total / self.weight if self.weight else math.inf
+        """The mean so far; infinite before the first value that is not 0, since a bound of 0 would never be left."""
+        return self.total / self.weight if self.total else math.inf
 
 
 def _train(
