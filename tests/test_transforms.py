@@ -9,7 +9,16 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
-from transform_cases import CASES, IDENTITY_AT_START, SCORE_OVERFLOWS, build, build_perturbed, case_id, make_context
+from transform_cases import (
+    CASES,
+    IDENTITY_AT_START,
+    SCORE_OVERFLOWS,
+    build,
+    build_perturbed,
+    case_id,
+    jacobian_and_gradient,
+    make_context,
+)
 
 from pyro_flowguides import transforms as T
 from pyro_flowguides.transforms.univariate import ShiftScale
@@ -18,15 +27,6 @@ DIMS = [1, 2, 3, 7, 64]
 BATCH_SHAPES = [(), (5,), (2, 3)]
 every_case = pytest.mark.parametrize("case", CASES, ids=case_id)
 every_dim = pytest.mark.parametrize("dim", DIMS)
-
-
-def jacobian_and_gradient(transform, z, context):
-    """The Jacobian and the gradient of log_det, at every point of a batch of shape (n, dim), by autograd one row at a time."""
-    z = z.detach().requires_grad_()
-    x, log_det = transform.forward_and_log_det(z, context)
-    rows = [torch.autograd.grad(x[..., i].sum(), z, retain_graph=True)[0] for i in range(transform.dim)]
-    (gradient,) = torch.autograd.grad(log_det.sum(), z, allow_unused=True) if log_det.requires_grad else (None,)
-    return torch.stack(rows, -2), torch.zeros_like(z) if gradient is None else gradient
 
 
 @every_case
