@@ -57,7 +57,9 @@ class AutoFlow(AutoContinuous):
         init_loc_fn: Where the guide starts, per site, as in Pyro's autoguides.
         init_scale: The standard deviation it starts with, in unconstrained space.
         base: The base distribution: ``"normal"``, or ``"student_t"`` for heavy tails whose weight is learnt, coordinate by
-            coordinate, with at least 2 degrees of freedom and variance 1 (:class:`pyro_flowguides.bases.StudentT`).
+            coordinate, with at least 2 degrees of freedom and variance 1 (:class:`pyro_flowguides.bases.StudentT`). Its far
+            draws can reach where the model's density overflows; :func:`pyro_flowguides.fit` skips such a step, plain SVI
+            does not.
         affine: The trainable affine map after the flow: ``"lower_triangular"`` (any mean and covariance; D² parameters),
             ``"diagonal"``, or None.
         gradient: ``"total"``, or ``"path"`` for the path gradient (see :class:`pyro_flowguides.flows.NormalizingFlow`), which

@@ -15,8 +15,8 @@ RECIPE_CASES = {
 }
 
 
-def make_flow(recipe, dim, dtype, context_dim=0, **options):
+def make_flow(recipe, dim, dtype, context_dim=0, scale=1.0, **options):
     """A NormalizingFlow over two perturbed layers of a recipe."""
-    transform = perturb(recipe(dim, num_layers=2, context_dim=context_dim).to(dtype))
+    transform = perturb(recipe(dim, num_layers=2, context_dim=context_dim).to(dtype), scale)
     base = dist.Normal(torch.zeros(dim, dtype=dtype), 1.0).to_event(1)
     return NormalizingFlow(base, transform, **options)

@@ -97,7 +97,8 @@ def test_density_integrates_to_one(recipe):
 @every_recipe
 def test_path_gradient_leaves_out_the_score_function(recipe, dtype, tolerance):
     """It equals the gradient of log q(x(φ); φ₀) at φ = φ₀, computed here by inverting a copy with fixed parameters."""
-    flow = make_flow(recipe, 3, dtype, gradient="path")
+    # In float32 the inversion of steep splines would have no digits to compare with.
+    flow = make_flow(recipe, 3, dtype, gradient="path", scale=1.0 if dtype == torch.float64 else 0.3)
     fixed = copy.deepcopy(flow.transform).requires_grad_(False)
     parameters = list(flow.transform.parameters())
     torch.manual_seed(1)
