@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from transform_cases import perturb
 
 from pyro_flowguides import NormalizingFlow, bases, flows
@@ -136,6 +137,25 @@ def test_gradients_reach_the_base_through_a_flow(make, gradient, dtype, toleranc
     for a, b in zip(found, expected, strict=True):
         assert b.abs().max() > 0
         torch.testing.assert_close(a, b, rtol=tolerance(1e-6), atol=tolerance(1e-6) * max(1.0, float(b.abs().max())))
+
+
+@every_base
+@pytest.mark.parametrize("gradient", ["total", "path"])
+def test_draws_can_be_captured(make, gradient, dtype):
+    base = perturb(make(3).to(dtype))
+    transform = perturb(flows.coupling(3, num_layers=2).to(dtype))
+
+    def draw(scale):
+        x, log_prob = NormalizingFlow(base(), transform, gradient=gradient).rsample_and_log_prob((4,))
+        return scale * x, log_prob
+
+    one = torch.ones((), dtype=dtype)
+    captured = make_fx(draw)(one)
+    draws = [draw(one), captured(one), captured(one)]
+    assert not torch.allclose(draws[1][0], draws[2][0])
+    for x, log_prob in draws:
+        expected = NormalizingFlow(base(), transform).log_prob(x)
+        torch.testing.assert_close(log_prob, expected, rtol=1e-3, atol=1e-3)
 
 
 @every_base
