@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from . import flows, transforms
+from . import bases, flows, transforms
 from .diagnostics import Draws, Estimate, draw
 from .flows import NormalizingFlow
 from .guides import AutoCoupling, AutoFlow, AutoPlanar
@@ -17,6 +17,7 @@ __all__ = [
     "FlowFit",
     "NormalizingFlow",
     "__version__",
+    "bases",
     "draw",
     "fit",
     "flows",

@@ -6,7 +6,7 @@ stack which starts as the identity. Any function of that shape can be given to a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import pyro.distributions as dist
 import torch
@@ -23,16 +23,20 @@ class NormalizingFlow(dist.TransformedDistribution):
     A point that this object has just drawn is scored without inverting the flow: the last draw is remembered, by identity,
     with its log-density. Every other point is scored through the inverse.
 
+    A transform with ``context_dim > 0`` makes a family of distributions, one for every context:
+    :meth:`condition` binds a batch of contexts and returns the batch of distributions.
+
     Arguments:
-        base: A reparameterised distribution over vectors, for example ``Normal(zeros, ones).to_event(1)``.
-        transform: The flow, with no context left to bind.
+        base: A reparameterised distribution over vectors, for example ``Normal(zeros, ones).to_event(1)``, or one that a
+            module of :mod:`pyro_flowguides.bases` returns.
+        transform: The flow.
         gradient: ``"total"`` for the plain derivative of log q, or ``"path"`` for the path gradient ("sticking the landing",
             Roeder et al. 2017, arXiv:1703.09194): the log-density of a draw depends on the parameters through the draw alone,
             :math:`\log q + s^\top (x - x_{\text{detached}})` with the score s carried along by ``forward_with_score``
             (Vaitl et al. 2024, arXiv:2403.15881). Its variance vanishes where q is exact. Values are the same.
 
     Raises:
-        ValueError: if the gradient is unknown, or the transform still needs a context.
+        ValueError: if the gradient is unknown; at the first draw or density, if the transform still needs a context.
 
     Example:
         >>> base = dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1)
@@ -40,6 +44,9 @@ class NormalizingFlow(dist.TransformedDistribution):
         >>> x, log_prob = flow.rsample_and_log_prob((5,))
         >>> x.shape, log_prob.shape
         (torch.Size([5, 2]), torch.Size([5]))
+        >>> conditional = NormalizingFlow(base, coupling(2, context_dim=3)).condition(torch.zeros(7, 3))
+        >>> conditional.batch_shape, conditional.rsample((5,)).shape
+        (torch.Size([7]), torch.Size([5, 7, 2]))
     """
 
     def __init__(
@@ -52,11 +59,6 @@ class NormalizingFlow(dist.TransformedDistribution):
     ) -> None:
         if gradient not in ("total", "path"):
             raise ValueError(f'NormalizingFlow: gradient must be "total" or "path", got {gradient!r}')
-        if transform.context_dim:
-            raise ValueError(
-                f"NormalizingFlow: the transform needs a context of size {transform.context_dim}; "
-                "bind it first: transform.condition(context)"
-            )
         self.gradient = gradient
         self._last_draw: tuple[Tensor, Tensor] | None = None
         super().__init__(base, [transform], validate_args=validate_args)
@@ -64,6 +66,41 @@ class NormalizingFlow(dist.TransformedDistribution):
     @property
     def transform(self) -> T.FlowTransform:
         return self.transforms[0]
+
+    def condition(self, context: Tensor) -> NormalizingFlow:
+        """The distribution, or the batch of them, for given contexts; the parameters are shared.
+
+        Arguments:
+            context: Of shape ``context_batch_shape + (context_dim,)``.
+
+        Returns:
+            A distribution whose batch shape is that of the context, broadcast with that of this one.
+
+        Raises:
+            ValueError: if the transform takes no context, or one of another size.
+        """
+        size = self.transform.context_dim
+        if not size:
+            raise ValueError("NormalizingFlow: the transform takes no context (context_dim = 0), there is none to bind")
+        if context.dim() == 0 or context.shape[-1] != size:
+            raise ValueError(
+                f"NormalizingFlow: the last dimension of the context must be context_dim = {size}, "
+                f"got shape {tuple(context.shape)}"
+            )
+        batch_shape = torch.broadcast_shapes(self.batch_shape, context.shape[:-1])
+        return NormalizingFlow(
+            self.base_dist.expand(batch_shape),
+            self.transform.condition(context),
+            gradient=self.gradient,
+            validate_args=self._validate_args,
+        )
+
+    def _check_bound(self) -> None:
+        if self.transform.context_dim:
+            raise ValueError(
+                f"NormalizingFlow: the transform needs a context of size {self.transform.context_dim}; "
+                "call condition(context) first and use the distribution it returns"
+            )
 
     def expand(self, batch_shape: torch.Size, _instance: NormalizingFlow | None = None) -> NormalizingFlow:
         new = self._get_checked_instance(NormalizingFlow, _instance)
@@ -73,6 +110,7 @@ class NormalizingFlow(dist.TransformedDistribution):
 
     def rsample_and_log_prob(self, sample_shape: torch.Size | Sequence[int] = torch.Size()) -> tuple[Tensor, Tensor]:
         """Draws x with its log-density in one forward pass. The gradient of the latter follows ``self.gradient``."""
+        self._check_bound()
         z = self.base_dist.rsample(torch.Size(sample_shape))
         if self.gradient == "path" and torch.is_grad_enabled():
             return self._draw_with_path_gradient(z)
@@ -104,6 +142,7 @@ class NormalizingFlow(dist.TransformedDistribution):
         """The log-density of a draw, or of any other point by the inverse of the flow."""
         if self._last_draw is not None and value is self._last_draw[0]:
             return self._last_draw[1]
+        self._check_bound()
         if self._validate_args:
             self._validate_sample(value)
         z, log_det = self.transform.inverse_and_log_det(value)
@@ -407,6 +446,22 @@ def residual(
         T.Residual(dim, hidden_dims=hidden_dims, log_det=log_det, lipschitz=lipschitz, context_dim=context_dim)
         for _ in range(num_layers)
     )
+
+
+# Every recipe by its name: what a guide accepts as a string.
+RECIPES: dict[str, Callable[..., T.FlowTransform]] = {
+    "coupling": coupling,
+    "glow": glow,
+    "iaf": iaf,
+    "maf": maf,
+    "nice": nice,
+    "planar": planar,
+    "radial": radial,
+    "residual": residual,
+    "spline_autoregressive": spline_autoregressive,
+    "spline_coupling": spline_coupling,
+    "sylvester": sylvester,
+}
 
 
 def _default_hidden_dims(dim: int, hidden_dims: Sequence[int] | None) -> Sequence[int]:

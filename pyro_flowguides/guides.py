@@ -4,8 +4,9 @@ All latent sites of the model are mapped to the real line, flattened into one ve
 
 .. math:: x = w(a(f(z))), \qquad z \sim N(0, I)
 
-with a flow f, a trainable affine map a (both start as the identity) and a fixed affine map w that puts the start where
-``init_loc_fn`` and ``init_scale`` say, or where :meth:`AutoFlow.whiten` finds the posterior's Gaussian.
+(or z from Student-t distributions) with a flow f, a trainable affine map a (both start as the identity) and a fixed affine map
+w that puts the start where ``init_loc_fn`` and ``init_scale`` say, or where :meth:`AutoFlow.whiten` finds the posterior's
+Gaussian.
 """
 
 from __future__ import annotations
@@ -27,11 +28,15 @@ from pyro.nn.module import to_pyro_module_
 from torch import Tensor
 from torch.distributions import biject_to
 
-from . import flows, whitening
+from . import bases, flows, whitening
 from . import transforms as T
 from .tracing import PLATE_NAME, log_prob_per_draw, max_plate_nesting, quiet_trace
 
-RECIPES: dict[str, Callable[..., T.FlowTransform]] = {"coupling": flows.coupling, "planar": flows.planar}
+BASES: dict[str, Callable[[int], bases.Base]] = {
+    "normal": bases.StandardNormal,
+    # Unit variance, so that init_scale and the whitening map mean the same whatever the tails.
+    "student_t": functools.partial(bases.StudentT, unit_variance=True),
+}
 # Above this size the fixed map is diagonal: a full one costs D² numbers and D³ operations to find.
 MAX_FULL_RANK_DIM = 200
 NUM_QUANTILE_PAIRS = 5000
@@ -50,11 +55,16 @@ class AutoFlow(AutoContinuous):
 
     Arguments:
         model: A Pyro model whose latents are continuous and whose structure does not change.
-        flow: The name of a recipe (``"coupling"``, ``"planar"``), or a function ``flow(dim) -> FlowTransform``, for example a
-            recipe of :mod:`pyro_flowguides.flows` with ``functools.partial`` for its options.
+        flow: The name of a recipe of :mod:`pyro_flowguides.flows` (``"coupling"``, ``"glow"``, ``"iaf"``, ``"maf"``,
+            ``"nice"``, ``"planar"``, ``"radial"``, ``"residual"``, ``"spline_autoregressive"``, ``"spline_coupling"``,
+            ``"sylvester"``), or a function ``flow(dim) -> FlowTransform``, for example a recipe with ``functools.partial``
+            for its options.
         init_loc_fn: Where the guide starts, per site, as in Pyro's autoguides.
         init_scale: The standard deviation it starts with, in unconstrained space.
-        base: The base distribution; ``"normal"``.
+        base: The base distribution: ``"normal"``, or ``"student_t"`` for heavy tails whose weight is learnt, coordinate by
+            coordinate, with at least 2 degrees of freedom and variance 1 (:class:`pyro_flowguides.bases.StudentT`). Its far
+            draws can reach where the model's density overflows; :func:`pyro_flowguides.fit` skips such a step, plain SVI
+            does not.
         affine: The trainable affine map after the flow: ``"lower_triangular"`` (any mean and covariance; D² parameters),
             ``"diagonal"``, or None.
         gradient: ``"total"``, or ``"path"`` for the path gradient (see :class:`pyro_flowguides.flows.NormalizingFlow`), which
@@ -83,6 +93,7 @@ class AutoFlow(AutoContinuous):
     """
 
     flow: T.Compose
+    base: bases.Base
     prototype_trace: Any
 
     def __init__(
@@ -98,14 +109,12 @@ class AutoFlow(AutoContinuous):
         create_plates: Callable | None = None,
     ) -> None:
         name = type(self).__name__
-        if isinstance(flow, str) and flow not in RECIPES:
-            raise ValueError(f"{name}: unknown flow {flow!r}; known recipes are {', '.join(sorted(RECIPES))}")
+        if isinstance(flow, str) and flow not in flows.RECIPES:
+            raise ValueError(f"{name}: unknown flow {flow!r}; known recipes are {', '.join(sorted(flows.RECIPES))}")
         if not isinstance(init_scale, (int, float)) or not init_scale > 0:
             raise ValueError(f"{name}: init_scale must be a positive number, got {init_scale!r}")
-        if base == "student_t":
-            raise NotImplementedError(f'{name}: the base "student_t" is not available yet; use base="normal"')
-        if base != "normal":
-            raise ValueError(f'{name}: base must be "normal", got {base!r}')
+        if base not in BASES:
+            raise ValueError(f'{name}: base must be "normal" or "student_t", got {base!r}')
         if affine not in ("lower_triangular", "diagonal", None):
             raise ValueError(f'{name}: affine must be "lower_triangular", "diagonal" or None, got {affine!r}')
         if gradient not in ("total", "path"):
@@ -113,7 +122,8 @@ class AutoFlow(AutoContinuous):
         super().__init__(model, init_loc_fn=init_loc_fn)
         self.create_plates = create_plates
         self.gradient = gradient
-        self._recipe = RECIPES[flow] if isinstance(flow, str) else flow
+        self._recipe = flows.RECIPES[flow] if isinstance(flow, str) else flow
+        self._base = base
         self._init_scale = float(init_scale)
         self._affine = affine
 
@@ -137,11 +147,15 @@ class AutoFlow(AutoContinuous):
             with torch.no_grad():
                 super()._setup_prototype(*args, **kwargs)
             self._check_latents()
-            flow = self._build_flow(self._init_loc())
-            self._checksum_at_start = _checksum(flow)
+            init_loc = self._init_loc()
+            flow = self._build_flow(init_loc)
+            base = BASES[self._base](self.latent_dim).to(dtype=init_loc.dtype, device=init_loc.device)
+            self._checksum_at_start = _checksum(flow, base)
             # Converted before it is attached: the other order leaves every parameter in the store under a second name.
             to_pyro_module_(flow)
+            to_pyro_module_(base)
             self.flow = flow
+            self.base = base
             self._attach_to_param_store()
         except BaseException:
             # A half-built guide would take its next call for granted.
@@ -193,9 +207,10 @@ class AutoFlow(AutoContinuous):
         The buffers of the fixed map go to the store too: parameters that another guide adopts, or that come from a file,
         mean nothing without the map they were trained behind.
         """
-        for module in self.flow.modules():
-            for name in list(module._parameters):
-                setattr(module, name, module._parameters.pop(name))
+        for part in (self.flow, self.base):
+            for module in part.modules():
+                for name in list(module._parameters):
+                    setattr(module, name, module._parameters.pop(name))
         if pyro.settings.get("module_local_params"):
             return
         store = pyro.get_param_store()
@@ -209,10 +224,10 @@ class AutoFlow(AutoContinuous):
 
     def _follow_param_store(self) -> None:
         """Attaches anew after the store was cleared or loaded, which replaces all of its values: one tells for all."""
-        parameter = next(self.flow.parameters(), None)
-        if parameter is None or pyro.settings.get("module_local_params"):
+        first = next(self.named_parameters(), None)
+        if first is None or pyro.settings.get("module_local_params"):
             return
-        name = self._pyro_get_fullname("flow." + next(name for name, _ in self.flow.named_parameters()))
+        name, parameter = self._pyro_get_fullname(first[0]), first[1]
         store = pyro.get_param_store()
         if name not in store or store[name] is not parameter:
             self._attach_to_param_store()
@@ -245,26 +260,32 @@ class AutoFlow(AutoContinuous):
         return super().forward(*args, **kwargs)
 
     def get_base_dist(self) -> dist.TorchDistribution:
-        """The standard normal that the flow transforms."""
-        loc = self._whitening.loc
-        # Validation would wait for the device at every step, to check two constants.
-        return dist.Normal(torch.zeros_like(loc), torch.ones_like(loc), validate_args=False).to_event(1)
+        """The distribution that the flow transforms, with its parameters as they are now."""
+        return self.base()
 
     def get_transform(self, *args: Any, **kwargs: Any) -> T.FlowTransform:
-        """The map from the base distribution to unconstrained latent space: flow, affine map, fixed map."""
+        """The map from the base distribution to unconstrained latent space: flow, affine map, fixed map.
+
+        ``NeuTraReparam`` takes it from here, as a change of variables that must be exact.
+
+        Raises:
+            ValueError: if its log-determinant is a random estimate. ``guide.flow`` is the same map.
+        """
+        if self.flow.stochastic_log_det:
+            raise ValueError(
+                f"{type(self).__name__}: the log-determinant of its flow is a random estimate, with which an MCMC sampler "
+                "on the transformed space (NeuTra) would draw from a wrong distribution; build the flow with "
+                "log_det='exact'"
+            )
         return self.flow
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> flows.NormalizingFlow:
         """The approximate posterior of the flat unconstrained latent, a fresh distribution at every call."""
-        return flows.NormalizingFlow(self.get_base_dist(), self.get_transform(*args, **kwargs), gradient=self.gradient)
+        return flows.NormalizingFlow(self.get_base_dist(), self.flow, gradient=self.gradient)
 
     def _latent_draws(self) -> Tensor:
         """x at fixed antithetic base points that include 0, so that medians and quantiles never jitter."""
-        loc = self._whitening.loc
-        generator = torch.Generator().manual_seed(0)
-        half = torch.randn(NUM_QUANTILE_PAIRS, self.latent_dim, generator=generator, dtype=torch.float64, device="cpu")
-        z = torch.cat([half.new_zeros(1, self.latent_dim), half, -half]).to(loc)
-        return self.flow(z)
+        return self.flow(self.base.fixed_draws(NUM_QUANTILE_PAIRS))
 
     def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The marginal medians and standard deviations in unconstrained space."""
@@ -347,7 +368,7 @@ class AutoFlow(AutoContinuous):
 
     def is_trained(self) -> bool:
         """Whether any parameter has moved, or was loaded, since the flow was built."""
-        return not math.isclose(_checksum(self.flow), self._checksum_at_start, rel_tol=1e-12)
+        return not math.isclose(_checksum(self.flow, self.base), self._checksum_at_start, rel_tol=1e-12)
 
     def _log_density_and_score(
         self, args: tuple, model_kwargs: dict[str, Any], vectorize: bool
@@ -421,5 +442,6 @@ class AutoPlanar(AutoFlow):
         super().__init__(model, functools.partial(flows.planar, num_layers=num_layers), **options)
 
 
-def _checksum(flow: T.FlowTransform) -> float:
-    return float(sum(parameter.detach().double().abs().sum() for parameter in flow.parameters()))
+def _checksum(*modules: torch.nn.Module) -> float:
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    return float(sum(parameter.detach().double().abs().sum() for parameter in parameters))

@@ -47,6 +47,19 @@ def is_deterministic(site: Any) -> bool:
     return bool(site["infer"].get("_deterministic"))
 
 
+def has_stochastic_log_prob(distribution: Any) -> bool:
+    """Whether the log-density of a distribution goes through a transform whose log-determinant is a random estimate."""
+    transforms = list(getattr(distribution, "transforms", []))
+    while transforms:
+        transform = transforms.pop()
+        if getattr(transform, "stochastic_log_det", False):
+            return True
+        transforms += getattr(transform, "parts", [])
+    # Independent, masked and transformed distributions all stand on another one.
+    base = getattr(distribution, "base_dist", None)
+    return base is not None and has_stochastic_log_prob(base)
+
+
 def max_plate_nesting(*traces: Trace) -> int:
     """The number of batch dimensions that the plates of these traces take."""
     nestings = [

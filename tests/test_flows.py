@@ -1,22 +1,17 @@
-"""NormalizingFlow: sampling with density, memory of the last draw, the path gradient; the recipes."""
+"""NormalizingFlow: sampling with density, memory of the last draw, the path gradient, contexts."""
 
 import copy
 
 import pyro.distributions as dist
 import pytest
 import torch
+from recipe_cases import make_flow
 from transform_cases import perturb
 
 from pyro_flowguides import NormalizingFlow, flows
 
-RECIPES = {"coupling": flows.coupling, "planar": flows.planar}
-every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-
-
-def make_flow(recipe, dim, dtype, **options):
-    transform = perturb(recipe(dim, num_layers=2).to(dtype))
-    base = dist.Normal(torch.zeros(dim, dtype=dtype), 1.0).to_event(1)
-    return NormalizingFlow(base, transform, **options)
+every_recipe = pytest.mark.parametrize("recipe", [flows.coupling, flows.planar], ids=["coupling", "planar"])
+CONTEXT_DIM = 3
 
 
 @every_recipe
@@ -48,33 +43,6 @@ def test_another_distribution_scores_the_draw_by_itself(dtype):
     assert not torch.allclose(other.log_prob(x), flow.log_prob(x))
 
 
-@every_recipe
-def test_density_integrates_to_one(recipe, dtype):
-    flow = make_flow(recipe, 1, torch.float64)
-    # The images of an even grid: dense where the flow compresses and the density is high.
-    grid = flow.transform(torch.linspace(-9, 9, 20_001, dtype=torch.float64).unsqueeze(-1)).detach()
-    mass = torch.trapezoid(flow.log_prob(grid).exp(), grid.squeeze(-1))
-    torch.testing.assert_close(mass, torch.ones_like(mass), rtol=0, atol=1e-4)
-
-
-@every_recipe
-def test_path_gradient_leaves_out_the_score_function(recipe, dtype, tolerance):
-    """It equals the gradient of log q(x(φ); φ₀) at φ = φ₀, computed here by inverting a copy with fixed parameters."""
-    flow = make_flow(recipe, 3, dtype, gradient="path")
-    fixed = copy.deepcopy(flow.transform).requires_grad_(False)
-    parameters = list(flow.transform.parameters())
-    torch.manual_seed(1)
-    x, log_prob = flow.rsample_and_log_prob((6,))
-    weights = torch.arange(1.0, 7.0, dtype=dtype)  # not the same for every draw, as in importance-weighted objectives
-    found = torch.autograd.grad((weights * log_prob).sum(), parameters)
-    torch.manual_seed(1)
-    x = NormalizingFlow(flow.base_dist, flow.transform).rsample((6,))
-    log_prob = NormalizingFlow(flow.base_dist, fixed).log_prob(x)
-    expected = torch.autograd.grad((weights * log_prob).sum(), parameters)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance(1e-6), atol=tolerance(1e-6) * max(1.0, float(b.abs().max())))
-
-
 def test_path_gradient_vanishes_where_the_flow_is_exact(dtype, tolerance):
     """The gradient of log q − log p is 0 for every single draw, not only on average."""
     flow = make_flow(flows.coupling, 3, dtype, gradient="path")
@@ -85,29 +53,104 @@ def test_path_gradient_vanishes_where_the_flow_is_exact(dtype, tolerance):
         torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=tolerance(1e-7))
 
 
+# --- contexts ---------------------------------------------------------------------------------------------------------
+
+
 @every_recipe
-@pytest.mark.parametrize("dim", [1, 2, 5, 31])
-@pytest.mark.parametrize("context_dim", [0, 2])
-def test_recipes_start_as_the_identity(recipe, dim, context_dim):
-    transform = recipe(dim, num_layers=3, context_dim=context_dim)
-    z = torch.randn(10, dim)
-    context = torch.randn(10, context_dim) if context_dim else None
-    x, log_det = transform.forward_and_log_det(z, context)
-    torch.testing.assert_close(x, z, rtol=0, atol=1e-6)
-    torch.testing.assert_close(log_det, torch.zeros(10), rtol=0, atol=1e-6)
+@pytest.mark.parametrize("gradient", ["total", "path"])
+@pytest.mark.parametrize("batch_shape", [(), (4,), (4, 1)], ids=str)
+def test_a_context_makes_a_batch_of_distributions(recipe, gradient, batch_shape, dtype, tolerance):
+    flow = make_flow(recipe, 3, dtype, context_dim=CONTEXT_DIM, gradient=gradient)
+    context = torch.randn(*batch_shape, CONTEXT_DIM, dtype=dtype)
+    bound = flow.condition(context)
+    assert isinstance(bound, NormalizingFlow)
+    assert bound.batch_shape == batch_shape and bound.event_shape == (3,)
+    assert bound.gradient == gradient
+    wider = (2, *batch_shape[:-1], 5) if batch_shape == (4, 1) else (2, *batch_shape)
+    for distribution in (bound, bound.expand(wider)):
+        x, log_prob = distribution.rsample_and_log_prob((5,))
+        assert x.shape == (5, *distribution.batch_shape, 3)
+        assert log_prob.shape == (5, *distribution.batch_shape)
+        torch.testing.assert_close(distribution.log_prob(x), log_prob, rtol=tolerance(1e-8), atol=tolerance(1e-8))
+        # Every member of the batch is the distribution of its own context.
+        contexts = context.expand(*distribution.batch_shape, CONTEXT_DIM).reshape(-1, CONTEXT_DIM)
+        rows = x.reshape(5, -1, 3).unbind(1)
+        for one_context, row, found in zip(contexts, rows, log_prob.reshape(5, -1).unbind(1), strict=True):
+            expected = flow.condition(one_context).log_prob(row)
+            torch.testing.assert_close(found, expected, rtol=tolerance(1e-8), atol=tolerance(1e-8))
 
 
-def test_couplings_move_every_coordinate(dtype):
-    transform = make_flow(flows.coupling, 5, dtype).transform
-    z = torch.randn(10, 5, dtype=dtype)
-    assert ((transform(z) - z).abs().amax(0) > 1e-3).all()
+def test_a_bound_flow_broadcasts_with_the_batch_of_the_base(dtype):
+    base = dist.Normal(torch.zeros(4, 1, 3, dtype=dtype), 1.0).to_event(1)
+    flow = NormalizingFlow(base, perturb(flows.coupling(3, context_dim=2).to(dtype)))
+    bound = flow.condition(torch.randn(5, 2, dtype=dtype))
+    assert bound.batch_shape == (4, 5)
+    assert bound.rsample((6,)).shape == (6, 4, 5, 3)
+
+
+def test_a_bound_flow_remembers_its_draw(dtype, monkeypatch):
+    flow = make_flow(flows.coupling, 3, dtype, context_dim=CONTEXT_DIM)
+    bound, other = (flow.condition(torch.randn(4, CONTEXT_DIM, dtype=dtype)) for _ in range(2))
+    x = bound.rsample((5,))
+    elsewhere = bound.log_prob(x.clone())
+    assert not torch.allclose(other.log_prob(x), elsewhere), "another context answered from the memory"
+    monkeypatch.setattr(type(bound.transform), "inverse_and_log_det", lambda *args: pytest.fail("inverted"))
+    torch.testing.assert_close(bound.log_prob(x), elsewhere)
+
+
+@pytest.mark.parametrize("gradient", ["total", "path"])
+@every_recipe
+def test_gradients_reach_the_context(recipe, gradient, dtype, tolerance):
+    """The path gradient of the context too leaves out the dependence of the density on it."""
+    flow = make_flow(recipe, 3, dtype, context_dim=CONTEXT_DIM, gradient=gradient)
+    context = torch.randn(6, CONTEXT_DIM, dtype=dtype, requires_grad=True)
+    inputs = [context, *flow.transform.parameters()]
+    torch.manual_seed(1)
+    _, log_prob = flow.condition(context).rsample_and_log_prob()
+    weights = torch.arange(1.0, 7.0, dtype=dtype)
+    found = torch.autograd.grad((weights * log_prob).sum(), inputs)
+    torch.manual_seed(1)
+    x = NormalizingFlow(flow.base_dist, flow.transform).condition(context).rsample()
+    scored_by = flow.transform if gradient == "total" else copy.deepcopy(flow.transform).requires_grad_(False)
+    scored_at = context if gradient == "total" else context.detach()
+    log_prob = NormalizingFlow(flow.base_dist, scored_by).condition(scored_at).log_prob(x.clone())
+    expected = torch.autograd.grad((weights * log_prob).sum(), inputs)
+    assert expected[0].abs().max() > 0
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance(1e-6), atol=tolerance(1e-6) * max(1.0, float(b.abs().max())))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda flow: flow.rsample((2,)),
+        lambda flow: flow.sample(),
+        lambda flow: flow.rsample_and_log_prob(),
+        lambda flow: flow.log_prob(torch.zeros(2)),
+        lambda flow: flow.expand((3,)).rsample(),
+    ],
+    ids=["rsample", "sample", "rsample_and_log_prob", "log_prob", "expanded"],
+)
+@pytest.mark.parametrize("gradient", ["total", "path"])
+def test_an_unbound_context_is_an_error_at_the_first_use(use, gradient):
+    base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    flow = NormalizingFlow(base, flows.coupling(2, context_dim=3), gradient=gradient)
+    with pytest.raises(ValueError, match=r"needs a context of size 3; call condition\(context\) first"):
+        use(flow)
+
+
+def make_bound(base, context_dim, context):
+    return NormalizingFlow(base, flows.coupling(2, context_dim=context_dim)).condition(context)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda base: NormalizingFlow(base, flows.coupling(2), gradient="score"), 'gradient must be "total" or "path"'),
-        (lambda base: NormalizingFlow(base, flows.coupling(2, context_dim=3)), "needs a context of size 3"),
+        (lambda base: make_bound(base, 0, torch.zeros(3)), "takes no context"),
+        (lambda base: make_bound(base, 3, torch.zeros(5, 2)), r"must be context_dim = 3, got shape \(5, 2\)"),
+        (lambda base: make_bound(base, 3, torch.tensor(1.0)), r"must be context_dim = 3, got shape \(\)"),
+        (lambda base: make_bound(base, 3, torch.zeros(5, 3)).condition(torch.zeros(3)), "takes no context"),
         (lambda base: flows.coupling(2, num_layers=0), "coupling: num_layers must be at least 1"),
         (lambda base: flows.planar(0), "dim must be at least 1"),
     ],

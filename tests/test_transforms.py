@@ -3,12 +3,23 @@
 import copy
 import pickle
 import shutil
+import warnings
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
-from transform_cases import CASES, IDENTITY_AT_START, SCORE_OVERFLOWS, build, build_perturbed, case_id, make_context
+from transform_cases import (
+    CASES,
+    IDENTITY_AT_START,
+    SCORE_OVERFLOWS,
+    build,
+    build_perturbed,
+    case_id,
+    jacobian_and_gradient,
+    make_context,
+)
 
 from pyro_flowguides import transforms as T
 from pyro_flowguides.transforms.univariate import ShiftScale
@@ -19,15 +30,6 @@ INDUCTOR = ["lower_triangular_affine", "affine_coupling", "elementwise_spline"]
 BATCH_SHAPES = [(), (5,), (2, 3)]
 every_case = pytest.mark.parametrize("case", CASES, ids=case_id)
 every_dim = pytest.mark.parametrize("dim", DIMS)
-
-
-def jacobian_and_gradient(transform, z, context):
-    """The Jacobian and the gradient of log_det, at every point of a batch of shape (n, dim), by autograd one row at a time."""
-    z = z.detach().requires_grad_()
-    x, log_det = transform.forward_and_log_det(z, context)
-    rows = [torch.autograd.grad(x[..., i].sum(), z, retain_graph=True)[0] for i in range(transform.dim)]
-    (gradient,) = torch.autograd.grad(log_det.sum(), z, allow_unused=True) if log_det.requires_grad else (None,)
-    return torch.stack(rows, -2), torch.zeros_like(z) if gradient is None else gradient
 
 
 @every_case
@@ -388,6 +390,100 @@ def test_planar_without_direction_is_finite():
 def test_errors_say_what_is_wrong(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+# --- NaN --------------------------------------------------------------------------------------------------------------
+
+
+class Root(T.FlowTransform):
+    """NaN for negative numbers, in the direction and the result that it is told."""
+
+    def __init__(self, dim, where):
+        super().__init__(dim)
+        self.where = where
+
+    def _spoil(self, value, name):
+        return value + 0 * value.sqrt() if self.where == name else value
+
+    def forward_and_log_det(self, z, context=None):
+        z, _ = self.check_input(z, context)
+        return self._spoil(z, "x"), self._spoil(z, "log_det").sum(-1) * 0
+
+    def inverse_and_log_det(self, x, context=None):
+        x, _ = self.check_input(x, context)
+        return self._spoil(x, "z, going back"), self._spoil(x, "log_det, going back").sum(-1) * 0
+
+    def forward_with_score(self, z, score, context=None):
+        return *self.forward_and_log_det(z, context), self._spoil(z, "score")
+
+
+@every_case
+def test_nan_is_an_error_within_debug_alone(case, dtype):
+    transform = build_perturbed(case, 3, dtype)
+    z, context = torch.rand(5, 3, dtype=dtype), make_context(case, (5,), dtype)
+    z[0, 0] = z[3, 2] = torch.nan
+    # Not with the validation of Pyro and torch either, which is on by default: the check waits for the device.
+    with pyro.validation_enabled():
+        transform.forward_and_log_det(z, context)
+    message = r"^\w+: 2 of the 15 numbers of its input are NaN$"
+    with T.debug():
+        for call in (
+            lambda: transform.forward_and_log_det(z, context),
+            lambda: transform.inverse_and_log_det(z, context),
+            lambda: transform.forward_with_score(z, z, context),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
+        with T.debug(False):
+            transform.forward_and_log_det(z, context)
+        good = torch.rand(5, 3, dtype=dtype)
+        x, *_ = transform.forward_with_score(good, -good, context)
+        transform.inverse_and_log_det(x, context)
+        if case[1]:
+            with pytest.raises(ValueError, match="1 of the 15 numbers of its context is NaN"):
+                transform.forward_and_log_det(good, context.index_fill(0, torch.tensor(0), 1.0) * _one_nan(context))
+    transform.forward_and_log_det(z, context)
+
+
+def _one_nan(tensor):
+    factor = torch.ones_like(tensor)
+    factor.view(-1)[4] = torch.nan
+    return factor
+
+
+@pytest.mark.parametrize("where", ["x", "log_det", "score", "z, going back", "log_det, going back"])
+def test_debug_names_the_part_that_made_the_first_nan(where, dtype):
+    inner = T.Compose([T.Reverse(2), Root(2, where), T.Planar(2).to(dtype)])
+    flow = T.Compose([T.Reverse(2), inner, T.Planar(2).to(dtype)])
+    z = torch.tensor([[1.0, 2.0], [-1.0, 1.0], [2.0, -3.0]], dtype=dtype)
+    call = flow.inverse_and_log_det if "back" in where else lambda z: flow.forward_with_score(z, z)
+    assert any(value.isnan().any() for value in call(z))
+    total = 3 if "log_det" in where else 6
+    message = f"^Root, part 1 of Compose: 2 of the {total} numbers of the {where} it returned are NaN$"
+    with T.debug(), pytest.raises(ValueError, match=message):
+        call(z)
+    with T.debug():
+        call(z.abs() + 10)
+
+
+def test_debug_looks_at_nothing_that_cannot_be_read(dtype):
+    flow = build_perturbed(("compose", 0), 3, dtype).requires_grad_(False)
+    z = torch.full((4, 3), torch.nan, dtype=dtype)
+
+    def step(z):
+        return flow.forward_with_score(z, -z)[0]
+
+    torch._dynamo.reset()
+    with T.debug():
+        assert torch.vmap(step)(z).isnan().all()
+        assert torch.func.grad(lambda z: step(z).sum())(z).isnan().all()
+        assert make_fx(step)(torch.zeros_like(z))(z).isnan().all()
+        assert torch.compile(step, backend="aot_eager", fullgraph=True)(z).isnan().all()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            traced = torch.jit.trace(lambda z: flow.forward_and_log_det(z)[0], torch.zeros_like(z), check_trace=False)
+        assert traced(z).isnan().all()
+        flow.to("meta").forward_and_log_det(z.to("meta"))
 
 
 def test_zero_parameters_are_the_identity_of_a_univariate_function():

@@ -91,15 +91,15 @@ def build(case, dim, dtype):
     return (CONDITIONAL | UNCONDITIONAL)[name](dim, context_dim).to(dtype)
 
 
-def perturb(transform):
-    """Moves every parameter away from its start: vectors by O(1) noise, matrices by noise of sd 1/√fan-in.
+def perturb(transform, scale=1.0):
+    """Moves every parameter away from its start: vectors by O(1) noise, matrices by noise of sd 1/√fan-in, times scale.
 
     At the start even a wrong log-determinant can pass for right.
     """
     with torch.no_grad():
         for parameter in transform.parameters():
             fan_in = parameter.shape[-1] if parameter.dim() > 1 else 1
-            parameter.add_(torch.randn_like(parameter) / fan_in**0.5)
+            parameter.add_(scale * torch.randn_like(parameter) / fan_in**0.5)
     return transform
 
 
@@ -109,3 +109,12 @@ def build_perturbed(case, dim, dtype):
 
 def make_context(case, batch_shape, dtype):
     return torch.randn(*batch_shape, case[1], dtype=dtype) if case[1] else None
+
+
+def jacobian_and_gradient(transform, z, context):
+    """The Jacobian and the gradient of log_det, at every point of a batch, by autograd one row at a time."""
+    z = z.detach().requires_grad_()
+    x, log_det = transform.forward_and_log_det(z, context)
+    rows = [torch.autograd.grad(x[..., i].sum(), z, retain_graph=True)[0] for i in range(transform.dim)]
+    (gradient,) = torch.autograd.grad(log_det.sum(), z, allow_unused=True) if log_det.requires_grad else (None,)
+    return torch.stack(rows, -2), torch.zeros_like(z) if gradient is None else gradient

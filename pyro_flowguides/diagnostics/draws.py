@@ -19,6 +19,7 @@ from .. import __version__
 from ..tracing import (
     Tracer,
     deterministic_sites,
+    has_stochastic_log_prob,
     is_deterministic,
     is_subsample,
     latent_sites,
@@ -48,6 +49,9 @@ class Draws:
         observed: The data.
         dims: The names of the dimensions of a site (without that of the draws), from the names of its plates.
         dtype: The floating-point type that the densities were computed in.
+        stochastic_log_q: Whether log_q is a random estimate, as that of a residual flow with ``log_det="hutchinson"`` is. Its
+            noise leaves the mean of the log weights right, and makes every exponential of them wrong: only
+            :meth:`elbo` is to be had then, k-hat, weights, ESS and verdict raise ValueError.
     """
 
     values: dict[str, Tensor]
@@ -59,6 +63,7 @@ class Draws:
     observed: dict[str, Tensor]
     dims: dict[str, list[str]]
     dtype: torch.dtype = field(default=torch.float32)
+    stochastic_log_q: bool = False
 
     def __len__(self) -> int:
         return len(self.log_p)
@@ -74,6 +79,11 @@ class Draws:
 
     @functools.cached_property
     def _psis(self) -> tuple[np.ndarray, float]:
+        if self.stochastic_log_q:
+            raise ValueError(
+                "The log-density of these draws is a random estimate, from which importance weights, k-hat, ESS and verdict "
+                "would be wrong; build the flow with log_det='exact' to have them. The ELBO is right: elbo()."
+            )
         if weights_are_constant(_numpy(self.log_p), _numpy(self.log_q), torch.finfo(self.dtype).eps):
             return np.full(len(self), -np.log(len(self))), float("nan")
         return psis(self._log_ratios)
@@ -133,8 +143,8 @@ class Draws:
     ) -> Any:
         """The draws as ArviZ's ``InferenceData`` (0.x) or ``DataTree`` (1.x), with one chain.
 
-        Groups: posterior, unconstrained_posterior, sample_stats (lp, log_q and the smoothed log_weight), log_likelihood where
-        it was computed, observed_data, and variational_fit where given.
+        Groups: posterior, unconstrained_posterior, sample_stats (lp, log_q and, unless log_q is a random estimate, the
+        smoothed log_weight), log_likelihood where it was computed, observed_data, and variational_fit where given.
 
         Arguments:
             coords: Labels along a dimension, by the name of its plate.
@@ -148,11 +158,10 @@ class Draws:
         groups: dict[str, dict[str, np.ndarray]] = {
             "posterior": one_chain({**self.values, **self.deterministic}),
             "unconstrained_posterior": one_chain(self.unconstrained),
-            "sample_stats": {
-                **one_chain({"lp": self.log_p, "log_q": self.log_q}),
-                "log_weight": self.smoothed_log_weights[None],
-            },
+            "sample_stats": one_chain({"lp": self.log_p, "log_q": self.log_q}),
         }
+        if not self.stochastic_log_q:
+            groups["sample_stats"]["log_weight"] = self.smoothed_log_weights[None]
         if self.log_likelihood:
             groups["log_likelihood"] = one_chain(self.log_likelihood)
         if self.observed:
@@ -235,6 +244,12 @@ def draw_traced(tracer: Tracer, num_samples: int, batch_size: int = 10_000, log_
             if site["type"] == "sample" and not is_subsample(site)
         },
         dtype=parts[0]["log_p"].dtype,
+        # By the sites, not by the guide, which may be any function.
+        stochastic_log_q=any(
+            has_stochastic_log_prob(site["fn"])
+            for site in tracer.guide_prototype.nodes.values()
+            if site["type"] == "sample"
+        ),
     )
 
 

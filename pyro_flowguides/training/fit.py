@@ -84,12 +84,20 @@ class FlowFit:
 
     @functools.cached_property
     def khat(self) -> float:
-        """The Pareto shape of the importance weights; NaN where they are constant, a perfect fit."""
-        return self.draws.khat().value
+        """The Pareto shape of the importance weights; NaN where they are constant, a perfect fit.
+
+        NaN also where log q is a random estimate, which has no weights; the verdict tells the two apart.
+        """
+        return math.nan if self.draws.stochastic_log_q else self.draws.khat().value
 
     @functools.cached_property
     def verdict(self) -> str:
         """Whether to believe the fit, in words."""
+        if self.draws.stochastic_log_q:
+            return (
+                "unknown: the log-density of the guide is a random estimate, from which no k-hat can be had; fit a flow with "
+                "log_det='exact' to know."
+            )
         return self.draws.verdict()
 
     def summary(

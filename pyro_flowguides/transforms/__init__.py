@@ -1,7 +1,7 @@
 """Bijections of R^D with exact log-determinants, one family per file; they know nothing of models."""
 
 from .autoregressive import AffineAutoregressive, Autoregressive, SplineAutoregressive
-from .base import Compose, FlowTransform, Inverse
+from .base import Compose, FlowTransform, Inverse, debug
 from .coupling import AdditiveCoupling, AffineCoupling, Coupling, SplineCoupling
 from .elementwise import ActNorm, Affine, Elementwise, ElementwiseSpline, Sigmoid
 from .linear import FixedAffine, LowerTriangularAffine, LULinear, Permutation, Reverse
@@ -38,4 +38,5 @@ __all__ = [
     "SplineAutoregressive",
     "SplineCoupling",
     "Sylvester",
+    "debug",
 ]

@@ -10,13 +10,46 @@ Training a flow by variational inference needs the sampling direction alone: dra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 from torch.distributions import constraints
+
+_debugging = False
+
+
+@contextmanager
+def debug(enabled: bool = True) -> Iterator[None]:
+    """Within it transforms raise an error at the first NaN, which names the transform.
+
+    A transform refuses an input or a context that holds NaN, and a :class:`Compose` checks what each of its parts returns,
+    so that the part that made the first NaN is the one that is named. It is off by default, whatever the validation settings
+    of Pyro, because every check waits for the device. Values that cannot be read (under ``torch.vmap``, ``make_fx``,
+    ``torch.compile``, ``torch.jit.trace``, while a CUDA graph is captured, on the meta device) are not checked. The switch is
+    one for all threads.
+
+    Arguments:
+        enabled: Whether to check; False switches an outer ``debug()`` off.
+
+    Example:
+        >>> from pyro_flowguides.transforms import Planar
+        >>> planar = Planar(2)
+        >>> with debug():
+        ...     planar(torch.tensor([0.0, torch.nan]))
+        Traceback (most recent call last):
+            ...
+        ValueError: Planar: 1 of the 2 numbers of its input is NaN
+    """
+    global _debugging
+    previous, _debugging = _debugging, enabled
+    try:
+        yield
+    finally:
+        _debugging = previous
 
 
 class FlowTransform(TransformModule):
@@ -150,7 +183,10 @@ class FlowTransform(TransformModule):
         return f"dim={self.dim}" + (f", context_dim={self.context_dim}" if self.context_dim else "")
 
     def check_input(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Checks a point and its context, and broadcasts the point to their common batch shape."""
+        """Checks a point and its context, and broadcasts the point to their common batch shape.
+
+        NaN are an error within :func:`debug` alone.
+        """
         if torch.jit.is_tracing():  # type: ignore[attr-defined]
             # Sizes are tensors there, and their comparison would become part of the trace.
             return value, context
@@ -161,6 +197,8 @@ class FlowTransform(TransformModule):
             raise ValueError(
                 f"{name}: the last dimension of its input must be dim = {self.dim}, got shape {tuple(value.shape)}"
             )
+        if _debugging:
+            _refuse_nan(name, {"its input": value, "its context": context})
         if self.context_dim == 0:
             if context is not None:
                 raise ValueError(f"{name} has no context (context_dim = 0), but was given one")
@@ -236,19 +274,27 @@ class Compose(FlowTransform):
     def _context_of(self, transform: Any, context: Tensor | None) -> Tensor | None:
         return context if transform.context_dim else None
 
+    def _check_part(self, index: int, results: dict[str, Tensor | None]) -> None:
+        """Within :func:`debug`, an error for NaN that a part has returned: its input had none."""
+        if _debugging:
+            part = f"{type(self.transforms[index]).__name__}, part {index} of {type(self).__name__}"
+            _refuse_nan(part, {f"the {name} it returned": value for name, value in results.items()})
+
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, context = self.check_input(z, context)
         log_dets = []
-        for transform in self.transforms:
+        for index, transform in enumerate(self.transforms):
             x, log_det = transform.forward_and_log_det(x, self._context_of(transform, context))
+            self._check_part(index, {"x": x, "log_det": log_det})
             log_dets.append(log_det)
         return x, sum_tensors(log_dets)
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, context = self.check_input(x, context)
         log_dets = []
-        for transform in reversed(self.transforms):
+        for index, transform in reversed(list(enumerate(self.transforms))):
             z, log_det = transform.inverse_and_log_det(z, self._context_of(transform, context))
+            self._check_part(index, {"z, going back": z, "log_det, going back": log_det})
             log_dets.append(log_det)
         return z, sum_tensors(log_dets)
 
@@ -257,8 +303,9 @@ class Compose(FlowTransform):
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, context = self.check_input(z, context)
         log_dets = []
-        for transform in self.transforms:
+        for index, transform in enumerate(self.transforms):
             x, log_det, score = transform.forward_with_score(x, score, self._context_of(transform, context))
+            self._check_part(index, {"x": x, "log_det": log_det, "score": score})
             log_dets.append(log_det)
         return x, sum_tensors(log_dets), score
 
@@ -347,6 +394,29 @@ class Conditioned(FlowTransform):
     ) -> tuple[Tensor, Tensor, Tensor]:
         z, _ = self.check_input(z, context)
         return self.transform.forward_with_score(z, score, self.context)
+
+
+def _refuse_nan(owner: str, tensors: dict[str, Tensor | None]) -> None:
+    """An error that counts the NaN of the first tensor that has any, of those that can be read."""
+    for name, value in tensors.items():
+        if value is None or not _can_be_read(value):
+            continue
+        count = int(value.detach().isnan().sum())
+        if count:
+            verb = "is" if count == 1 else "are"
+            raise ValueError(f"{owner}: {count} of the {value.numel()} numbers of {name} {verb} NaN")
+
+
+def _can_be_read(value: Tensor) -> bool:
+    """Whether the numbers of a tensor are there for Python to look at."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or value.is_meta:  # type: ignore[attr-defined]
+        return False
+    # Neither torch.func nor make_fx tells in public whether it is at work.
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    if torch._C._functorch.is_functorch_wrapped_tensor(value) or get_proxy_mode() is not None:
+        return False
+    return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def value_and_pull_back(function: Callable, *points: Tensor) -> tuple[Any, Callable]:

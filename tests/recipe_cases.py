@@ -1,0 +1,22 @@
+"""The table of recipes that every test of a recipe runs over; a new recipe adds its row here."""
+
+import functools
+
+import pyro.distributions as dist
+import torch
+from transform_cases import perturb
+
+from pyro_flowguides import NormalizingFlow, flows
+
+RECIPE_CASES = {
+    **flows.RECIPES,
+    "sylvester_householder": functools.partial(flows.sylvester, basis="householder"),
+    "sylvester_triangular": functools.partial(flows.sylvester, basis="triangular"),
+}
+
+
+def make_flow(recipe, dim, dtype, context_dim=0, scale=1.0, **options):
+    """A NormalizingFlow over two perturbed layers of a recipe."""
+    transform = perturb(recipe(dim, num_layers=2, context_dim=context_dim).to(dtype), scale)
+    base = dist.Normal(torch.zeros(dim, dtype=dtype), 1.0).to_event(1)
+    return NormalizingFlow(base, transform, **options)
