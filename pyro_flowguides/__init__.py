@@ -5,13 +5,18 @@ __version__ = "0.1.0"
 from . import bases, flows, transforms
 from .diagnostics import Draws, Estimate, draw
 from .flows import NormalizingFlow
-from .guides import AutoCoupling, AutoFlow, AutoPlanar
+from .guides import AutoCoupling, AutoFlow, AutoIAF, AutoPlanar, AutoRadial, AutoResidual, AutoSpline, AutoSylvester
 from .training import FlowFit, fit
 
 __all__ = [
     "AutoCoupling",
     "AutoFlow",
+    "AutoIAF",
     "AutoPlanar",
+    "AutoRadial",
+    "AutoResidual",
+    "AutoSpline",
+    "AutoSylvester",
     "Draws",
     "Estimate",
     "FlowFit",

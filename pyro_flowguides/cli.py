@@ -22,11 +22,16 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoLowRankMultivariateNorm
 from . import __version__
 from .diagnostics.summary import scalar_labels, summarise
 from .examples import EXAMPLES, Example
-from .guides import AutoCoupling, AutoPlanar
+from .guides import AutoCoupling, AutoIAF, AutoPlanar, AutoRadial, AutoResidual, AutoSpline, AutoSylvester
 from .training import FlowFit, fit
 
 GUIDES: dict[str, tuple[Callable, str]] = {
     "coupling": (AutoCoupling, "affine couplings (RealNVP); the first choice"),
+    "iaf": (AutoIAF, "inverse autoregressive flows"),
+    "spline": (AutoSpline, "rational-quadratic spline couplings: several modes, sharp edges"),
+    "sylvester": (AutoSylvester, "Sylvester flows: few parameters, no networks"),
+    "residual": (AutoResidual, "residual flows"),
+    "radial": (AutoRadial, "radial flows: very few parameters"),
     "planar": (AutoPlanar, "planar flows: few parameters, little flexibility"),
     "normal": (AutoNormal, "Pyro's AutoNormal: independent normals"),
     "diagonal_normal": (AutoDiagonalNormal, "Pyro's AutoDiagonalNormal: independent normals, one vector"),

@@ -26,7 +26,7 @@ from pyro.infer import (
 )
 from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_value
 from pyro.infer.reparam import NeuTraReparam
-from pyro.optim import Adam
+from pyro.optim import ClippedAdam
 from transform_cases import perturb
 
 import pyro_flowguides as fg
@@ -40,16 +40,27 @@ class StudentTFlow(fg.AutoFlow):
         super().__init__(model, base="student_t", **options)
 
 
-NORMAL_GUIDES = {"flow": fg.AutoFlow, "coupling": fg.AutoCoupling, "planar": fg.AutoPlanar}
+NORMAL_GUIDES = {
+    "flow": fg.AutoFlow,
+    "coupling": fg.AutoCoupling,
+    "iaf": fg.AutoIAF,
+    "planar": fg.AutoPlanar,
+    "radial": fg.AutoRadial,
+    "residual": fg.AutoResidual,
+    "spline": fg.AutoSpline,
+    "sylvester": fg.AutoSylvester,
+}
 GUIDES = {**NORMAL_GUIDES, "student_t": StudentTFlow}
 every_guide = pytest.mark.parametrize("Guide", GUIDES.values(), ids=GUIDES)
 every_normal_guide = pytest.mark.parametrize("Guide", NORMAL_GUIDES.values(), ids=NORMAL_GUIDES)
 Y = [0.3, 1.4, 2.2, 0.7, 1.9]
 
 
-def train(model, guide, *args, steps=200, lr=0.02, loss=None):
+def train(model, guide, *args, steps=200, lr=0.02, decay=1.0, loss=None):
     loss = loss or Trace_ELBO(num_particles=32, vectorize_particles=True)
-    svi = SVI(model, guide, Adam({"lr": lr}), loss)
+    svi = SVI(
+        model, guide, ClippedAdam({"lr": lr, "lrd": decay ** (1 / steps) if steps else 1.0, "clip_norm": 1e9}), loss
+    )
     return [svi.step(*args) for _ in range(steps)]
 
 
@@ -118,8 +129,8 @@ def test_marginalises_discrete_sites(Guide, gradient):
 @every_guide
 def test_finds_a_conjugate_posterior(Guide):
     y = torch.tensor(Y, dtype=torch.float64)
-    guide = Guide(conjugate, gradient="path")
-    train(conjugate, guide, y, steps=600)
+    guide = Guide(conjugate, gradient="path", init_scale=0.3)
+    train(conjugate, guide, y, steps=500, decay=0.03)
     mean, sd, log_evidence = conjugate_answer(y)
     draws = fg.draw(conjugate, guide, y, num_samples=20_000)
     # The family holds the posterior: four standard errors of 20,000 draws, plus what 600 steps leave.
