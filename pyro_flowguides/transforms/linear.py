@@ -38,17 +38,17 @@ class Permutation(FlowTransform):
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, _ = self.check_input(z, context)
-        return z[..., self.permutation], z.new_zeros(z.shape[:-1])
+        return z.index_select(-1, self.permutation), z.new_zeros(z.shape[:-1])
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, _ = self.check_input(x, context)
-        return x[..., self.inverse_permutation], x.new_zeros(x.shape[:-1])
+        return x.index_select(-1, self.inverse_permutation), x.new_zeros(x.shape[:-1])
 
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, log_det = self.forward_and_log_det(z, context)
-        return x, log_det, score[..., self.permutation].detach()
+        return x, log_det, score.index_select(-1, self.permutation).detach()
 
 
 class Reverse(Permutation):

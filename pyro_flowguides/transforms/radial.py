@@ -60,8 +60,9 @@ class Radial(FlowTransform):
     def _radial_parameters(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """z₀, α, m = β/α, and 1 + m, which does not lose its last digits near m = −1."""
         centre, raw_alpha, raw_m = self.parameters_of(context).split([self.dim, 1, 1], -1)
-        _, alpha = _excess_and_scale(raw_alpha.squeeze(-1))
-        return centre, self.dim**0.5 * alpha, *_excess_and_scale(raw_m.squeeze(-1))
+        alpha = self.dim**0.5 * _scale(raw_alpha.squeeze(-1))
+        raw_m = raw_m.squeeze(-1)
+        return centre, alpha, _excess(raw_m), _scale(raw_m)
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, context = self.check_input(z, context)
@@ -106,19 +107,21 @@ class Radial(FlowTransform):
         return (self.dim - 1) * log_one_plus(m * p, across) + log_one_plus(m * p * p, along)
 
 
-def _excess_and_scale(a: Tensor) -> tuple[Tensor, Tensor]:
-    """A positive scale that is 1 at a = 0, and the scale minus 1, each to full relative precision."""
-    scale = softplus(a + _LOG_E_MINUS_1)
+def _scale(a: Tensor) -> Tensor:
+    """A positive scale that is 1 at a = 0."""
+    return _MARGIN + (1 - _MARGIN) * softplus(a + _LOG_E_MINUS_1)
+
+
+def _excess(a: Tensor) -> Tensor:
+    """That scale minus 1, to full relative precision."""
     # log(1 + (e − 1) eᵃ) − 1 in a form that keeps the tiny a of the start: softplus minus 1 would lose it.
     excess = torch.log1p((1 - 1 / math.e) * torch.expm1(a.clamp(max=1.0)))
-    excess = torch.where(a < 1, excess, scale - 1)
-    return (1 - _MARGIN) * excess, _MARGIN + (1 - _MARGIN) * scale
+    return (1 - _MARGIN) * torch.where(a < 1, excess, softplus(a + _LOG_E_MINUS_1) - 1)
 
 
 def _norm(offset: Tensor) -> Tensor:
-    """The Euclidean norm, with gradient 0 at 0 (autograd's of the square root is NaN)."""
-    squared = (offset * offset).sum(-1)
-    return torch.where(squared > 0, torch.where(squared > 0, squared, 1.0).sqrt(), 0.0)
+    """The Euclidean norm, with gradient 0 at 0 (that of the square root of the sum of squares would be NaN)."""
+    return torch.linalg.vector_norm(offset, dim=-1)
 
 
 def _scales(r: Tensor, alpha: Tensor, one_plus_m: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -165,7 +165,8 @@ class Sylvester(FlowTransform):
         z, context = self.check_input(z, context)
         ridges = self._ridge_parameters(context)
         u = multiply(ridges.q_into.mT, z) + ridges.shift
-        return z + multiply(ridges.q_out, torch.tanh(u)), _log_det(u, ridges.product)
+        h = torch.tanh(u)
+        return z + multiply(ridges.q_out, h), _log_det(h, tanh_derivative(u), ridges.product)
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, context = self.check_input(x, context)
@@ -181,7 +182,8 @@ class Sylvester(FlowTransform):
         inner = _solve(h_prime.unsqueeze(-1) * (into @ out), h_prime * multiply(into, residual), upper=True)
         w = w - residual + multiply(out, inner)
         u = multiply(ridges.into, w) + ridges.shift
-        return x - multiply(ridges.q_out, torch.tanh(u)), -_log_det(u, ridges.product)
+        h = torch.tanh(u)
+        return x - multiply(ridges.q_out, h), -_log_det(h, tanh_derivative(u), ridges.product)
 
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
@@ -190,16 +192,17 @@ class Sylvester(FlowTransform):
         ridges = self._ridge_parameters(context)
         u = multiply(ridges.q_into.mT, z) + ridges.shift
         h = torch.tanh(u)
+        h_prime = tanh_derivative(u)
+        log_det = _log_det(h, h_prime, ridges.product)
         with torch.no_grad():
-            h_prime = tanh_derivative(u)
             # −∂ log_det/∂u; ∇ log_det = Q R̃ᵀ ∂ log_det/∂u.
-            curvature = 2 * h * h_prime * ridges.product / _slope(u, ridges.product)
+            curvature = 2 * h * h_prime * ridges.product / _slope(h, h_prime, ridges.product)
             # J^{-T} by Woodbury's identity, J = I + (Q R) diag(h') (Q R̃ᵀ)ᵀ: I + diag(h') (R̃ R)ᵀ is lower triangular.
             product = (ridges.into @ ridges.out).mT
             inner = h_prime * (multiply(ridges.q_out.mT, score) + multiply(product, curvature))
             inner = _solve(h_prime.unsqueeze(-1) * product, inner, upper=False)
             score = score + multiply(ridges.q_into, curvature - inner)
-        return z + multiply(ridges.q_out, h), _log_det(u, ridges.product), score.detach()
+        return z + multiply(ridges.q_out, h), log_det, score.detach()
 
 
 class _Ridges(NamedTuple):
@@ -214,13 +217,13 @@ class _Ridges(NamedTuple):
     product: Tensor
 
 
-def _slope(u: Tensor, product: Tensor) -> Tensor:
-    """1 + h'·product as tanh² + h'·(1 + product): a sum of positive terms."""
-    return torch.tanh(u).square() + tanh_derivative(u) * (1 + product)
+def _slope(h: Tensor, h_prime: Tensor, product: Tensor) -> Tensor:
+    """1 + h'·product as h² + h'·(1 + product): a sum of positive terms."""
+    return torch.addcmul(h.square(), h_prime, 1 + product)
 
 
-def _log_det(u: Tensor, product: Tensor) -> Tensor:
-    return log_one_plus(tanh_derivative(u) * product, _slope(u, product)).sum(-1)
+def _log_det(h: Tensor, h_prime: Tensor, product: Tensor) -> Tensor:
+    return log_one_plus(h_prime * product, _slope(h, h_prime, product)).sum(-1)
 
 
 def _solve(matrix: Tensor, vector: Tensor, upper: bool) -> Tensor:
@@ -255,5 +258,6 @@ def _solve_ridge(product: Tensor, target: Tensor) -> Tensor:
     bounded, linear = size - product, size / (1 + product)
     u = torch.where(product < 0, torch.minimum(bounded, linear), torch.maximum(bounded, linear))
     for _ in range(_NUM_NEWTON_STEPS):
-        u = u - (u + product * torch.tanh(u) - size) / _slope(u, product)
+        h = torch.tanh(u)
+        u = u - (u + product * h - size) / _slope(h, tanh_derivative(u), product)
     return torch.copysign(u, target)

@@ -64,14 +64,15 @@ class ShiftScale:
             raise ValueError(f"ShiftScale: the bound of the log-scale must be positive or None, got {self.bound}")
 
     def _shift_and_log_scale(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        shift, log_scale = parameters.unbind(-1)
+        # All shifts first, then all log-scales: that is how they lie in memory, and how their gradients are put together.
+        shift, log_scale = parameters.mT.unbind(-2)
         if self.bound is not None:
             log_scale = self.bound * torch.tanh(log_scale / self.bound)
         return shift, log_scale
 
     def forward(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         shift, log_scale = self._shift_and_log_scale(parameters)
-        return z * log_scale.exp() + shift, log_scale
+        return torch.addcmul(shift, z, log_scale.exp()), log_scale
 
     def inverse(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         shift, log_scale = self._shift_and_log_scale(parameters)
