@@ -123,7 +123,9 @@ def fit(construct: Callable[[], nn.Module], train: Tensor, test: Tensor, seed: i
         schedule.step()
     seconds = time.perf_counter() - start
     with torch.no_grad():
-        log_likelihoods = {name: float(flow.log_prob(points).mean()) for name, points in [("train", train), ("test", test)]}
+        log_likelihoods = {
+            name: float(flow.log_prob(points).mean()) for name, points in [("train", train), ("test", test)]
+        }
     num_parameters = sum(parameter.numel() for parameter in flow.parameters())
     return {**log_likelihoods, "seconds": seconds, "num_parameters": num_parameters}
 

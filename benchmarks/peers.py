@@ -59,13 +59,15 @@ _OURS: dict[str, Callable[[int], T.FlowTransform]] = {
     "radial": T.Radial,
     "sylvester, householder": lambda dim: T.Sylvester(dim, basis="householder", num_reflections=NUM_REFLECTIONS),
     "sylvester, orthogonal": lambda dim: T.Sylvester(dim, NUM_VECTORS),
+    "sylvester, basis alone": lambda dim: T.Sylvester(dim, NUM_VECTORS),
     "affine autoregressive": lambda dim: T.AffineAutoregressive(dim, **_NETWORK),
     "spline autoregressive": lambda dim: T.SplineAutoregressive(dim, **_NETWORK, **_SPLINE),
     "affine coupling": lambda dim: T.AffineCoupling(dim, **_NETWORK),
     "additive coupling": lambda dim: T.AdditiveCoupling(dim, **_NETWORK),
     "spline coupling": lambda dim: T.SplineCoupling(dim, **_NETWORK, **_SPLINE),
     "elementwise spline": lambda dim: T.ElementwiseSpline(dim, **_SPLINE),
-    "residual": lambda dim: T.Residual(dim, hidden_dims=(HIDDEN, HIDDEN)),
+    "residual, exact log_det": lambda dim: T.Residual(dim, hidden_dims=(HIDDEN, HIDDEN)),
+    "residual, estimated log_det": lambda dim: T.Residual(dim, hidden_dims=(HIDDEN, HIDDEN), log_det="hutchinson"),
     "LU linear": T.LULinear,
     "householder": lambda dim: T.Householder(dim, num_reflections=NUM_REFLECTIONS),
     "permutation": lambda dim: T.Permutation(torch.randperm(dim)),
@@ -78,10 +80,6 @@ def _ours(constructor: Callable[[int], T.FlowTransform]) -> Callable[[int], Laye
         return _layer(transform, transform.forward_and_log_det)
 
     return construct
-
-
-for _family, _constructor in _OURS.items():
-    _register(_family, OURS)(_ours(_constructor))
 
 
 class BjorckSylvester(T.Sylvester):
@@ -99,7 +97,21 @@ class BjorckSylvester(T.Sylvester):
         return q
 
 
+def _basis_alone(constructor: Callable[[int], T.Sylvester]) -> Callable[[int], Layer]:
+    """The orthonormal columns of a D × M matrix, which is the parameter; the points are not used."""
+
+    def construct(dim: int) -> Layer:
+        transform = constructor(dim)
+        matrix = nn.Parameter(torch.randn(dim * transform.num_vectors))
+        return [matrix], lambda z: (transform._orthonormal_columns(matrix), z.new_zeros(()))
+
+    return construct
+
+
+for _family, _constructor in _OURS.items():
+    _register(_family, OURS)(_basis_alone(_constructor) if "alone" in _family else _ours(_constructor))
 _register("sylvester, orthogonal", "Björck iteration")(_ours(lambda dim: BjorckSylvester(dim, NUM_VECTORS)))
+_register("sylvester, basis alone", "Björck iteration")(_basis_alone(lambda dim: BjorckSylvester(dim, NUM_VECTORS)))
 
 # --- Pyro --------------------------------------------------------------------------------------------------------------
 
@@ -329,7 +341,8 @@ def _(dim: int) -> nn.Module:
     return Permute(dim)
 
 
-@_register("residual", "normflows", "normflows")
+@_register("residual, exact log_det", "normflows", "normflows")
+@_register("residual, estimated log_det", "normflows", "normflows")
 def _(dim: int) -> Layer:
     from normflows.flows import Residual
     from normflows.nets import LipschitzMLP

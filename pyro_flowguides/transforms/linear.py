@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from ..conditioners import FreeParameters
 from .base import FlowTransform, check_positive_integer
@@ -136,25 +137,30 @@ class LULinear(FlowTransform):
 
     def __init__(self, dim: int, *, context_dim: int = 0, hidden_dims: Sequence[int] = (32, 32)) -> None:
         super().__init__(dim, context_dim)
-        self.below_diagonal: Tensor
-        rows, columns = torch.tril_indices(dim, dim, -1)
-        self.num_below = dim * (dim - 1) // 2
-        self.register_buffer("below_diagonal", rows * dim + columns)
-        self.parameters_of = FreeParameters(torch.zeros(2 * dim + 2 * self.num_below), context_dim, hidden_dims)
+        # t, and a square matrix that holds S_L, S_U and, in between, d.
+        self.parameters_of = FreeParameters(torch.zeros(dim + dim**2), context_dim, hidden_dims)
 
     def _loc_factors_log_det(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The location t, the lower triangular L and Uᵀ, and log_det."""
-        sizes = [self.dim, self.dim, self.num_below, self.num_below]
-        loc, log_diagonal, below, above = self.parameters_of(context).split(sizes, -1)
+        loc, packed = self.parameters_of(context).split([self.dim, self.dim**2], -1)
+        entries = packed.reshape(*packed.shape[:-1], self.dim, self.dim)
+        log_diagonal = entries.diagonal(dim1=-2, dim2=-1)
         identity = torch.eye(self.dim, dtype=loc.dtype, device=loc.device)
-        lower = identity + _strictly_lower(below / self.dim**0.5, self.below_diagonal, self.dim)
-        unit_upper_transposed = identity + _strictly_lower(above / self.dim**0.5, self.below_diagonal, self.dim)
-        return loc, lower, unit_upper_transposed * log_diagonal.exp().unsqueeze(-2), log_diagonal.sum(-1)
+        entries = entries / self.dim**0.5
+        upper = (identity + entries.triu(1)) * log_diagonal.exp().unsqueeze(-1)
+        return loc, identity + entries.tril(-1), upper.mT, log_diagonal.sum(-1)
+
+    def _multiply(self, loc: Tensor, lower: Tensor, upper_transposed: Tensor, z: Tensor) -> Tensor:
+        upper = upper_transposed.mT
+        # Many points are cheaper with the product of the factors, few with the factors. (A trace has no sizes to ask.)
+        if lower.dim() == 2 and not torch.jit.is_tracing() and z.numel() > 2 * self.dim**2:  # type: ignore[attr-defined]
+            return linear(z, lower @ upper, loc)
+        return loc + multiply(lower, multiply(upper, z))
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, context = self.check_input(z, context)
         loc, lower, upper_transposed, log_det = self._loc_factors_log_det(context)
-        return loc + multiply(lower, multiply(upper_transposed.mT, z)), log_det.expand(z.shape[:-1])
+        return self._multiply(loc, lower, upper_transposed, z), log_det.expand(z.shape[:-1])
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, context = self.check_input(x, context)
@@ -169,7 +175,7 @@ class LULinear(FlowTransform):
         loc, lower, upper_transposed, log_det = self._loc_factors_log_det(context)
         with torch.no_grad():
             score = solve_lower(lower, solve_lower(upper_transposed, score.expand_as(z)), transpose=True)
-        x = loc + multiply(lower, multiply(upper_transposed.mT, z))
+        x = self._multiply(loc, lower, upper_transposed, z)
         return x, log_det.expand(z.shape[:-1]), score.detach()
 
 

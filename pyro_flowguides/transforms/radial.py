@@ -61,15 +61,15 @@ class Radial(FlowTransform):
         """z₀, α, m = β/α, and 1 + m, which does not lose its last digits near m = −1."""
         centre, raw_alpha, raw_m = self.parameters_of(context).split([self.dim, 1, 1], -1)
         alpha = self.dim**0.5 * _scale(raw_alpha.squeeze(-1))
-        raw_m = raw_m.squeeze(-1)
-        return centre, alpha, _excess(raw_m), _scale(raw_m)
+        return centre, alpha, *_excess_and_scale(raw_m.squeeze(-1))
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, context = self.check_input(z, context)
         centre, alpha, m, one_plus_m = self._radial_parameters(context)
         offset = z - centre
         p, across, along = _scales(_norm(offset), alpha, one_plus_m)
-        return z + (m * p).unsqueeze(-1) * offset, self._log_det(m, p, across, along)
+        shift = m * p
+        return torch.addcmul(z, shift.unsqueeze(-1), offset), self._log_det(shift, p, across, along)
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, context = self.check_input(x, context)
@@ -82,7 +82,7 @@ class Radial(FlowTransform):
         larger = (torch.where(positive, b, -b) + (b * b + 4 * alpha * distance).sqrt()) / 2
         r = torch.where(positive, larger, alpha * distance / larger)
         p, across, along = _scales(r, alpha, one_plus_m)
-        return centre + offset / across.unsqueeze(-1), -self._log_det(m, p, across, along)
+        return centre + offset / across.unsqueeze(-1), -self._log_det(m * p, p, across, along)
 
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
@@ -101,10 +101,12 @@ class Radial(FlowTransform):
             # J⁻¹ by Sherman and Morrison; 1/along − 1/across without its cancellation.
             ray = (direction * score).sum(-1) * m * p * (1 - p) / along
             score = (score + ray.unsqueeze(-1) * direction) / across.unsqueeze(-1)
-        return z + (m * p).unsqueeze(-1) * offset, self._log_det(m, p, across, along), score.detach()
+        shift = m * p
+        x = torch.addcmul(z, shift.unsqueeze(-1), offset)
+        return x, self._log_det(shift, p, across, along), score.detach()
 
-    def _log_det(self, m: Tensor, p: Tensor, across: Tensor, along: Tensor) -> Tensor:
-        return (self.dim - 1) * log_one_plus(m * p, across) + log_one_plus(m * p * p, along)
+    def _log_det(self, shift: Tensor, p: Tensor, across: Tensor, along: Tensor) -> Tensor:
+        return (self.dim - 1) * log_one_plus(shift, across) + log_one_plus(shift * p, along)
 
 
 def _scale(a: Tensor) -> Tensor:
@@ -112,11 +114,12 @@ def _scale(a: Tensor) -> Tensor:
     return _MARGIN + (1 - _MARGIN) * softplus(a + _LOG_E_MINUS_1)
 
 
-def _excess(a: Tensor) -> Tensor:
-    """That scale minus 1, to full relative precision."""
+def _excess_and_scale(a: Tensor) -> tuple[Tensor, Tensor]:
+    """That scale minus 1, and the scale, each to full relative precision."""
+    scale = _scale(a)
     # log(1 + (e − 1) eᵃ) − 1 in a form that keeps the tiny a of the start: softplus minus 1 would lose it.
-    excess = torch.log1p((1 - 1 / math.e) * torch.expm1(a.clamp(max=1.0)))
-    return (1 - _MARGIN) * torch.where(a < 1, excess, softplus(a + _LOG_E_MINUS_1) - 1)
+    excess = (1 - _MARGIN) * torch.log1p((1 - 1 / math.e) * torch.expm1(a.clamp(max=1.0)))
+    return torch.where(a < 1, excess, scale - 1), scale
 
 
 def _norm(offset: Tensor) -> Tensor:
@@ -126,5 +129,7 @@ def _norm(offset: Tensor) -> Tensor:
 
 def _scales(r: Tensor, alpha: Tensor, one_plus_m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The fraction p and the eigenvalues of the Jacobian across and along the ray: sums of positive terms."""
-    p, q = alpha / (alpha + r), r / (alpha + r)
-    return p, q + one_plus_m * p, q * (1 + p) + one_plus_m * p * p
+    total = alpha + r
+    p, q = alpha / total, r / total
+    across = torch.addcmul(q, one_plus_m, p)
+    return p, across, torch.addcmul(q, p, across)

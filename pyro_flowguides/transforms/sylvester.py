@@ -26,6 +26,7 @@ from torch import Tensor
 from ..conditioners import NEAR_ZERO, FreeParameters
 from .base import FlowTransform, check_positive_integer, log_one_plus, tanh_derivative
 from .linear import multiply
+from .orthogonal import reflection_factor
 
 _BASES = ("qr", "householder", "triangular")
 # Both diagonals stay below this in size. Without a margin tanh reaches 1 in float32, and the log-determinant −∞.
@@ -66,7 +67,7 @@ class Sylvester(FlowTransform):
         >>> z, _ = sylvester.inverse_and_log_det(x)
     """
 
-    above_diagonal: Tensor
+    upper_triangle: Tensor
 
     def __init__(
         self,
@@ -101,11 +102,13 @@ class Sylvester(FlowTransform):
         self.reverse = reverse
 
         rows, columns = torch.triu_indices(num_vectors, num_vectors, 1)
-        self.register_buffer("above_diagonal", rows * num_vectors + columns)
+        # Flat indices: those of the diagonal, then those above it.
+        diagonal = torch.arange(num_vectors) * (num_vectors + 1)
+        self.register_buffer("upper_triangle", torch.cat([diagonal, rows * num_vectors + columns]))
         num_basis = {"qr": dim * num_vectors, "householder": num_reflections * dim, "triangular": 0}[basis]
         # In one dimension a unit vector has no degree of freedom but its sign.
         num_basis = num_basis if dim > 1 else 0
-        num_above = len(self.above_diagonal)
+        num_above = len(rows)
         self._sizes = [num_basis, num_vectors, num_above, num_vectors, num_above, num_vectors]
         initial = torch.cat(
             [
@@ -139,9 +142,10 @@ class Sylvester(FlowTransform):
     def _upper_triangular(self, raw_diagonal: Tensor, above: Tensor) -> Tensor:
         """A bounded diagonal, and above it entries in units of 1/√M: a step of one size in all is one of it in Rh."""
         size, batch_shape = self.num_vectors, above.shape[:-1]
+        diagonal = _LARGEST_DIAGONAL * torch.tanh(raw_diagonal)
         zeros = above.new_zeros(*batch_shape, size * size)
-        above = zeros.index_copy(-1, self.above_diagonal, above / size**0.5).reshape(*batch_shape, size, size)
-        return above + torch.diag_embed(_LARGEST_DIAGONAL * torch.tanh(raw_diagonal))
+        entries = torch.cat([diagonal, above / size**0.5], -1)
+        return zeros.index_copy(-1, self.upper_triangle, entries).reshape(*batch_shape, size, size)
 
     def _orthonormal_columns(self, raw: Tensor) -> Tensor | None:
         """Q, or None where it is a permutation."""
@@ -156,10 +160,8 @@ class Sylvester(FlowTransform):
         # A vector that is exactly 0 reflects nothing; the floor only keeps 0/0 out.
         squared_norms = (vectors * vectors).sum(-1, keepdim=True).clamp(min=torch.finfo(raw.dtype).tiny)
         vectors = vectors * squared_norms.rsqrt()
-        q = torch.eye(self.dim, self.num_vectors, dtype=raw.dtype, device=raw.device)
-        for vector in vectors.unbind(-2):
-            q = q - 2 * vector.unsqueeze(-1) * (vector.unsqueeze(-2) @ q)
-        return q
+        identity = torch.eye(self.dim, self.num_vectors, dtype=raw.dtype, device=raw.device)
+        return identity - vectors.mT @ reflection_factor(vectors)[..., : self.num_vectors]
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, context = self.check_input(z, context)
