@@ -372,12 +372,12 @@ def tanh_derivative(t: Tensor) -> Tensor:
 
 
 def log_one_plus(excess: Tensor, total: Tensor) -> Tensor:
-    """``log(1 + excess)`` for an excess above −1, given also ``total = 1 + excess > 0``, computed without cancellation.
+    """``log(1 + excess)``, given also ``total = 1 + excess > 0``, computed without cancellation.
 
-    Near 0 the excess holds the digits, near −1 the total does. An excess that rounds to −1 is kept from the logarithm that
-    is not used for it: its infinite gradient, multiplied by 0, would be NaN.
+    Near 0 the excess holds the digits, near −1 the total does. The excess must keep a margin from −1: the infinite gradient
+    of the logarithm that is not used, multiplied by 0, would be NaN.
     """
-    return torch.where(total > 0.5, torch.log1p(excess.clamp(min=-0.75)), total.log())
+    return torch.where(total > 0.5, torch.log1p(excess), total.log())
 
 
 def check_positive_integer(owner: str, argument: str, value: int) -> int:

@@ -95,7 +95,7 @@ class LowerTriangularAffine(FlowTransform):
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, context = self.check_input(z, context)
         loc, scale_tril, log_det = self._loc_scale_tril_log_det(context)
-        return loc + multiply(scale_tril, z), log_det.expand(z.shape[:-1])
+        return affine(scale_tril, z, loc), log_det.expand(z.shape[:-1])
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, context = self.check_input(x, context)
@@ -109,7 +109,7 @@ class LowerTriangularAffine(FlowTransform):
         loc, scale_tril, log_det = self._loc_scale_tril_log_det(context)
         with torch.no_grad():
             score = solve_lower(scale_tril, score.expand_as(z), transpose=True)
-        return loc + multiply(scale_tril, z), log_det.expand(z.shape[:-1]), score.detach()
+        return affine(scale_tril, z, loc), log_det.expand(z.shape[:-1]), score.detach()
 
 
 class LULinear(FlowTransform):
@@ -154,8 +154,8 @@ class LULinear(FlowTransform):
         upper = upper_transposed.mT
         # Many points are cheaper with the product of the factors, few with the factors. (A trace has no sizes to ask.)
         if lower.dim() == 2 and not torch.jit.is_tracing() and z.numel() > 2 * self.dim**2:  # type: ignore[attr-defined]
-            return linear(z, lower @ upper, loc)
-        return loc + multiply(lower, multiply(upper, z))
+            return affine(lower @ upper, z, loc)
+        return affine(lower, multiply(upper, z), loc)
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, context = self.check_input(z, context)
@@ -214,7 +214,7 @@ class FixedAffine(FlowTransform):
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, _ = self.check_input(z, context)
-        return self.loc + multiply(self.scale, z), self._log_det(z)
+        return affine(self.scale, z, self.loc), self._log_det(z)
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, _ = self.check_input(x, context)
@@ -240,6 +240,13 @@ def multiply(matrix: Tensor, vector: Tensor) -> Tensor:
     if matrix.dim() == 2:
         return vector @ matrix.mT
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def affine(matrix: Tensor, vector: Tensor, offset: Tensor) -> Tensor:
+    """``matrix @ vector + offset`` over any batch shapes, in one kernel where matrix and offset have none."""
+    if matrix.dim() == 2 and offset.dim() == 1:
+        return linear(vector, matrix, offset)
+    return multiply(matrix, vector) + offset
 
 
 def solve_lower(matrix: Tensor, vector: Tensor, transpose: bool = False) -> Tensor:

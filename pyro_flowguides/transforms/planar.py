@@ -56,7 +56,7 @@ class Planar(FlowTransform):
         u, w, b = self.parameters_of(context).split([self.dim, self.dim, 1], -1)
         a = (w * u).sum(-1, keepdim=True)
         one_plus_m = softplus(a + _LOG_E_MINUS_1)
-        m = one_plus_m - softplus(torch.full_like(a, _LOG_E_MINUS_1))
+        m = one_plus_m - 1
         # At w = 0 the ridge has no direction and any û on w will do; the floor only keeps 0/0 out.
         squared_norm = (w * w).sum(-1, keepdim=True).clamp(min=1e-12)
         return torch.addcmul(u, (m - a) / squared_norm, w), w, b, m, one_plus_m

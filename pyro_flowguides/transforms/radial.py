@@ -59,9 +59,10 @@ class Radial(FlowTransform):
 
     def _radial_parameters(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """z₀, α, m = β/α, and 1 + m, which does not lose its last digits near m = −1."""
-        centre, raw_alpha, raw_m = self.parameters_of(context).split([self.dim, 1, 1], -1)
-        alpha = self.dim**0.5 * _scale(raw_alpha.squeeze(-1))
-        return centre, alpha, *_excess_and_scale(raw_m.squeeze(-1))
+        centre, raw = self.parameters_of(context).split([self.dim, 2], -1)
+        scale = _MARGIN + (1 - _MARGIN) * softplus(raw + _LOG_E_MINUS_1)
+        alpha, one_plus_m = scale.unbind(-1)
+        return centre, self.dim**0.5 * alpha, _excess(raw[..., 1], one_plus_m), one_plus_m
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, context = self.check_input(z, context)
@@ -109,17 +110,11 @@ class Radial(FlowTransform):
         return (self.dim - 1) * log_one_plus(shift, across) + log_one_plus(shift * p, along)
 
 
-def _scale(a: Tensor) -> Tensor:
-    """A positive scale that is 1 at a = 0."""
-    return _MARGIN + (1 - _MARGIN) * softplus(a + _LOG_E_MINUS_1)
-
-
-def _excess_and_scale(a: Tensor) -> tuple[Tensor, Tensor]:
-    """That scale minus 1, and the scale, each to full relative precision."""
-    scale = _scale(a)
+def _excess(a: Tensor, scale: Tensor) -> Tensor:
+    """The scale of a minus 1, to full relative precision."""
     # log(1 + (e − 1) eᵃ) − 1 in a form that keeps the tiny a of the start: softplus minus 1 would lose it.
     excess = (1 - _MARGIN) * torch.log1p((1 - 1 / math.e) * torch.expm1(a.clamp(max=1.0)))
-    return torch.where(a < 1, excess, scale - 1), scale
+    return torch.where(a < 1, excess, scale - 1)
 
 
 def _norm(offset: Tensor) -> Tensor:

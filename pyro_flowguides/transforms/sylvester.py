@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..conditioners import NEAR_ZERO, FreeParameters
 from .base import FlowTransform, check_positive_integer, log_one_plus, tanh_derivative
-from .linear import multiply
+from .linear import affine, multiply
 from .orthogonal import reflection_factor
 
 _BASES = ("qr", "householder", "triangular")
@@ -166,7 +166,7 @@ class Sylvester(FlowTransform):
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, context = self.check_input(z, context)
         ridges = self._ridge_parameters(context)
-        u = multiply(ridges.q_into.mT, z) + ridges.shift
+        u = affine(ridges.q_into.mT, z, ridges.shift)
         h = torch.tanh(u)
         return z + multiply(ridges.q_out, h), _log_det(h, tanh_derivative(u), ridges.product)
 
@@ -176,14 +176,14 @@ class Sylvester(FlowTransform):
         target = multiply(ridges.q.mT, x) if ridges.q is not None else x.flip(-1) if self.reverse else x
         with torch.no_grad():
             w = _solve_coordinates(ridges, target)
-            h_prime = tanh_derivative(multiply(ridges.into, w) + ridges.shift)
+            h_prime = tanh_derivative(affine(ridges.into, w, ridges.shift))
         # One joint Newton step with the Jacobian I + R diag(h') R̃ held fixed: its value polishes the solution, its
         # derivative is the implicit one. By Woodbury's identity only I + diag(h') R̃ R is solved with.
-        residual = w + multiply(ridges.out, torch.tanh(multiply(ridges.into, w) + ridges.shift)) - target
+        residual = w + multiply(ridges.out, torch.tanh(affine(ridges.into, w, ridges.shift))) - target
         into, out = ridges.into.detach(), ridges.out.detach()
         inner = _solve(h_prime.unsqueeze(-1) * (into @ out), h_prime * multiply(into, residual), upper=True)
         w = w - residual + multiply(out, inner)
-        u = multiply(ridges.into, w) + ridges.shift
+        u = affine(ridges.into, w, ridges.shift)
         h = torch.tanh(u)
         return x - multiply(ridges.q_out, h), -_log_det(h, tanh_derivative(u), ridges.product)
 
@@ -192,7 +192,7 @@ class Sylvester(FlowTransform):
     ) -> tuple[Tensor, Tensor, Tensor]:
         z, context = self.check_input(z, context)
         ridges = self._ridge_parameters(context)
-        u = multiply(ridges.q_into.mT, z) + ridges.shift
+        u = affine(ridges.q_into.mT, z, ridges.shift)
         h = torch.tanh(u)
         h_prime = tanh_derivative(u)
         log_det = _log_det(h, h_prime, ridges.product)

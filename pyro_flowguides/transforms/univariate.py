@@ -168,9 +168,7 @@ class RationalQuadraticSpline:
     def _piece(self, value: Tensor, parameters: Tensor, axis: int) -> Tensor:
         """What describes the piece that a value lies in: the left and right x, y and derivative, ``[6, ...]``."""
         widths, heights, derivatives = parameters.split([self.num_bins, self.num_bins, self.num_bins - 1], -1)
-        # The quotient is exactly 1 at 0, and keeps all its digits near 0.
-        one = softplus(torch.full_like(derivatives, _LOG_E_MINUS_1))
-        derivatives = softplus(derivatives + _LOG_E_MINUS_1) / one
+        derivatives = softplus(derivatives + _LOG_E_MINUS_1)
         derivatives = pad(self.min_derivative + (1 - self.min_derivative) * derivatives, (1, 1), value=1.0)
         knots = self._knots(widths, self.min_width), self._knots(heights, self.min_height)
         table = torch.stack([*knots, derivatives], -2)
