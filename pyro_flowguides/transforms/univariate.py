@@ -65,7 +65,7 @@ class ShiftScale:
 
     def _shift_and_log_scale(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
         # All shifts first, then all log-scales: that is how they lie in memory, and how their gradients are put together.
-        shift, log_scale = parameters.mT.unbind(-2)
+        shift, log_scale = parameters.mT.unbind(-2) if parameters.dim() > 1 else parameters.unbind()
         if self.bound is not None:
             log_scale = self.bound * torch.tanh(log_scale / self.bound)
         return shift, log_scale
