@@ -70,7 +70,7 @@ class Radial(FlowTransform):
         offset = z - centre
         p, across, along = _scales(_norm(offset), alpha, one_plus_m)
         shift = m * p
-        return torch.addcmul(z, shift.unsqueeze(-1), offset), self._log_det(shift, p, across, along)
+        return z + shift.unsqueeze(-1) * offset, self._log_det(shift, p, across, along)
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, context = self.check_input(x, context)
@@ -103,8 +103,7 @@ class Radial(FlowTransform):
             ray = (direction * score).sum(-1) * m * p * (1 - p) / along
             score = (score + ray.unsqueeze(-1) * direction) / across.unsqueeze(-1)
         shift = m * p
-        x = torch.addcmul(z, shift.unsqueeze(-1), offset)
-        return x, self._log_det(shift, p, across, along), score.detach()
+        return z + shift.unsqueeze(-1) * offset, self._log_det(shift, p, across, along), score.detach()
 
     def _log_det(self, shift: Tensor, p: Tensor, across: Tensor, along: Tensor) -> Tensor:
         return (self.dim - 1) * log_one_plus(shift, across) + log_one_plus(shift * p, along)

@@ -72,7 +72,7 @@ class ShiftScale:
 
     def forward(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         shift, log_scale = self._shift_and_log_scale(parameters)
-        return torch.addcmul(shift, z, log_scale.exp()), log_scale
+        return z * log_scale.exp() + shift, log_scale
 
     def inverse(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         shift, log_scale = self._shift_and_log_scale(parameters)
