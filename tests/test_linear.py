@@ -65,10 +65,10 @@ def test_lu_reaches_a_given_matrix(dtype, tolerance):
     unit_upper = torch.randn(4, 4, dtype=dtype).triu(1) + torch.eye(4, dtype=dtype)
     matrix = lower @ (scales.unsqueeze(-1) * unit_upper)
     transform = T.LULinear(4).to(dtype)
-    rows, columns = torch.tril_indices(4, 4, -1)
-    packed = [torch.zeros(4, dtype=dtype), scales.log(), 2 * lower[rows, columns], 2 * unit_upper.mT[rows, columns]]
+    # Off the diagonal in units of 1/√D.
+    entries = 2 * (lower.tril(-1) + unit_upper.triu(1)) + scales.log().diag()
     with torch.no_grad():
-        transform.parameters_of.value.copy_(torch.cat(packed))
+        transform.parameters_of.value[4:] = entries.reshape(-1)
     z = torch.randn(5, 4, dtype=dtype)
     x, log_det = transform.forward_and_log_det(z)
     torch.testing.assert_close(x, z @ matrix.mT, rtol=0, atol=tolerance(1e-12))

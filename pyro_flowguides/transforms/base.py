@@ -438,17 +438,17 @@ def sum_tensors(tensors: list[Tensor]) -> Tensor:
 
 def tanh_derivative(t: Tensor) -> Tensor:
     """1 − tanh² without cancellation: that difference is exactly 0 in float32 from |t| = 10 on."""
-    return 4 * torch.sigmoid(2 * t) * torch.sigmoid(-2 * t)
+    half = torch.sigmoid(-2 * t.abs())
+    return 4 * torch.addcmul(half, half, half, value=-1)
 
 
 def log_one_plus(excess: Tensor, total: Tensor) -> Tensor:
-    """``log(1 + excess)`` for an excess above −1, given also ``total = 1 + excess``, computed without cancellation.
+    """``log(1 + excess)``, given also ``total = 1 + excess > 0``, computed without cancellation.
 
-    Near 0 the excess holds the digits, near −1 the total does. Each logarithm sees only the values it is used for: an
-    infinite gradient of the other, multiplied by 0, would be NaN.
+    Near 0 the excess holds the digits, near −1 the total does. The excess must keep a margin from −1: the infinite gradient
+    of the logarithm that is not used, multiplied by 0, would be NaN.
     """
-    near = total > 0.5
-    return torch.where(near, torch.log1p(torch.where(near, excess, 0.0)), torch.where(near, 1.0, total).log())
+    return torch.where(total > 0.5, torch.log1p(excess), total.log())
 
 
 def check_positive_integer(owner: str, argument: str, value: int) -> int:

@@ -72,12 +72,12 @@ class Coupling(FlowTransform):
 
     def _split(self, value: Tensor) -> tuple[Tensor, Tensor]:
         if not self.already_ordered:
-            value = value[..., self.order]
+            value = value.index_select(-1, self.order)
         return value[..., : self.num_kept], value[..., self.num_kept :]
 
     def _join(self, kept: Tensor, changed: Tensor) -> Tensor:
         value = torch.cat([kept, changed], -1)
-        return value if self.already_ordered else value[..., self.order_back]
+        return value if self.already_ordered else value.index_select(-1, self.order_back)
 
     def _univariate_parameters(self, kept: Tensor, context: Tensor | None) -> Tensor:
         if not self.num_kept:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from ..conditioners import FreeParameters
 from .base import FlowTransform, check_positive_integer
@@ -38,17 +39,17 @@ class Permutation(FlowTransform):
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, _ = self.check_input(z, context)
-        return z[..., self.permutation], z.new_zeros(z.shape[:-1])
+        return z.index_select(-1, self.permutation), z.new_zeros(z.shape[:-1])
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, _ = self.check_input(x, context)
-        return x[..., self.inverse_permutation], x.new_zeros(x.shape[:-1])
+        return x.index_select(-1, self.inverse_permutation), x.new_zeros(x.shape[:-1])
 
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, log_det = self.forward_and_log_det(z, context)
-        return x, log_det, score[..., self.permutation].detach()
+        return x, log_det, score.index_select(-1, self.permutation).detach()
 
 
 class Reverse(Permutation):
@@ -94,7 +95,7 @@ class LowerTriangularAffine(FlowTransform):
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, context = self.check_input(z, context)
         loc, scale_tril, log_det = self._loc_scale_tril_log_det(context)
-        return loc + multiply(scale_tril, z), log_det.expand(z.shape[:-1])
+        return affine(scale_tril, z, loc), log_det.expand(z.shape[:-1])
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, context = self.check_input(x, context)
@@ -108,7 +109,7 @@ class LowerTriangularAffine(FlowTransform):
         loc, scale_tril, log_det = self._loc_scale_tril_log_det(context)
         with torch.no_grad():
             score = solve_lower(scale_tril, score.expand_as(z), transpose=True)
-        return loc + multiply(scale_tril, z), log_det.expand(z.shape[:-1]), score.detach()
+        return affine(scale_tril, z, loc), log_det.expand(z.shape[:-1]), score.detach()
 
 
 class LULinear(FlowTransform):
@@ -136,25 +137,30 @@ class LULinear(FlowTransform):
 
     def __init__(self, dim: int, *, context_dim: int = 0, hidden_dims: Sequence[int] = (32, 32)) -> None:
         super().__init__(dim, context_dim)
-        self.below_diagonal: Tensor
-        rows, columns = torch.tril_indices(dim, dim, -1)
-        self.num_below = dim * (dim - 1) // 2
-        self.register_buffer("below_diagonal", rows * dim + columns)
-        self.parameters_of = FreeParameters(torch.zeros(2 * dim + 2 * self.num_below), context_dim, hidden_dims)
+        # t, and a square matrix that holds S_L, S_U and, in between, d.
+        self.parameters_of = FreeParameters(torch.zeros(dim + dim**2), context_dim, hidden_dims)
 
     def _loc_factors_log_det(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The location t, the lower triangular L and Uᵀ, and log_det."""
-        sizes = [self.dim, self.dim, self.num_below, self.num_below]
-        loc, log_diagonal, below, above = self.parameters_of(context).split(sizes, -1)
+        loc, packed = self.parameters_of(context).split([self.dim, self.dim**2], -1)
+        entries = packed.reshape(*packed.shape[:-1], self.dim, self.dim)
+        log_diagonal = entries.diagonal(dim1=-2, dim2=-1)
         identity = torch.eye(self.dim, dtype=loc.dtype, device=loc.device)
-        lower = identity + _strictly_lower(below / self.dim**0.5, self.below_diagonal, self.dim)
-        unit_upper_transposed = identity + _strictly_lower(above / self.dim**0.5, self.below_diagonal, self.dim)
-        return loc, lower, unit_upper_transposed * log_diagonal.exp().unsqueeze(-2), log_diagonal.sum(-1)
+        entries = entries / self.dim**0.5
+        upper = (identity + entries.triu(1)) * log_diagonal.exp().unsqueeze(-1)
+        return loc, identity + entries.tril(-1), upper.mT, log_diagonal.sum(-1)
+
+    def _multiply(self, loc: Tensor, lower: Tensor, upper_transposed: Tensor, z: Tensor) -> Tensor:
+        upper = upper_transposed.mT
+        # Many points are cheaper with the product of the factors, few with the factors. (A trace has no sizes to ask.)
+        if lower.dim() == 2 and not torch.jit.is_tracing() and z.numel() > 2 * self.dim**2:  # type: ignore[attr-defined]
+            return affine(lower @ upper, z, loc)
+        return affine(lower, multiply(upper, z), loc)
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, context = self.check_input(z, context)
         loc, lower, upper_transposed, log_det = self._loc_factors_log_det(context)
-        return loc + multiply(lower, multiply(upper_transposed.mT, z)), log_det.expand(z.shape[:-1])
+        return self._multiply(loc, lower, upper_transposed, z), log_det.expand(z.shape[:-1])
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, context = self.check_input(x, context)
@@ -169,7 +175,7 @@ class LULinear(FlowTransform):
         loc, lower, upper_transposed, log_det = self._loc_factors_log_det(context)
         with torch.no_grad():
             score = solve_lower(lower, solve_lower(upper_transposed, score.expand_as(z)), transpose=True)
-        x = loc + multiply(lower, multiply(upper_transposed.mT, z))
+        x = self._multiply(loc, lower, upper_transposed, z)
         return x, log_det.expand(z.shape[:-1]), score.detach()
 
 
@@ -208,7 +214,7 @@ class FixedAffine(FlowTransform):
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, _ = self.check_input(z, context)
-        return self.loc + multiply(self.scale, z), self._log_det(z)
+        return affine(self.scale, z, self.loc), self._log_det(z)
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, _ = self.check_input(x, context)
@@ -234,6 +240,13 @@ def multiply(matrix: Tensor, vector: Tensor) -> Tensor:
     if matrix.dim() == 2:
         return vector @ matrix.mT
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def affine(matrix: Tensor, vector: Tensor, offset: Tensor) -> Tensor:
+    """``matrix @ vector + offset`` over any batch shapes, in one kernel where matrix and offset have none."""
+    if matrix.dim() == 2 and offset.dim() == 1:
+        return linear(vector, matrix, offset)
+    return multiply(matrix, vector) + offset
 
 
 def solve_lower(matrix: Tensor, vector: Tensor, transpose: bool = False) -> Tensor:

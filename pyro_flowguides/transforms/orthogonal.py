@@ -109,7 +109,7 @@ class Householder(FlowTransform):
         vectors = torch.randn((num_reflections + 1) // 2, dim).repeat_interleave(2, 0)[:num_reflections]
         self.parameters_of = FreeParameters(vectors.reshape(-1), context_dim, hidden_dims)
 
-    def _unit_vectors(self, context: Tensor | None) -> list[Tensor]:
+    def _unit_vectors(self, context: Tensor | None) -> Tensor:
         vectors = self.parameters_of(context)
         vectors = vectors.reshape(*vectors.shape[:-1], self.num_reflections, self.dim)
         # Divided by its largest entry first, a vector of any size has a norm that neither over- nor underflows; a
@@ -117,7 +117,7 @@ class Householder(FlowTransform):
         largest = vectors.detach().abs().amax(-1, keepdim=True)
         present = largest > 0
         vectors = torch.where(present, vectors / torch.where(present, largest, 1.0), 1.0)
-        return list((vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)).unbind(-2))
+        return vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, context = self.check_input(z, context)
@@ -125,7 +125,7 @@ class Householder(FlowTransform):
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, context = self.check_input(x, context)
-        return _reflect(x, self._unit_vectors(context)[::-1]), x.new_zeros(x.shape[:-1])
+        return _reflect(x, self._unit_vectors(context).flip(-2)), x.new_zeros(x.shape[:-1])
 
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
@@ -145,8 +145,18 @@ def _rotate(matrix: Tensor, vector: Tensor) -> Tensor:
     return vector @ matrix.mT if matrix.dim() == 2 else (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
-def _reflect(vector: Tensor, unit_vectors: list[Tensor]) -> Tensor:
-    """The vector after a reflection along each unit vector in turn."""
-    for unit in unit_vectors:
-        vector = vector - 2 * (vector * unit).sum(-1, keepdim=True) * unit
-    return vector
+def _reflect(vector: Tensor, unit_vectors: Tensor) -> Tensor:
+    """The vector after a reflection along each unit vector in turn, ``[..., reflection, coordinate]``."""
+    return vector - _rotate(unit_vectors.mT, _rotate(reflection_factor(unit_vectors), vector))
+
+
+def reflection_factor(unit_vectors: Tensor) -> Tensor:
+    r"""The matrix W for which the product of the reflections, the first applied first, is :math:`I - V^\top W`.
+
+    V holds the unit vectors in its rows. The multiple :math:`c_k` of each that is taken from a point z satisfies
+    :math:`\tfrac12 c_k + \sum_{j<k} v_k^\top v_j c_j = v_k^\top z`: a triangular system, solved for all z at once.
+    Joffrain et al. (2006), *Accumulating Householder transformations, revisited*. A vector that is 0 changes nothing.
+    """
+    half = torch.eye(unit_vectors.shape[-2], dtype=unit_vectors.dtype, device=unit_vectors.device) / 2
+    overlaps = (unit_vectors @ unit_vectors.mT).tril(-1)
+    return torch.linalg.solve_triangular(half + overlaps, unit_vectors, upper=False)

@@ -49,51 +49,65 @@ class Planar(FlowTransform):
         self.parameters_of = FreeParameters(initial, context_dim, hidden_dims)
 
     def _ridge_parameters(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """û, w, b, m = wᵀû, and the softplus that is 1 + m, which does not lose its last digits near m = −1."""
+        """û, w, b, m = wᵀû, and the softplus that is 1 + m, which does not lose its last digits near m = −1.
+
+        The last three have a last dimension of 1.
+        """
         u, w, b = self.parameters_of(context).split([self.dim, self.dim, 1], -1)
         a = (w * u).sum(-1, keepdim=True)
         one_plus_m = softplus(a + _LOG_E_MINUS_1)
-        m = one_plus_m - softplus(torch.full_like(a, _LOG_E_MINUS_1))
+        m = one_plus_m - 1
         # At w = 0 the ridge has no direction and any û on w will do; the floor only keeps 0/0 out.
         squared_norm = (w * w).sum(-1, keepdim=True).clamp(min=1e-12)
-        return u + (m - a) * w / squared_norm, w, b.squeeze(-1), m.squeeze(-1), one_plus_m.squeeze(-1)
+        return torch.addcmul(u, (m - a) / squared_norm, w), w, b, m, one_plus_m
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, context = self.check_input(z, context)
         u_hat, w, b, _, one_plus_m = self._ridge_parameters(context)
-        ridge = (z * w).sum(-1) + b
-        return z + u_hat * torch.tanh(ridge).unsqueeze(-1), _slope(ridge, one_plus_m).log()
+        ridge = _along(z, w) + b
+        h = torch.tanh(ridge)
+        slope = _slope(h, tanh_derivative(ridge), one_plus_m)
+        return torch.addcmul(z, u_hat, h), slope.log().squeeze(-1)
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, context = self.check_input(x, context)
         u_hat, w, b, m, one_plus_m = self._ridge_parameters(context)
-        target = (x * w).sum(-1)
+        target = _along(x, w)
 
         def along_w(alpha: Tensor) -> tuple[Tensor, Tensor]:
             ridge = alpha + b
-            return alpha + m * torch.tanh(ridge), _slope(ridge, one_plus_m)
+            h = torch.tanh(ridge)
+            return alpha + m * h, _slope(h, tanh_derivative(ridge), one_plus_m)
 
         alpha = solve_increasing(along_w, target, target - m.abs(), target + m.abs())
         ridge = implicit_root(along_w, target, alpha) + b
-        return x - u_hat * torch.tanh(ridge).unsqueeze(-1), -_slope(ridge, one_plus_m).log()
+        h = torch.tanh(ridge)
+        slope = _slope(h, tanh_derivative(ridge), one_plus_m)
+        return torch.addcmul(x, u_hat, h, value=-1), -slope.log().squeeze(-1)
 
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         z, context = self.check_input(z, context)
         u_hat, w, b, m, one_plus_m = self._ridge_parameters(context)
-        ridge = (z * w).sum(-1) + b
+        ridge = _along(z, w) + b
         h = torch.tanh(ridge)
         h_prime = tanh_derivative(ridge)
-        slope = _slope(ridge, one_plus_m)
+        slope = _slope(h, h_prime, one_plus_m)
         with torch.no_grad():
             # ∇ log_det = (h'' m / slope) w, and J^{-T} by Sherman and Morrison, J = I + h' û wᵀ.
-            score = score + (2 * h * h_prime * m / slope).unsqueeze(-1) * w
-            score = score - (h_prime * (u_hat * score).sum(-1) / slope).unsqueeze(-1) * w
-        return z + u_hat * h.unsqueeze(-1), slope.log(), score.detach()
+            score = score + 2 * h * h_prime * m / slope * w
+            score = score - h_prime * _along(score, u_hat) / slope * w
+        return torch.addcmul(z, u_hat, h), slope.log().squeeze(-1), score.detach()
 
 
-def _slope(ridge: Tensor, one_plus_m: Tensor) -> Tensor:
-    """1 + h'·m as tanh² + h'·(1 + m): a sum of positive terms, precise where m is close to −1 and 0 nowhere."""
-    slope = torch.tanh(ridge).square() + tanh_derivative(ridge) * one_plus_m
-    return slope + torch.finfo(slope.dtype).tiny
+def _along(point: Tensor, direction: Tensor) -> Tensor:
+    """The scalar product, with a last dimension of 1; one matrix product where the direction is the same for all points."""
+    if direction.dim() == 1:
+        return point @ direction.unsqueeze(-1)
+    return (point * direction).sum(-1, keepdim=True)
+
+
+def _slope(h: Tensor, h_prime: Tensor, one_plus_m: Tensor) -> Tensor:
+    """1 + h'·m as h² + h'·(1 + m): a sum of positive terms, precise where m is close to −1 and 0 nowhere."""
+    return torch.addcmul(h.square(), h_prime, one_plus_m + torch.finfo(h.dtype).tiny)

@@ -59,16 +59,18 @@ class Radial(FlowTransform):
 
     def _radial_parameters(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """z₀, α, m = β/α, and 1 + m, which does not lose its last digits near m = −1."""
-        centre, raw_alpha, raw_m = self.parameters_of(context).split([self.dim, 1, 1], -1)
-        _, alpha = _excess_and_scale(raw_alpha.squeeze(-1))
-        return centre, self.dim**0.5 * alpha, *_excess_and_scale(raw_m.squeeze(-1))
+        centre, raw = self.parameters_of(context).split([self.dim, 2], -1)
+        scale = _MARGIN + (1 - _MARGIN) * softplus(raw + _LOG_E_MINUS_1)
+        alpha, one_plus_m = scale.unbind(-1)
+        return centre, self.dim**0.5 * alpha, _excess(raw[..., 1], one_plus_m), one_plus_m
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, context = self.check_input(z, context)
         centre, alpha, m, one_plus_m = self._radial_parameters(context)
         offset = z - centre
         p, across, along = _scales(_norm(offset), alpha, one_plus_m)
-        return z + (m * p).unsqueeze(-1) * offset, self._log_det(m, p, across, along)
+        shift = m * p
+        return z + shift.unsqueeze(-1) * offset, self._log_det(shift, p, across, along)
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, context = self.check_input(x, context)
@@ -81,7 +83,7 @@ class Radial(FlowTransform):
         larger = (torch.where(positive, b, -b) + (b * b + 4 * alpha * distance).sqrt()) / 2
         r = torch.where(positive, larger, alpha * distance / larger)
         p, across, along = _scales(r, alpha, one_plus_m)
-        return centre + offset / across.unsqueeze(-1), -self._log_det(m, p, across, along)
+        return centre + offset / across.unsqueeze(-1), -self._log_det(m * p, p, across, along)
 
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
@@ -100,28 +102,28 @@ class Radial(FlowTransform):
             # J⁻¹ by Sherman and Morrison; 1/along − 1/across without its cancellation.
             ray = (direction * score).sum(-1) * m * p * (1 - p) / along
             score = (score + ray.unsqueeze(-1) * direction) / across.unsqueeze(-1)
-        return z + (m * p).unsqueeze(-1) * offset, self._log_det(m, p, across, along), score.detach()
+        shift = m * p
+        return z + shift.unsqueeze(-1) * offset, self._log_det(shift, p, across, along), score.detach()
 
-    def _log_det(self, m: Tensor, p: Tensor, across: Tensor, along: Tensor) -> Tensor:
-        return (self.dim - 1) * log_one_plus(m * p, across) + log_one_plus(m * p * p, along)
+    def _log_det(self, shift: Tensor, p: Tensor, across: Tensor, along: Tensor) -> Tensor:
+        return (self.dim - 1) * log_one_plus(shift, across) + log_one_plus(shift * p, along)
 
 
-def _excess_and_scale(a: Tensor) -> tuple[Tensor, Tensor]:
-    """A positive scale that is 1 at a = 0, and the scale minus 1, each to full relative precision."""
-    scale = softplus(a + _LOG_E_MINUS_1)
+def _excess(a: Tensor, scale: Tensor) -> Tensor:
+    """The scale of a minus 1, to full relative precision."""
     # log(1 + (e − 1) eᵃ) − 1 in a form that keeps the tiny a of the start: softplus minus 1 would lose it.
-    excess = torch.log1p((1 - 1 / math.e) * torch.expm1(a.clamp(max=1.0)))
-    excess = torch.where(a < 1, excess, scale - 1)
-    return (1 - _MARGIN) * excess, _MARGIN + (1 - _MARGIN) * scale
+    excess = (1 - _MARGIN) * torch.log1p((1 - 1 / math.e) * torch.expm1(a.clamp(max=1.0)))
+    return torch.where(a < 1, excess, scale - 1)
 
 
 def _norm(offset: Tensor) -> Tensor:
-    """The Euclidean norm, with gradient 0 at 0 (autograd's of the square root is NaN)."""
-    squared = (offset * offset).sum(-1)
-    return torch.where(squared > 0, torch.where(squared > 0, squared, 1.0).sqrt(), 0.0)
+    """The Euclidean norm, with gradient 0 at 0 (that of the square root of the sum of squares would be NaN)."""
+    return torch.linalg.vector_norm(offset, dim=-1)
 
 
 def _scales(r: Tensor, alpha: Tensor, one_plus_m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The fraction p and the eigenvalues of the Jacobian across and along the ray: sums of positive terms."""
-    p, q = alpha / (alpha + r), r / (alpha + r)
-    return p, q + one_plus_m * p, q * (1 + p) + one_plus_m * p * p
+    total = alpha + r
+    p, q = alpha / total, r / total
+    across = torch.addcmul(q, one_plus_m, p)
+    return p, across, torch.addcmul(q, p, across)

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from ..conditioners import NEAR_ZERO, FreeParameters
 from .base import FlowTransform, check_positive_integer, log_one_plus, tanh_derivative
-from .linear import multiply
+from .linear import affine, multiply
+from .orthogonal import reflection_factor
 
 _BASES = ("qr", "householder", "triangular")
 # Both diagonals stay below this in size. Without a margin tanh reaches 1 in float32, and the log-determinant −∞.
@@ -66,7 +67,7 @@ class Sylvester(FlowTransform):
         >>> z, _ = sylvester.inverse_and_log_det(x)
     """
 
-    above_diagonal: Tensor
+    upper_triangle: Tensor
 
     def __init__(
         self,
@@ -101,11 +102,13 @@ class Sylvester(FlowTransform):
         self.reverse = reverse
 
         rows, columns = torch.triu_indices(num_vectors, num_vectors, 1)
-        self.register_buffer("above_diagonal", rows * num_vectors + columns)
+        # Flat indices: those of the diagonal, then those above it.
+        diagonal = torch.arange(num_vectors) * (num_vectors + 1)
+        self.register_buffer("upper_triangle", torch.cat([diagonal, rows * num_vectors + columns]))
         num_basis = {"qr": dim * num_vectors, "householder": num_reflections * dim, "triangular": 0}[basis]
         # In one dimension a unit vector has no degree of freedom but its sign.
         num_basis = num_basis if dim > 1 else 0
-        num_above = len(self.above_diagonal)
+        num_above = len(rows)
         self._sizes = [num_basis, num_vectors, num_above, num_vectors, num_above, num_vectors]
         initial = torch.cat(
             [
@@ -139,9 +142,10 @@ class Sylvester(FlowTransform):
     def _upper_triangular(self, raw_diagonal: Tensor, above: Tensor) -> Tensor:
         """A bounded diagonal, and above it entries in units of 1/√M: a step of one size in all is one of it in Rh."""
         size, batch_shape = self.num_vectors, above.shape[:-1]
+        diagonal = _LARGEST_DIAGONAL * torch.tanh(raw_diagonal)
         zeros = above.new_zeros(*batch_shape, size * size)
-        above = zeros.index_copy(-1, self.above_diagonal, above / size**0.5).reshape(*batch_shape, size, size)
-        return above + torch.diag_embed(_LARGEST_DIAGONAL * torch.tanh(raw_diagonal))
+        entries = torch.cat([diagonal, above / size**0.5], -1)
+        return zeros.index_copy(-1, self.upper_triangle, entries).reshape(*batch_shape, size, size)
 
     def _orthonormal_columns(self, raw: Tensor) -> Tensor | None:
         """Q, or None where it is a permutation."""
@@ -156,16 +160,15 @@ class Sylvester(FlowTransform):
         # A vector that is exactly 0 reflects nothing; the floor only keeps 0/0 out.
         squared_norms = (vectors * vectors).sum(-1, keepdim=True).clamp(min=torch.finfo(raw.dtype).tiny)
         vectors = vectors * squared_norms.rsqrt()
-        q = torch.eye(self.dim, self.num_vectors, dtype=raw.dtype, device=raw.device)
-        for vector in vectors.unbind(-2):
-            q = q - 2 * vector.unsqueeze(-1) * (vector.unsqueeze(-2) @ q)
-        return q
+        identity = torch.eye(self.dim, self.num_vectors, dtype=raw.dtype, device=raw.device)
+        return identity - vectors.mT @ reflection_factor(vectors)[..., : self.num_vectors]
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, context = self.check_input(z, context)
         ridges = self._ridge_parameters(context)
-        u = multiply(ridges.q_into.mT, z) + ridges.shift
-        return z + multiply(ridges.q_out, torch.tanh(u)), _log_det(u, ridges.product)
+        u = affine(ridges.q_into.mT, z, ridges.shift)
+        h = torch.tanh(u)
+        return z + multiply(ridges.q_out, h), _log_det(h, tanh_derivative(u), ridges.product)
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, context = self.check_input(x, context)
@@ -173,33 +176,35 @@ class Sylvester(FlowTransform):
         target = multiply(ridges.q.mT, x) if ridges.q is not None else x.flip(-1) if self.reverse else x
         with torch.no_grad():
             w = _solve_coordinates(ridges, target)
-            h_prime = tanh_derivative(multiply(ridges.into, w) + ridges.shift)
+            h_prime = tanh_derivative(affine(ridges.into, w, ridges.shift))
         # One joint Newton step with the Jacobian I + R diag(h') R̃ held fixed: its value polishes the solution, its
         # derivative is the implicit one. By Woodbury's identity only I + diag(h') R̃ R is solved with.
-        residual = w + multiply(ridges.out, torch.tanh(multiply(ridges.into, w) + ridges.shift)) - target
+        residual = w + multiply(ridges.out, torch.tanh(affine(ridges.into, w, ridges.shift))) - target
         into, out = ridges.into.detach(), ridges.out.detach()
         inner = _solve(h_prime.unsqueeze(-1) * (into @ out), h_prime * multiply(into, residual), upper=True)
         w = w - residual + multiply(out, inner)
-        u = multiply(ridges.into, w) + ridges.shift
-        return x - multiply(ridges.q_out, torch.tanh(u)), -_log_det(u, ridges.product)
+        u = affine(ridges.into, w, ridges.shift)
+        h = torch.tanh(u)
+        return x - multiply(ridges.q_out, h), -_log_det(h, tanh_derivative(u), ridges.product)
 
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         z, context = self.check_input(z, context)
         ridges = self._ridge_parameters(context)
-        u = multiply(ridges.q_into.mT, z) + ridges.shift
+        u = affine(ridges.q_into.mT, z, ridges.shift)
         h = torch.tanh(u)
+        h_prime = tanh_derivative(u)
+        log_det = _log_det(h, h_prime, ridges.product)
         with torch.no_grad():
-            h_prime = tanh_derivative(u)
             # −∂ log_det/∂u; ∇ log_det = Q R̃ᵀ ∂ log_det/∂u.
-            curvature = 2 * h * h_prime * ridges.product / _slope(u, ridges.product)
+            curvature = 2 * h * h_prime * ridges.product / _slope(h, h_prime, ridges.product)
             # J^{-T} by Woodbury's identity, J = I + (Q R) diag(h') (Q R̃ᵀ)ᵀ: I + diag(h') (R̃ R)ᵀ is lower triangular.
             product = (ridges.into @ ridges.out).mT
             inner = h_prime * (multiply(ridges.q_out.mT, score) + multiply(product, curvature))
             inner = _solve(h_prime.unsqueeze(-1) * product, inner, upper=False)
             score = score + multiply(ridges.q_into, curvature - inner)
-        return z + multiply(ridges.q_out, h), _log_det(u, ridges.product), score.detach()
+        return z + multiply(ridges.q_out, h), log_det, score.detach()
 
 
 class _Ridges(NamedTuple):
@@ -214,13 +219,13 @@ class _Ridges(NamedTuple):
     product: Tensor
 
 
-def _slope(u: Tensor, product: Tensor) -> Tensor:
-    """1 + h'·product as tanh² + h'·(1 + product): a sum of positive terms."""
-    return torch.tanh(u).square() + tanh_derivative(u) * (1 + product)
+def _slope(h: Tensor, h_prime: Tensor, product: Tensor) -> Tensor:
+    """1 + h'·product as h² + h'·(1 + product): a sum of positive terms."""
+    return torch.addcmul(h.square(), h_prime, 1 + product)
 
 
-def _log_det(u: Tensor, product: Tensor) -> Tensor:
-    return log_one_plus(tanh_derivative(u) * product, _slope(u, product)).sum(-1)
+def _log_det(h: Tensor, h_prime: Tensor, product: Tensor) -> Tensor:
+    return log_one_plus(h_prime * product, _slope(h, h_prime, product)).sum(-1)
 
 
 def _solve(matrix: Tensor, vector: Tensor, upper: bool) -> Tensor:
@@ -255,5 +260,6 @@ def _solve_ridge(product: Tensor, target: Tensor) -> Tensor:
     bounded, linear = size - product, size / (1 + product)
     u = torch.where(product < 0, torch.minimum(bounded, linear), torch.maximum(bounded, linear))
     for _ in range(_NUM_NEWTON_STEPS):
-        u = u - (u + product * torch.tanh(u) - size) / _slope(u, product)
+        h = torch.tanh(u)
+        u = u - (u + product * h - size) / _slope(h, tanh_derivative(u), product)
     return torch.copysign(u, target)

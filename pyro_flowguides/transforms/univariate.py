@@ -64,7 +64,8 @@ class ShiftScale:
             raise ValueError(f"ShiftScale: the bound of the log-scale must be positive or None, got {self.bound}")
 
     def _shift_and_log_scale(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        shift, log_scale = parameters.unbind(-1)
+        # All shifts first, then all log-scales: that is how they lie in memory, and how their gradients are put together.
+        shift, log_scale = parameters.mT.unbind(-2) if parameters.dim() > 1 else parameters.unbind()
         if self.bound is not None:
             log_scale = self.bound * torch.tanh(log_scale / self.bound)
         return shift, log_scale
@@ -165,22 +166,26 @@ class RationalQuadraticSpline:
         return pad(pad(inner, (1, 0), value=-self.bound), (0, 1), value=self.bound)
 
     def _piece(self, value: Tensor, parameters: Tensor, axis: int) -> Tensor:
-        """What describes the piece that a value lies in: x, y and derivative at its two ends, ``[..., what, end]``."""
+        """What describes the piece that a value lies in: the left and right x, y and derivative, ``[6, ...]``."""
         widths, heights, derivatives = parameters.split([self.num_bins, self.num_bins, self.num_bins - 1], -1)
-        # The quotient is exactly 1 at 0, and keeps all its digits near 0.
-        one = softplus(torch.full_like(derivatives, _LOG_E_MINUS_1))
-        derivatives = softplus(derivatives + _LOG_E_MINUS_1) / one
+        derivatives = softplus(derivatives + _LOG_E_MINUS_1)
         derivatives = pad(self.min_derivative + (1 - self.min_derivative) * derivatives, (1, 1), value=1.0)
         knots = self._knots(widths, self.min_width), self._knots(heights, self.min_height)
         table = torch.stack([*knots, derivatives], -2)
-        index = (value.unsqueeze(-1) >= knots[axis][..., 1:-1]).sum(-1, keepdim=True)
-        index = torch.cat([index, index + 1], -1).unsqueeze(-2).expand(*value.shape, 3, 2)
-        return table.expand(*value.shape, 3, self.num_bins + 1).gather(-1, index)
+        index = (value.unsqueeze(-1) >= knots[axis][..., 1:-1]).sum(-1)
+        if parameters.dim() == 2 and value.dim() > 1:
+            # One table for all points, of shape (6, pieces, coordinates): it is not repeated for each of them.
+            table = torch.stack([table[..., :-1], table[..., 1:]], -2).flatten(-3, -2).permute(1, 2, 0)
+            index = index.reshape(-1, index.shape[-1])
+            return table.gather(1, index.expand(6, *index.shape)).reshape(6, *value.shape)
+        index = torch.stack([index, index + 1], -1).unsqueeze(-2).expand(*value.shape, 3, 2)
+        piece = table.expand(*value.shape, 3, self.num_bins + 1).gather(-1, index)
+        return piece.flatten(-2).movedim(-1, 0).contiguous()
 
 
 def _unpack_piece(piece: Tensor) -> tuple[Tensor, ...]:
     """The left and right end, the lower end, width, height and slope, and the derivatives at the two ends."""
-    (left, lower, d_left), (right, upper, d_right) = (end.unbind(-1) for end in piece.unbind(-1))
+    left, right, lower, upper, d_left, d_right = piece.unbind()
     width, height = right - left, upper - lower
     return left, right, lower, width, height, height / width, d_left, d_right
 

@@ -1,0 +1,1 @@
+"""Comparisons with other libraries of normalizing flows; not part of the installed package."""

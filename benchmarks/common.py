@@ -1,0 +1,60 @@
+"""What the benchmarks share: a description of the machine, Markdown tables and result files."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+
+def environment(*libraries: str) -> dict:
+    """The machine and the versions that a result depends on."""
+    versions = {}
+    for library in ("torch", *libraries):
+        try:
+            versions[library] = version(library)
+        except PackageNotFoundError:
+            versions[library] = None
+    return {
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def describe(environment: dict) -> str:
+    """One paragraph of Markdown about an :func:`environment`."""
+    versions = ", ".join(f"{name} {number or '(not installed)'}" for name, number in environment["versions"].items())
+    return (
+        f"{environment['processor']}, {environment['cpu_count']} CPUs, {environment['torch_threads']} torch thread(s), "
+        f"Python {environment['python']}, {versions}."
+    )
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_results(path: str | Path, results: dict, markdown: str) -> None:
+    """Writes the results as JSON, and their tables as Markdown beside it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown.rstrip() + "\n")
