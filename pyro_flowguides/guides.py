@@ -25,8 +25,9 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from pyro.nn.module import to_pyro_module_
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import biject_to, register_kl
 
 from . import bases, flows, whitening
 from . import transforms as T
@@ -257,7 +258,8 @@ class AutoFlow(AutoContinuous):
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         self._follow_param_store()
-        return super().forward(*args, **kwargs)
+        with _DeltasWithDensity():
+            return super().forward(*args, **kwargs)
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """The distribution that the flow transforms, with its parameters as they are now."""
@@ -560,6 +562,27 @@ class AutoResidual(AutoFlow):
             flows.residual, num_layers=num_layers, hidden_dims=hidden_dims, lipschitz=lipschitz, log_det=log_det
         )
         super().__init__(model, recipe, **options)
+
+
+class _LatentDelta(dist.Delta):
+    """The Delta of a latent site, whose log-density is the Jacobian of the site's map from unconstrained space.
+
+    Pyro's divergence of a Delta leaves that density out, so that ``TraceMeanField_ELBO`` is wrong by the Jacobian for every
+    constrained site of its own autoguides; with the divergence registered below it is right.
+    """
+
+
+@register_kl(_LatentDelta, dist.Distribution)  # type: ignore[untyped-decorator]
+def _kl_latent_delta(p: _LatentDelta, q: dist.Distribution) -> Tensor:
+    return p.log_density - q.log_prob(p.v)
+
+
+class _DeltasWithDensity(Messenger):
+    """Makes the Deltas of ``AutoContinuous`` such ones."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if type(msg["fn"]) is dist.Delta:
+            msg["fn"] = _LatentDelta(msg["fn"].v, msg["fn"].log_density, msg["fn"].event_dim)
 
 
 def _checksum(*modules: torch.nn.Module) -> float:
