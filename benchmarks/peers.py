@@ -25,6 +25,7 @@ NUM_BINS = 8
 BOUND = 5.0
 NUM_VECTORS = 8
 NUM_REFLECTIONS = 8
+NUM_TERMS = 20
 
 Call = Callable[[Tensor], tuple[Tensor, Tensor]]
 Layer = tuple[list[nn.Parameter], Call]
@@ -66,8 +67,10 @@ _OURS: dict[str, Callable[[int], T.FlowTransform]] = {
     "additive coupling": lambda dim: T.AdditiveCoupling(dim, **_NETWORK),
     "spline coupling": lambda dim: T.SplineCoupling(dim, **_NETWORK, **_SPLINE),
     "elementwise spline": lambda dim: T.ElementwiseSpline(dim, **_SPLINE),
-    "residual, exact log_det": lambda dim: T.Residual(dim, hidden_dims=(HIDDEN, HIDDEN)),
-    "residual, estimated log_det": lambda dim: T.Residual(dim, hidden_dims=(HIDDEN, HIDDEN), log_det="hutchinson"),
+    "residual, default log_det": lambda dim: T.Residual(dim, hidden_dims=(HIDDEN, HIDDEN)),
+    "residual, series with random traces": lambda dim: T.Residual(
+        dim, hidden_dims=(HIDDEN, HIDDEN), log_det="hutchinson", num_terms=NUM_TERMS
+    ),
     "LU linear": T.LULinear,
     "householder": lambda dim: T.Householder(dim, num_reflections=NUM_REFLECTIONS),
     "permutation": lambda dim: T.Permutation(torch.randperm(dim)),
@@ -341,18 +344,23 @@ def _(dim: int) -> nn.Module:
     return Permute(dim)
 
 
-@_register("residual, exact log_det", "normflows", "normflows")
-@_register("residual, estimated log_det", "normflows", "normflows")
-def _(dim: int) -> Layer:
+def _normflows_residual(dim: int, num_terms: int | None) -> Layer:
     from normflows.flows import Residual
     from normflows.nets import LipschitzMLP
     from normflows.utils import update_lipschitz
 
-    # An unbiased estimate by default, where ours is exact up to 128 hidden units.
-    module = Residual(LipschitzMLP([dim, HIDDEN, HIDDEN, dim], lipschitz_const=0.9 ** (1 / 3)))
+    network = LipschitzMLP([dim, HIDDEN, HIDDEN, dim], lipschitz_const=0.9 ** (1 / 3))
+    module = Residual(network, n_power_series=num_terms)
     layer = _layer(module, module.inverse)
     update_lipschitz(module, 50)
     return layer
+
+
+# An unbiased estimate of some four terms, where ours is exact up to 128 hidden units.
+_register("residual, default log_det", "normflows", "normflows")(lambda dim: _normflows_residual(dim, None))
+_register("residual, series with random traces", "normflows", "normflows")(
+    lambda dim: _normflows_residual(dim, NUM_TERMS)
+)
 
 
 def _nflows(family: str) -> Callable:

@@ -59,6 +59,14 @@ def test_householder_is_an_exact_reflection_whatever_the_size_of_its_vector(size
     assert not transform.parameters_of.value.grad.isnan().any()
 
 
+def test_lu_maps_many_points_as_it_maps_each(dtype, tolerance):
+    transform = perturb(T.LULinear(4).to(dtype))
+    z = torch.randn(50, 4, dtype=dtype)
+    x, _ = transform.forward_and_log_det(z)
+    one_by_one = torch.stack([transform.forward_and_log_det(point)[0] for point in z])
+    torch.testing.assert_close(x, one_by_one, rtol=0, atol=tolerance(1e-12))
+
+
 def test_lu_reaches_a_given_matrix(dtype, tolerance):
     lower = torch.randn(4, 4, dtype=dtype).tril(-1) + torch.eye(4, dtype=dtype)
     scales = torch.rand(4, dtype=dtype) + 0.5
@@ -114,6 +122,16 @@ def test_act_norm_says_which_draws_it_cannot_use(draws, message):
     with pytest.raises(ValueError, match=message):
         transform.initialize(draws)
     assert (transform.parameters_of.value == 0).all()
+
+
+@pytest.mark.parametrize("num_reflections", [1, 4, 9])
+def test_householder_reflects_along_each_vector_in_turn(num_reflections, dtype, tolerance):
+    transform = perturb(T.Householder(4, num_reflections=num_reflections).to(dtype))
+    z = torch.randn(6, 4, dtype=dtype)
+    x = z
+    for vector in transform.parameters_of.value.reshape(-1, 4):
+        x = x - 2 * (x @ vector).unsqueeze(-1) * vector / (vector @ vector)
+    torch.testing.assert_close(transform.forward_and_log_det(z)[0], x, rtol=0, atol=tolerance(1e-12))
 
 
 def test_householder_needs_a_reflection():

@@ -121,8 +121,9 @@ class LULinear(FlowTransform):
     with free strictly triangular :math:`S_L, S_U` and a free vector d. Always invertible. It mixes the coordinates in
     both orders, as a learnable permutation between couplings does: Kingma & Dhariwal (2018), *Glow: generative flow
     with invertible 1×1 convolutions*, arXiv:1807.03039, whose diagonal may change sign and pass through 0; here it
-    cannot. The scales multiply whole rows of U, so that a small one does not spoil its condition. O(D²) in both
-    directions and for the score, by products and solves with the triangular factors.
+    cannot. The scales multiply whole rows of U, so that a small one does not spoil its condition. O(D²) per
+    point in both directions and for the score, by products and solves with the triangular factors; where there are many
+    more points than D, forward multiplies the factors first.
 
     Arguments:
         dim: The number D of coordinates.

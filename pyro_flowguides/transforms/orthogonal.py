@@ -78,7 +78,8 @@ class Householder(FlowTransform):
     D reflections make any orthogonal matrix; K of them make those that move K directions alone. The vectors start in
     equal pairs, so that with an even K the product starts as the identity, and the gradients are not 0: moving one
     vector of a pair is a rotation in a plane. Tomczak & Welling (2016), *Improving variational auto-encoders using
-    Householder flow*, arXiv:1611.09630. O(K·D) in both directions and for the score.
+    Householder flow*, arXiv:1611.09630. O(K·D) per point in both directions and for the score, by two products with
+    K × D matrices; they take O(K²·D) once per call (per context with one).
 
     Arguments:
         dim: The number D of coordinates.

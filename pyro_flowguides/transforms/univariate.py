@@ -38,11 +38,11 @@ class Shift:
 
     def forward(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         x = z + parameters.squeeze(-1)
-        return x, torch.zeros_like(x)
+        return x, x.new_zeros(()).expand_as(x)
 
     def inverse(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         z = x - parameters.squeeze(-1)
-        return z, torch.zeros_like(z)
+        return z, z.new_zeros(()).expand_as(z)
 
 
 @dataclass(frozen=True)
