@@ -2,7 +2,7 @@
 
 One call is forward with log_det, and backward to the parameters and to the input. The sides take turns within one process,
 and the numbers are medians: noise of the machine hits all of them alike. Memory is the highest sum of the allocations and
-releases that torch's profiler records for one call: all tensors made by it, exact and the same on every run.
+releases that torch's profiler records for one call, for all tensors made by it; it varies a little where they are small.
 
     python -m benchmarks.transforms --out benchmarks/results/transforms.json [--quick]
 """
