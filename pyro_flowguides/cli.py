@@ -154,6 +154,8 @@ def _find_model(name: str, data: Path | None) -> Example:
         raise UserError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.resolve().parent))
+    # Dataclasses look their module up by its name.
+    sys.modules.setdefault(spec.name, module)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -234,8 +236,8 @@ def comparison_table(fits: Mapping[str, FlowFit], example: Example, reference: M
     """ELBO, k-hat, and every reported scalar's mean and sd under each guide, next to the reference."""
     columns: dict[str, dict[str, str]] = {}
     for name, result in fits.items():
-        elbo, khat = result.draws.elbo(), result.draws.khat()
-        column = {"ELBO": str(elbo), "k-hat": "–" if np.isnan(khat.value) else f"{khat.value:.2f} ± {khat.se:.2f}"}
+        khat = "–" if np.isnan(result.khat) else f"{result.khat:.2f} ± {result.draws.khat().se:.2f}"
+        column = {"ELBO": str(result.draws.elbo()), "k-hat": khat}
         columns[name] = column | _moments(result.summary(coords=example.coords, quantiles=()), example.report)
     if reference is not None:
         dims = next(iter(fits.values())).draws.dims

@@ -31,7 +31,7 @@ from torch.distributions import biject_to, register_kl
 
 from . import bases, flows, whitening
 from . import transforms as T
-from .tracing import PLATE_NAME, log_prob_per_draw, max_plate_nesting, quiet_trace
+from .tracing import PLATE_NAME, log_prob_per_draw, max_plate_nesting, per_draw, quiet_trace
 
 BASES: dict[str, Callable[[int], bases.Base]] = {
     "normal": bases.StandardNormal,
@@ -299,6 +299,9 @@ class AutoFlow(AutoContinuous):
     def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The marginal quantiles of every latent site, from 10,001 fixed draws.
 
+        :meth:`median` is taken in unconstrained space instead, as in Pyro, so that it lies in the site's support: the
+        coordinate-wise medians of a simplex need not add up to 1.
+
         Arguments:
             quantiles: Numbers between 0 and 1.
             args: Not used; for compatibility.
@@ -307,16 +310,19 @@ class AutoFlow(AutoContinuous):
         Returns:
             A dict of site name to a tensor of shape ``(len(quantiles),) + site shape``.
         """
-        draws = self._latent_draws().sort(0).values
-        position = torch.as_tensor(quantiles, dtype=draws.dtype, device=draws.device).reshape(-1, 1) * (len(draws) - 1)
-        below = position.floor().long().clamp(0, len(draws) - 2)
-        index = below.expand(-1, self.latent_dim)
-        latents = torch.lerp(draws.gather(0, index), draws.gather(0, index + 1), position - below)
-        rows = [dict(self._constrain(latent)) for latent in latents]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-    def _constrain(self, latent: Tensor) -> list[tuple[str, Tensor]]:
-        return [(site["name"], biject_to(site["fn"].support)(value)) for site, value in self._unpack_latent(latent)]
+        draws = self._latent_draws()
+        num_draws = len(draws)
+        position = torch.as_tensor(quantiles, dtype=draws.dtype, device=draws.device).reshape(-1) * (num_draws - 1)
+        below = position.floor().long().clamp(0, num_draws - 2)
+        batch_shape = (num_draws, *[1] * max_plate_nesting(self.prototype_trace))
+        result = {}
+        for site, unconstrained in self._unpack_latent(draws.reshape(*batch_shape, self.latent_dim)):
+            # In the site's own space: a map such as that of a simplex is not increasing coordinate by coordinate.
+            value = biject_to(site["fn"].support)(unconstrained)
+            value = per_draw(value, site["value"].shape, num_draws).sort(0).values
+            weight = (position - below).reshape(-1, *[1] * (value.dim() - 1))
+            result[site["name"]] = torch.lerp(value[below], value[below + 1], weight)
+        return result
 
     # --- whitening -----------------------------------------------------------------------------------------------------
 

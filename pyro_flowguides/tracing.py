@@ -10,6 +10,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Unit
 from pyro.poutine import Trace
 from torch import Tensor
 
@@ -25,9 +26,25 @@ def latent_sites(trace: Trace) -> Iterator[tuple[str, Any]]:
 
 def observed_sites(trace: Trace) -> Iterator[tuple[str, Any]]:
     """The sites that hold data."""
-    for name, site in trace.nodes.items():
-        if site["type"] == "sample" and site["is_observed"] and not is_subsample(site) and not is_deterministic(site):
+    for name, site in tensor_sites(trace):
+        if site["is_observed"] and not is_deterministic(site) and not isinstance(site["fn"], Unit):
             yield name, site
+
+
+def tensor_sites(trace: Trace) -> Iterator[tuple[str, Any]]:
+    """All sample sites but the indices of plates."""
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and not is_subsample(site):
+            yield name, site
+
+
+def subsampled_plate(trace: Trace) -> str | None:
+    """The name of a plate that takes a part of its elements, if there is one."""
+    for _, site in tensor_sites(trace):
+        for frame in site["cond_indep_stack"]:
+            if frame.full_size is not None and frame.full_size != frame.size:
+                return frame.name
+    return None
 
 
 def deterministic_sites(trace: Trace) -> Iterator[tuple[str, Any]]:
@@ -40,6 +57,11 @@ def deterministic_sites(trace: Trace) -> Iterator[tuple[str, Any]]:
 def is_subsample(site: Any) -> bool:
     """Whether a site holds the indices of a plate."""
     return type(site["fn"]).__name__ == "_Subsample"
+
+
+def is_subsample_site(site: Any) -> bool:
+    """Whether an entry of a trace holds the indices of a plate that takes a part of its elements."""
+    return site["type"] == "sample" and is_subsample(site)
 
 
 def is_deterministic(site: Any) -> bool:
@@ -112,6 +134,34 @@ class Tracer:
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*self.args, **self.model_kwargs)
         return guide_trace, model_trace
 
+    def _check_against_single_runs(self, model_trace: Trace, num_draws: int) -> None:
+        """Raises ValueError unless every draw has the density and the values that a run of its own gives.
+
+        Shapes alone do not show a model that mixes the draws, by a sum over a latent for example.
+        """
+        together = log_prob_per_draw(model_trace, num_draws)
+        originals: dict[str, Any] = dict(self.model_prototype.nodes)
+        nodes: dict[str, Any] = dict(model_trace.nodes)
+        given = dict(latent_sites(model_trace))
+        indices = {name: site["value"] for name, site in nodes.items() if is_subsample_site(site)}
+        for i in range(num_draws):
+            values = {
+                name: per_draw(site["value"], originals[name]["value"].shape, num_draws)[i]
+                for name, site in given.items()
+            }
+            conditioned = poutine.condition(self.model, data={**values, **indices})
+            alone = poutine.trace(conditioned).get_trace(*self.args, **self.model_kwargs)
+            log_prob = log_prob_per_draw(alone, 1)[0]
+            if not torch.allclose(together[i], log_prob, rtol=1e-4, atol=1e-3, equal_nan=True):
+                raise ValueError(
+                    f"a draw has log-probability {together[i].item():.6g} among others and {log_prob.item():.6g} alone: the "
+                    "model mixes the draws"
+                )
+            for name, site in deterministic_sites(alone):
+                value = per_draw(nodes[name]["value"], site["value"].shape, num_draws)[i]
+                if not torch.allclose(value.double(), site["value"].double(), rtol=1e-3, atol=1e-4, equal_nan=True):
+                    raise ValueError(f"deterministic site '{name}' has other values among other draws than alone")
+
     def _in_plate(self, function: Callable, num_draws: int) -> Callable:
         def in_plate(*args: Any, **kwargs: Any) -> Any:
             with pyro.plate(PLATE_NAME, num_draws, dim=-1 - self.max_plate_nesting):
@@ -126,6 +176,7 @@ class Tracer:
                 guide_trace, model_trace = self._trace_pair(2)
                 check_vectorized(guide_trace, self.guide_prototype, 2, self.max_plate_nesting)
                 check_vectorized(model_trace, self.model_prototype, 2, self.max_plate_nesting)
+                self._check_against_single_runs(model_trace, 2)
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
             warnings.warn(
                 "The model cannot be vectorised over draws, so that every draw is a run of its own, which is slow. Write it "

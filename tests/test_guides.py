@@ -195,6 +195,9 @@ def test_every_support(Guide):
             assert value.shape == site["value"].shape
             assert site["fn"].support.check(value).all(), name
         assert quantiles[name].shape == (3, *site["value"].shape)
+        if name in ("simplex", "cholesky"):
+            # The median is that of unconstrained space, which such a map does not take to the coordinates' medians.
+            continue
         # The median of an even and an odd number of draws may differ by half the distance of two draws.
         torch.testing.assert_close(quantiles[name][1], median[name], rtol=1e-4, atol=1e-4)
 

@@ -37,10 +37,12 @@ def to_tree(
 
     generation = arviz_generation()
     datasets = {}
-    for group, variables in groups.items():
+    for group, named in groups.items():
+        # Pyro's scopes join names by a slash, which netCDF takes for a group.
+        variables = {name.replace("/", "."): array for name, array in named.items()}
         default = () if group.endswith("data") else ("chain", "draw")
         group_sample_dims = list((sample_dims or {}).get(group, default))
-        group_dims = {name: list((dims or {}).get(name, [])) for name in variables}
+        group_dims = {name.replace("/", "."): list((dims or {}).get(name, [])) for name in named}
         used = {dim for name in variables for dim in group_dims[name]} | set(group_sample_dims)
         key = "sample_dims" if generation else "default_dims"
         datasets[group] = az.dict_to_dataset(

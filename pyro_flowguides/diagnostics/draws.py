@@ -21,15 +21,21 @@ from ..tracing import (
     deterministic_sites,
     has_stochastic_log_prob,
     is_deterministic,
-    is_subsample,
     latent_sites,
     log_prob_per_draw,
     observed_sites,
     per_draw,
+    subsampled_plate,
+    tensor_sites,
 )
 from .arviz import to_tree
 from .importance import NUM_BOOTSTRAP, Estimate, psis, verdict, weights_are_constant
 from .summary import summarise
+
+# The largest site of a batch of draws has so many elements, which bounds its memory.
+MAX_BATCH_ELEMENTS = 2**24
+# So many minibatches of subsampled data, to see how much they differ.
+NUM_MINIBATCHES = 100
 
 Coords = Mapping[str, Sequence[Any]]
 Dims = Mapping[str, Sequence[str]]
@@ -49,9 +55,10 @@ class Draws:
         observed: The data.
         dims: The names of the dimensions of a site (without that of the draws), from the names of its plates.
         dtype: The floating-point type that the densities were computed in.
-        stochastic_log_q: Whether log_q is a random estimate, as that of a residual flow with ``log_det="hutchinson"`` is. Its
-            noise leaves the mean of the log weights right, and makes every exponential of them wrong: only
-            :meth:`elbo` is to be had then, k-hat, weights, ESS and verdict raise ValueError.
+        no_weights: Why these draws have no importance weights, or None if they have: the guide's log-density is a random
+            estimate (as that of a residual flow with ``log_det="hutchinson"``), a latent is a single point, or the data are
+            subsampled. Only :meth:`elbo` is to be had then; k-hat, weights, ESS and verdict raise ValueError.
+        minibatch_size: How many draws in a row share one minibatch of subsampled data; None where nothing is subsampled.
     """
 
     values: dict[str, Tensor]
@@ -63,7 +70,8 @@ class Draws:
     observed: dict[str, Tensor]
     dims: dict[str, list[str]]
     dtype: torch.dtype = field(default=torch.float32)
-    stochastic_log_q: bool = False
+    no_weights: str | None = None
+    minibatch_size: int | None = None
 
     def __len__(self) -> int:
         return len(self.log_p)
@@ -79,11 +87,8 @@ class Draws:
 
     @functools.cached_property
     def _psis(self) -> tuple[np.ndarray, float]:
-        if self.stochastic_log_q:
-            raise ValueError(
-                "The log-density of these draws is a random estimate, from which importance weights, k-hat, ESS and verdict "
-                "would be wrong; build the flow with log_det='exact' to have them. The ELBO is right: elbo()."
-            )
+        if self.no_weights:
+            raise ValueError(f"These draws have no importance weights, k-hat, ESS or verdict: {self.no_weights}")
         if weights_are_constant(_numpy(self.log_p), _numpy(self.log_q), torch.finfo(self.dtype).eps):
             return np.full(len(self), -np.log(len(self))), float("nan")
         return psis(self._log_ratios)
@@ -95,7 +100,13 @@ class Draws:
 
     def elbo(self) -> Estimate:
         """The evidence lower bound, the mean of the log weights, in nats."""
-        return Estimate(float(self._log_ratios.mean()), float(self._log_ratios.std(ddof=1) / len(self) ** 0.5))
+        # Draws that share a minibatch share its noise: what varies is the mean over them.
+        values = self._log_ratios
+        if self.minibatch_size is not None:
+            values = values[: len(values) // self.minibatch_size * self.minibatch_size]
+            values = values.reshape(-1, self.minibatch_size).mean(-1)
+        se = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+        return Estimate(float(self._log_ratios.mean()), float(se))
 
     def khat(self) -> Estimate:
         """The Pareto shape of the weights' tail, with a bootstrap standard error; NaN where all weights are equal."""
@@ -160,7 +171,7 @@ class Draws:
             "unconstrained_posterior": one_chain(self.unconstrained),
             "sample_stats": one_chain({"lp": self.log_p, "log_q": self.log_q}),
         }
-        if not self.stochastic_log_q:
+        if not self.no_weights:
             groups["sample_stats"]["log_weight"] = self.smoothed_log_weights[None]
         if self.log_likelihood:
             groups["log_likelihood"] = one_chain(self.log_likelihood)
@@ -225,32 +236,52 @@ def draw(
 @torch.no_grad()
 def draw_traced(tracer: Tracer, num_samples: int, batch_size: int = 10_000, log_likelihood: bool = False) -> Draws:
     """Draws by a tracer that is at hand, see :func:`draw`."""
+    subsampled = subsampled_plate(tracer.model_prototype)
+    largest = max(site["value"].numel() for _, site in tensor_sites(tracer.model_prototype))
+    batch_size = max(1, min(batch_size, MAX_BATCH_ELEMENTS // max(1, largest)))
+    if subsampled:
+        # Every batch has a minibatch of its own.
+        batch_size = max(1, min(batch_size, num_samples // NUM_MINIBATCHES))
+    log_likelihood = log_likelihood and not subsampled
     parts = []
     for start in range(0, num_samples, batch_size):
         for guide_trace, model_trace, count in tracer.traces(min(batch_size, num_samples - start)):
             parts.append(_extract(guide_trace, model_trace, tracer.model_prototype, count, log_likelihood))
     prototype = tracer.model_prototype
+    values = {
+        key: {name: torch.cat([part[key][name] for part in parts]) for name in parts[0][key]}
+        for key in ("values", "unconstrained", "deterministic", "log_likelihood")
+    }
     return Draws(
-        **{
-            key: {name: torch.cat([part[key][name] for part in parts]) for name in parts[0][key]}
-            for key in ("values", "unconstrained", "deterministic", "log_likelihood")
-        },
+        **values,
         log_p=torch.cat([part["log_p"] for part in parts]),
         log_q=torch.cat([part["log_q"] for part in parts]),
-        observed={name: site["value"] for name, site in observed_sites(prototype)},
-        dims={
-            name: _dimension_names(name, site)
-            for name, site in prototype.nodes.items()
-            if site["type"] == "sample" and not is_subsample(site)
-        },
+        observed={} if subsampled else {name: site["value"] for name, site in observed_sites(prototype)},
+        dims={name: _dimension_names(name, site) for name, site in tensor_sites(prototype)},
         dtype=parts[0]["log_p"].dtype,
-        # By the sites, not by the guide, which may be any function.
-        stochastic_log_q=any(
-            has_stochastic_log_prob(site["fn"])
-            for site in tracer.guide_prototype.nodes.values()
-            if site["type"] == "sample"
-        ),
+        no_weights=_why_no_weights(tracer.guide_prototype, subsampled, values["unconstrained"]),
+        minibatch_size=batch_size if subsampled else None,
     )
+
+
+def _why_no_weights(guide_prototype: Trace, subsampled: str | None, unconstrained: Mapping[str, Tensor]) -> str | None:
+    """The first reason for which the ratios of the densities are no importance weights."""
+    # By the sites, not by the guide, which may be any function.
+    sites: list[Any] = list(guide_prototype.nodes.values())
+    if any(has_stochastic_log_prob(site["fn"]) for site in sites if site["type"] == "sample"):
+        return (
+            "the log-density of the guide is a random estimate, and only its mean, the ELBO, is right; build the flow with "
+            "log_det='exact' to have them"
+        )
+    for name, value in unconstrained.items():
+        if len(value) > 1 and bool((value == value[:1]).all()):
+            return f"the guide gives site '{name}' a single point, which has no density to weigh"
+    if subsampled:
+        return (
+            f"the data are subsampled by plate '{subsampled}', and the noise of a minibatch is in every ratio; run the model "
+            "on the whole data to have them"
+        )
+    return None
 
 
 def _extract(
@@ -273,14 +304,22 @@ def _extract(
     if log_likelihood:
         for name, site in observed_sites(model_trace):
             log_prob = site["fn"].log_prob(site["value"])
+            # A masked entry is no observation. (A scale is not applied: it would change what one observation is.)
+            if isinstance(site["mask"], Tensor):
+                log_prob = torch.where(site["mask"], log_prob, 0.0)
             likelihoods[name] = per_draw(log_prob, originals[name]["fn"].batch_shape, count)
+    log_q = log_prob_per_draw(guide_trace, count)
+    for name, site in latent_sites(model_trace):
+        # A site that the guide leaves out is drawn from its prior, which thereby is part of the guide.
+        if name not in guide_trace.nodes:
+            log_q = log_q + site["fn"].log_prob(site["value"]).reshape(count, -1).sum(-1)
     return {
         "values": values,
         "unconstrained": unconstrained,
         "deterministic": {name: at_draws(name, site["value"]) for name, site in deterministic_sites(model_trace)},
         "log_likelihood": likelihoods,
         "log_p": log_prob_per_draw(model_trace, count),
-        "log_q": log_prob_per_draw(guide_trace, count),
+        "log_q": log_q,
     }
 
 

@@ -29,6 +29,7 @@ def summarise(
     """
     rows = {}
     for name, draws in values.items():
+        draws = draws.astype(np.float64) if draws.dtype == bool else draws
         labels = scalar_labels(name, draws.shape[1:], dims.get(name, ()), coords)
         for label, column in zip(labels, draws.reshape(len(draws), -1).T, strict=True):
             rows[label] = [column.mean(), column.std(ddof=1), *np.quantile(column, list(quantiles))]

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from ..diagnostics import Draws, draw
 from ..diagnostics.draws import Coords, Dims, draw_traced
 from ..guides import AutoFlow
-from ..tracing import Tracer, is_subsample, observed_sites
+from ..tracing import Tracer, observed_sites, tensor_sites
 
 NUM_STEPS = 1500
 NUM_PARTICLES = 256
@@ -86,19 +86,14 @@ class FlowFit:
     def khat(self) -> float:
         """The Pareto shape of the importance weights; NaN where they are constant, a perfect fit.
 
-        NaN also where log q is a random estimate, which has no weights; the verdict tells the two apart.
+        NaN also where the draws have no weights, see :class:`pyro_flowguides.Draws`; the verdict tells the two apart.
         """
-        return math.nan if self.draws.stochastic_log_q else self.draws.khat().value
+        return math.nan if self.draws.no_weights else self.draws.khat().value
 
     @functools.cached_property
     def verdict(self) -> str:
         """Whether to believe the fit, in words."""
-        if self.draws.stochastic_log_q:
-            return (
-                "unknown: the log-density of the guide is a random estimate, from which no k-hat can be had; fit a flow with "
-                "log_det='exact' to know."
-            )
-        return self.draws.verdict()
+        return f"unknown: {self.draws.no_weights}." if self.draws.no_weights else self.draws.verdict()
 
     def summary(
         self, *, quantiles: Sequence[float] = (0.05, 0.5, 0.95), coords: Coords | None = None, dims: Dims | None = None
@@ -353,7 +348,7 @@ def _check_start(tracer: Tracer) -> None:
         if missing:
             raise ValueError(
                 f"fit: observed site '{name}' holds {missing} NaN among its {site['value'].numel()} values; remove them, or "
-                "mask them with poutine.mask or pyro.sample(..., obs_mask=...)"
+                "put any valid number in their place and mask those with poutine.mask (a NaN has NaN gradients even masked)"
             )
     message = _first_site_without_density(tracer)
     if message:
@@ -366,12 +361,10 @@ def _first_site_without_density(tracer: Tracer) -> str | None:
     with poutine.block(), pyro.validation_enabled(False):
         for guide_trace, model_trace, _ in tracer.traces(1):
             for owner, trace in (("model", model_trace), ("guide", guide_trace)):
-                nodes: dict[str, Any] = dict(trace.nodes)
-                for name, site in nodes.items():
-                    if site["type"] == "sample" and not is_subsample(site):
-                        log_prob = site["fn"].log_prob(site["value"]).sum()
-                        if not bool(log_prob.isfinite()):
-                            return f"site '{name}' of the {owner} has log-probability {log_prob.item()}"
+                trace.compute_log_prob()
+                for name, site in tensor_sites(trace):
+                    if not math.isfinite(site["log_prob_sum"]):
+                        return f"site '{name}' of the {owner} has log-probability {float(site['log_prob_sum'])}"
     return None
 
 
