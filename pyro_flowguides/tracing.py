@@ -171,7 +171,8 @@ class Tracer:
 
     def _try_to_vectorize(self) -> bool:
         try:
-            with quiet_trace(), warnings.catch_warnings():
+            # Without validation: data that are not valid are not what is asked here.
+            with quiet_trace(), warnings.catch_warnings(), pyro.validation_enabled(False):
                 warnings.simplefilter("ignore")
                 guide_trace, model_trace = self._trace_pair(2)
                 check_vectorized(guide_trace, self.guide_prototype, 2, self.max_plate_nesting)
