@@ -19,8 +19,8 @@ PLATE_NAME = "_flowguides_draws"
 
 def latent_sites(trace: Trace) -> Iterator[tuple[str, Any]]:
     """The sites of a model that a guide has to supply."""
-    for name, site in trace.nodes.items():
-        if site["type"] == "sample" and not site["is_observed"] and not is_subsample(site):
+    for name, site in tensor_sites(trace):
+        if not site["is_observed"]:
             yield name, site
 
 
@@ -57,11 +57,6 @@ def deterministic_sites(trace: Trace) -> Iterator[tuple[str, Any]]:
 def is_subsample(site: Any) -> bool:
     """Whether a site holds the indices of a plate."""
     return type(site["fn"]).__name__ == "_Subsample"
-
-
-def is_subsample_site(site: Any) -> bool:
-    """Whether an entry of a trace holds the indices of a plate that takes a part of its elements."""
-    return site["type"] == "sample" and is_subsample(site)
 
 
 def is_deterministic(site: Any) -> bool:
@@ -143,7 +138,9 @@ class Tracer:
         originals: dict[str, Any] = dict(self.model_prototype.nodes)
         nodes: dict[str, Any] = dict(model_trace.nodes)
         given = dict(latent_sites(model_trace))
-        indices = {name: site["value"] for name, site in nodes.items() if is_subsample_site(site)}
+        indices = {
+            name: site["value"] for name, site in nodes.items() if site["type"] == "sample" and is_subsample(site)
+        }
         for i in range(num_draws):
             values = {
                 name: per_draw(site["value"], originals[name]["value"].shape, num_draws)[i]
@@ -214,10 +211,9 @@ def log_prob_per_draw(trace: Trace, num_draws: int) -> Tensor:
     """The sum of the log-probabilities of a trace's sample sites, shape ``(num_draws,)``, with scales and masks applied."""
     trace.compute_log_prob()
     total: Tensor | float = 0.0
-    for site in trace.nodes.values():
-        if site["type"] == "sample" and not is_subsample(site):
-            log_prob = site["log_prob"]
-            total = total + (log_prob.reshape(num_draws, -1).sum(-1) if num_draws > 1 else log_prob.sum().reshape(1))
+    for _, site in tensor_sites(trace):
+        log_prob = site["log_prob"]
+        total = total + (log_prob.reshape(num_draws, -1).sum(-1) if num_draws > 1 else log_prob.sum().reshape(1))
     return torch.as_tensor(total).expand(num_draws)
 
 

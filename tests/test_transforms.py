@@ -263,10 +263,8 @@ def test_dtype_and_device_follow_the_transform(case):
         assert all(value.device.type == "meta" and value.dtype == dtype for value in results)
 
 
-@every_case
+@pytest.mark.parametrize("case", [case for case in CASES if not case[1]], ids=case_id)
 def test_works_in_a_transformed_distribution(case, dtype, tolerance):
-    if case[1]:
-        pytest.skip("bound by condition(context), tested above")
     transform = build_perturbed(case, 3, dtype)
     base = dist.Normal(torch.zeros(3, dtype=dtype), 1.0).to_event(1)
     distribution = dist.TransformedDistribution(base, [transform])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,6 @@ class Draws:
         log_likelihood: Of every observed site, per observation; empty unless asked for.
         observed: The data.
         dims: The names of the dimensions of a site (without that of the draws), from the names of its plates.
-        dtype: The floating-point type that the densities were computed in.
         no_weights: Why these draws have no importance weights, or None if they have: the guide's log-density is a random
             estimate (as that of a residual flow with ``log_det="hutchinson"``), a latent is a single point, or the data are
             subsampled. Only :meth:`elbo` is to be had then; k-hat, weights, ESS and verdict raise ValueError.
@@ -69,7 +68,6 @@ class Draws:
     log_likelihood: dict[str, Tensor]
     observed: dict[str, Tensor]
     dims: dict[str, list[str]]
-    dtype: torch.dtype = field(default=torch.float32)
     no_weights: str | None = None
     minibatch_size: int | None = None
 
@@ -89,7 +87,7 @@ class Draws:
     def _psis(self) -> tuple[np.ndarray, float]:
         if self.no_weights:
             raise ValueError(f"These draws have no importance weights, k-hat, ESS or verdict: {self.no_weights}")
-        if weights_are_constant(_numpy(self.log_p), _numpy(self.log_q), torch.finfo(self.dtype).eps):
+        if weights_are_constant(_numpy(self.log_p), _numpy(self.log_q), torch.finfo(self.log_p.dtype).eps):
             return np.full(len(self), -np.log(len(self))), float("nan")
         return psis(self._log_ratios)
 
@@ -258,7 +256,6 @@ def draw_traced(tracer: Tracer, num_samples: int, batch_size: int = 10_000, log_
         log_q=torch.cat([part["log_q"] for part in parts]),
         observed={} if subsampled else {name: site["value"] for name, site in observed_sites(prototype)},
         dims={name: _dimension_names(name, site) for name, site in tensor_sites(prototype)},
-        dtype=parts[0]["log_p"].dtype,
         no_weights=_why_no_weights(tracer.guide_prototype, subsampled, values["unconstrained"]),
         minibatch_size=batch_size if subsampled else None,
     )
