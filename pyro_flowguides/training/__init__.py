@@ -1,5 +1,6 @@
 """Fitting a guide to a model."""
 
-from .fit import FlowFit, fit
+from .fit import fit
+from .result import FlowFit
 
 __all__ = ["FlowFit", "fit"]
