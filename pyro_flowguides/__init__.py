@@ -6,7 +6,7 @@ from . import bases, flows, transforms
 from .diagnostics import Draws, Estimate, draw
 from .flows import NormalizingFlow
 from .guides import AutoCoupling, AutoFlow, AutoIAF, AutoPlanar, AutoRadial, AutoResidual, AutoSpline, AutoSylvester
-from .training import FlowFit, fit
+from .training import IWELBO, CompiledSVI, FlowFit, fit
 
 __all__ = [
     "AutoCoupling",
@@ -17,9 +17,11 @@ __all__ = [
     "AutoResidual",
     "AutoSpline",
     "AutoSylvester",
+    "CompiledSVI",
     "Draws",
     "Estimate",
     "FlowFit",
+    "IWELBO",
     "NormalizingFlow",
     "__version__",
     "bases",

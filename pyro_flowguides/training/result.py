@@ -26,6 +26,7 @@ class FlowFit:
         model_kwargs: The keyword arguments it was fitted on.
         losses: The loss (−ELBO estimate) of every step, shape (steps,).
         num_skipped: How many steps were skipped because loss or gradient were not finite.
+        num_rolled_back: How many times the training exploded and was taken back.
         wall_time: The seconds that the fit took, final draws included.
         draws: Draws from the fitted guide with their densities, 10,000 (1000 for a model that cannot be vectorised).
         restarts: Draws of every independent fit, log-likelihoods included, in the order of their seeds; empty where there was
@@ -38,6 +39,7 @@ class FlowFit:
     model_kwargs: dict[str, Any]
     losses: np.ndarray = field(repr=False)
     num_skipped: int
+    num_rolled_back: int
     wall_time: float
     draws: Draws = field(repr=False)
     restarts: tuple[Draws, ...] = field(default=(), repr=False)
