@@ -186,10 +186,11 @@ class Update:
         limit: Any = self.clip_norm
         norm_mean = now.norm_mean
         if self.clip_factor is not None:
-            # No mean yet, or a mean of 0: a bound of 0 would never be left.
-            running = torch.where(norm_mean > 0, self.clip_factor * norm_mean, torch.inf)
-            # The mean of all steps at first, of the last ones later on. An outlier must not raise the bar for the next one.
-            norm_mean = norm_mean.lerp(torch.minimum(norm, running), (1 / (now.step + 1)).clamp(min=NORM_RATE))
+            # An outlier must not raise the bar for the next one. But a bar of 0 would never be left.
+            bar = torch.where(norm_mean > 0, self.clip_factor * norm_mean, torch.inf)
+            # The mean of all steps at first, of the last ones later on.
+            norm_mean = norm_mean.lerp(torch.minimum(norm, bar), (1 / (now.step + 1)).clamp(min=NORM_RATE))
+            running = self.clip_factor * norm_mean
             limit = running if limit is None else running.clamp(max=limit)
         if limit is not None:
             # As torch.nn.utils.clip_grad_norm_ does it.
