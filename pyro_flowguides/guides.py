@@ -581,8 +581,11 @@ class _LatentDelta(dist.Delta):
     constrained site of its own autoguides; with the divergence registered below it is right.
     """
 
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        return super().rsample(sample_shape) if sample_shape else self.v
+
     def log_prob(self, x: Tensor) -> Tensor:
-        # The point itself, as every ELBO asks for, need not be compared with itself.
+        # Every ELBO asks for the point itself, which need not be compared with itself.
         return self.log_density if x is self.v else super().log_prob(x)
 
 
