@@ -481,10 +481,9 @@ def has_compiler(device: torch.device) -> bool:
 def compile_with_inductor(module: GraphModule, example_inputs: Sequence[Tensor]) -> Run:
     """Compiles a graph; it draws the same random numbers as the graph itself."""
     on_cuda = any(tensor.is_cuda for tensor in example_inputs)
-    options: dict[str, Any] = {"fallback_random": True}
-    options.update({"triton.cudagraphs": True} if on_cuda else {"cpp_wrapper": True})
+    config = {"fallback_random": True, **({"triton.cudagraphs": True} if on_cuda else {"cpp_wrapper": True})}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch._inductor.standalone_compile(
-            module, list(example_inputs), dynamic_shapes="from_example_inputs", options=options
+            module, list(example_inputs), dynamic_shapes="from_example_inputs", options={"config_patches": config}
         )
