@@ -84,21 +84,22 @@ def test_every_model_carries_draws_through(name, tolerance):
 
 @pytest.mark.parametrize("length", [1, 2, 7, 32])
 def test_matrix_products_in_pairs(length, tolerance):
-    logs = torch.randn(3, length, 2, 2)
+    logs = torch.randn(2, 2, 3, length)
+    matrices = logs.exp().permute(3, 2, 0, 1)
     product = torch.eye(2).expand(3, 2, 2)
-    for t in range(length):
-        product = product @ logs[:, t].exp()
-    found = time_series.log_matrix_product(logs)
+    for matrix in matrices:
+        product = product @ matrix
+    found = time_series.log_matrix_product(logs).permute(2, 0, 1)
     torch.testing.assert_close(found, product.log(), rtol=tolerance(1e-12), atol=tolerance(1e-12))
 
 
 def test_forward_algorithm(tolerance):
     transition = torch.tensor([[0.9, 0.1], [0.3, 0.7]])
-    log_emission = torch.randn(5, 13, 2)
-    weight = log_emission[:, 0].exp()
+    log_emission = torch.randn(2, 5, 13)
+    weight = log_emission[..., 0].exp().mT
     for t in range(1, 13):
-        weight = (weight @ transition) * log_emission[:, t].exp()
-    found = time_series.forward_log_likelihood(transition, log_emission)
+        weight = (weight @ transition) * log_emission[..., t].exp().mT
+    found = time_series.forward_log_likelihood(transition.unsqueeze(-1), log_emission)
     torch.testing.assert_close(found, weight.sum(-1).log(), rtol=tolerance(1e-12), atol=tolerance(1e-12))
 
 
@@ -191,6 +192,17 @@ def test_evidence_of_a_regression_is_the_integral_of_its_density(model, evidence
     assert evidence(x, y) == pytest.approx(log_integral, abs=1e-4)
 
 
+def test_a_compressed_regression_has_the_density_of_its_rows(tolerance):
+    x, y = torch.randn(40, 3), torch.randn(40)
+    values = {"b": torch.randn(5, 3), "Intercept": torch.randn(5), "sigma": torch.rand(5) + 0.5}
+    rows = dist.Normal(values["Intercept"].unsqueeze(-1) + values["b"] @ x.mT, values["sigma"].unsqueeze(-1))
+    expected = rows.log_prob(y).sum(-1) + dist.Normal(0.0, 1.0).log_prob(values["b"]).sum(-1)
+    expected += dist.StudentT(3.0, 8.0, 10.0).log_prob(values["Intercept"])
+    expected += dist.StudentT(3.0, 0.0, 10.0).log_prob(values["sigma"]) + math.log(2)
+    found = log_joint(regression.heavy_tailed_regression, regression.triangular_factor(x, y), values)
+    torch.testing.assert_close(found, expected, rtol=tolerance(1e-12), atol=tolerance(1e-12))
+
+
 def importance_log_evidence(model, args, latents_of, num_draws=200_000):
     """log Z and its standard error, from draws of a wide normal around the posterior: (draws by site, log density)."""
     values, log_q = latents_of(num_draws)
@@ -217,7 +229,7 @@ def test_evidence_of_other_regressions_agrees_with_importance_sampling(kind, dou
             regression.heavy_tailed_log_evidence,
             ("Intercept", "b"),
         )
-        args = x, y
+        args = regression.triangular_factor(x, y)
     slopes = () if kind == "line" else (2,)
 
     def latents(num_draws):

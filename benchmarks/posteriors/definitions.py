@@ -103,7 +103,7 @@ DEFINITIONS: dict[str, Definition] = {
     ),
     "diamonds": Definition(
         regression.heavy_tailed_regression,
-        lambda d: (centred(d["X"][:, 1:]), d["Y"]),
+        lambda d: regression.triangular_factor(centred(d["X"][:, 1:]), d["Y"]),
         log_evidence=regression.heavy_tailed_log_evidence,
     ),
     "nes": _flat(regression.election_design, lambda d: d["partyid7"]),

@@ -45,7 +45,7 @@ def poisson_process_latents(reference: dict[str, Tensor], data: dict[str, Tensor
 # --- a compartment -----------------------------------------------------------------------------------------------------
 
 # Enough for 1 % of the noise at the most extreme of 10,000 draws, and for 0.04 % at the median one.
-NUM_NODES, NUM_NEWTON_STEPS = 25, 6
+NUM_NODES, NUM_NEWTON_STEPS = 25, 5
 
 
 @functools.cache

@@ -74,14 +74,20 @@ def autoregression(lags: Tensor, y: Tensor) -> None:
     _observe(alpha.unsqueeze(-1) + beta @ lags.mT, sigma, y)
 
 
-def heavy_tailed_regression(x: Tensor, y: Tensor) -> None:
-    """Centred columns x: b ~ N(0, 1), the intercept ~ t(3, 8, 10), σ ~ half-t(3, 0, 10)."""
-    b = pyro.sample("b", dist.Normal(x.new_zeros(x.shape[1]), 1.0).to_event(1))
-    intercept = pyro.sample("Intercept", dist.StudentT(x.new_tensor(3.0), 8.0, 10.0))
+def heavy_tailed_regression(factor: Tensor, num_rows: Tensor) -> None:
+    """b ~ N(0, 1), the intercept ~ t(3, 8, 10), σ ~ half-t(3, 0, 10), on data compressed by :func:`triangular_factor`."""
+    b = pyro.sample("b", dist.Normal(factor.new_zeros(len(factor) - 2), 1.0).to_event(1))
+    intercept = pyro.sample("Intercept", dist.StudentT(factor.new_tensor(3.0), 8.0, 10.0))
     # Half of a t is a t on the positive half-line, with twice the density.
-    sigma = pyro.sample("sigma", flat(dist.HalfCauchy(x.new_tensor(10.0))))
-    pyro.factor("sigma_prior", dist.StudentT(x.new_tensor(3.0), 0.0, 10.0).log_prob(sigma) + math.log(2))
-    _observe(intercept.unsqueeze(-1) + b @ x.mT, sigma, y)
+    sigma = pyro.sample("sigma", flat(dist.HalfCauchy(factor.new_tensor(10.0))))
+    pyro.factor("sigma_prior", _half_t(sigma))
+    residual = factor[:, -1] - intercept.unsqueeze(-1) * factor[:, 0] - b @ factor[:, 1:-1].mT
+    log_likelihood = -0.5 * residual.square().sum(-1) / sigma**2 - num_rows * (sigma.log() + 0.5 * LOG_TWO_PI)
+    pyro.factor("y", log_likelihood)
+
+
+def _half_t(sigma: Tensor) -> Tensor:
+    return dist.StudentT(sigma.new_tensor(3.0), 0.0, 10.0).log_prob(sigma) + math.log(2)
 
 
 # --- data --------------------------------------------------------------------------------------------------------------
@@ -123,6 +129,16 @@ def autoregressive_arguments(data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return lags, y[order:]
 
 
+def triangular_factor(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The triangular factor R of the columns 1, x, y, and the number of rows.
+
+    The columns are QR with orthonormal columns in Q, so that residuals have the same sum of squares on the rows of R: thousands
+    of rows become as many as there are columns, and the density stays what it was.
+    """
+    table = torch.cat([torch.ones_like(y).unsqueeze(-1), x, y.unsqueeze(-1)], -1)
+    return torch.linalg.qr(table).R, y.new_tensor(float(len(y)))
+
+
 # --- evidence ----------------------------------------------------------------------------------------------------------
 
 
@@ -133,40 +149,43 @@ def _integral_over_scale(log_density: Callable[[Tensor], Tensor], around: float)
     return float((log_density(log_sigma.exp()) + log_sigma).logsumexp(0)) + math.log(step)
 
 
-def _least_squares(x: Tensor, y: Tensor) -> tuple[float, Tensor, float]:
-    """Residual sum of squares, the triangular factor of X, and the residual scale."""
-    q, r = torch.linalg.qr(x)
-    rss = float((y - q @ (q.mT @ y)).square().sum())
-    return rss, r, (rss / (len(y) - x.shape[1])) ** 0.5
-
-
 def flat_log_evidence(x: Tensor, y: Tensor, log_prior: Callable[[Tensor], Tensor] = torch.zeros_like) -> float:
     """log Z where β is flat and σ has the log-density given; flat by default."""
-    rss, r, scale = _least_squares(x, y)
+    q, r = torch.linalg.qr(x)
+    rss = float((y - q @ (q.mT @ y)).square().sum())
     freedom, log_volume = len(y) - x.shape[1], float(r.diagonal().abs().log().sum())
 
     def log_density(sigma: Tensor) -> Tensor:
         return -0.5 * (freedom * (LOG_TWO_PI + 2 * sigma.log()) + rss / sigma**2) - log_volume + log_prior(sigma)
 
-    return _integral_over_scale(log_density, scale)
+    return _integral_over_scale(log_density, (rss / freedom) ** 0.5)
 
 
 def normal_log_evidence(
-    x: Tensor, y: Tensor, mean: Tensor, sd: Tensor, log_prior: Callable[[Tensor], Tensor] = torch.zeros_like
+    x: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    sd: Tensor,
+    log_prior: Callable[[Tensor], Tensor] = torch.zeros_like,
+    num_rows: int | None = None,
 ) -> float:
-    """log Z where β ~ N(mean, sd²), coordinate by coordinate, and σ has the log-density given; flat by default."""
+    """log Z where β ~ N(mean, sd²), coordinate by coordinate, and σ has the log-density given; flat by default.
+
+    ``num_rows`` is the number of rows that x and y stand for, where they are compressed.
+    """
+    num_rows = len(y) if num_rows is None else num_rows
     left, singular, _ = torch.linalg.svd(x * sd, full_matrices=False)
     residual = y - x @ mean
     inside = left.mT @ residual
     outside = float((residual - left @ inside).square().sum())
-    freedom = len(y) - len(singular)
+    freedom = num_rows - len(singular)
 
     def log_density(sigma: Tensor) -> Tensor:
         variance = sigma.unsqueeze(-1) ** 2 + singular**2
         quadratic = (inside**2 / variance + variance.log()).sum(-1) + outside / sigma**2 + 2 * freedom * sigma.log()
-        return -0.5 * (len(y) * LOG_TWO_PI + quadratic) + log_prior(sigma)
+        return -0.5 * (num_rows * LOG_TWO_PI + quadratic) + log_prior(sigma)
 
-    return _integral_over_scale(log_density, _least_squares(x, y)[2])
+    return _integral_over_scale(log_density, (outside / freedom) ** 0.5)
 
 
 def half_cauchy_log_evidence(x: Tensor, y: Tensor) -> float:
@@ -189,21 +208,18 @@ def autoregression_log_evidence(lags: Tensor, y: Tensor) -> float:
     return normal_log_evidence(x, y, *prior, dist.HalfCauchy(x.new_tensor(2.5)).log_prob)
 
 
-def heavy_tailed_log_evidence(x: Tensor, y: Tensor) -> float:
-    """The intercept is apart from b, since the columns are centred; it takes a quadrature of its own for every σ."""
-    n, mean = len(y), y.mean()
+def heavy_tailed_log_evidence(factor: Tensor, num_rows: Tensor) -> float:
+    """The first row of R is that of the intercept alone, since the columns are centred: it takes a quadrature of its own."""
     # Around the mean of y, in units of its standard error: the inner integrand is normal there but for the prior.
-    units = torch.linspace(-8, 8, 121, dtype=x.dtype)
+    units = torch.linspace(-8, 8, 121, dtype=factor.dtype)
+    step, mean = float(units[1] - units[0]), factor[0, -1] / factor[0, 0]
 
     def log_prior(sigma: Tensor) -> Tensor:
-        width = sigma / n**0.5
+        width = sigma / num_rows**0.5
         intercept = mean + units * width.unsqueeze(-1)
-        log_inner = dist.StudentT(x.new_tensor(3.0), 8.0, 10.0).log_prob(intercept) - 0.5 * units**2
-        step = float(units[1] - units[0])
-        # (y − α − Xb)² sums to (y − ȳ − Xb)², which is left to the regression below, and n (ȳ − α)².
-        log_mean = log_inner.logsumexp(-1) + width.log() + math.log(step)
-        half_t = dist.StudentT(x.new_tensor(3.0), 0.0, 10.0).log_prob(sigma) + math.log(2)
-        return log_mean + half_t
+        log_inner = dist.StudentT(factor.new_tensor(3.0), 8.0, 10.0).log_prob(intercept) - 0.5 * units**2
+        return log_inner.logsumexp(-1) + width.log() + math.log(step) + _half_t(sigma)
 
+    x, y = factor[1:, 1:-1], factor[1:, -1]
     prior = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
-    return normal_log_evidence(x, y - mean, *prior, log_prior)
+    return normal_log_evidence(x, y, *prior, log_prior, num_rows=int(num_rows))

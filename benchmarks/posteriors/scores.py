@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from scipy.stats import wasserstein_distance
+from torch import Tensor
 
 from pyro_flowguides import Draws
 
@@ -71,6 +72,7 @@ def scores(posterior: Posterior, draws: Draws) -> dict:
         "ess_fraction": ess.value / len(draws),
         "ess_fraction_se": ess.se / len(draws),
         "verdict": draws.verdict(),
+        "importance_log_evidence": _log_mean_exp(draws.log_weights),
     }
     if posterior.log_evidence is not None:
         found["gap"] = posterior.log_evidence - elbo.value
@@ -80,6 +82,11 @@ def scores(posterior: Posterior, draws: Draws) -> dict:
         found["psis"] = distances(values, posterior.reference, np.exp(draws.smoothed_log_weights))
         found["floor"] = noise_floor(posterior.reference)
     return found
+
+
+def _log_mean_exp(log_weights: Tensor) -> float:
+    """An estimate of log Z, with about the relative error of a mean of ESS draws."""
+    return float(log_weights.logsumexp(0)) - math.log(len(log_weights))
 
 
 def _number(value: float) -> float | None:
