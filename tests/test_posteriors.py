@@ -68,7 +68,9 @@ def prior_draws(model, args, num_draws):
 
 
 @pytest.mark.parametrize("name", DEFINITIONS)
-def test_every_model_carries_draws_through(name, tolerance):
+def test_every_model_carries_draws_through(name, dtype, tolerance):
+    if name == "gp_pois_regr" and dtype != torch.float64:
+        pytest.skip("the jitter of its definition is lost in single precision")
     definition = DEFINITIONS[name]
     args = definition.arguments(synthetic_data())
     density, points = unconstrained_density(definition.model, args, prior_draws(definition.model, args, 6))
@@ -501,7 +503,7 @@ def broken_posterior():
     return Posterior("broken", conjugate, (tensor([0.3, math.nan]),))
 
 
-def test_run_records_failures_and_goes_on_where_it_was(tmp_path, capsys):
+def test_run_records_failures_and_goes_on_where_it_was(tmp_path, double):
     loaded = []
 
     def load():

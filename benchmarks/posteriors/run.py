@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ GUIDES: dict[str, Callable] = {
     "radial": fg.AutoRadial,
     "residual": fg.AutoResidual,
     "spline": fg.AutoSpline,
+    "student_t": functools.partial(fg.AutoFlow, base="student_t"),
     "sylvester": fg.AutoSylvester,
     "normal": AutoNormal,
     "mvn": AutoMultivariateNormal,

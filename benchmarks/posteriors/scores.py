@@ -58,11 +58,11 @@ def columns(values: Mapping[str, np.ndarray], reference: Reference) -> np.ndarra
     return np.stack([scalar(values, name) for name in reference.names], -1)
 
 
+# The weights and the squares of a poor guide's draws overflow.
+@np.errstate(over="ignore")
 def scores(posterior: Posterior, draws: Draws) -> dict:
     """Everything that is known about the draws of a guide: ELBO, weights, and distances before and after weighting."""
-    # The weights of a poor guide overflow on their way to the fit of their tail.
-    with np.errstate(over="ignore"):
-        elbo, khat, ess = draws.elbo(), draws.khat(), draws.ess()
+    elbo, khat, ess = draws.elbo(), draws.khat(), draws.ess()
     found: dict = {
         "num_draws": len(draws),
         "elbo": elbo.value,
