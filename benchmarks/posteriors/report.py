@@ -3,35 +3,63 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
 
 from ..common import describe, markdown_table
 
 Records = Sequence[dict]
 
-# Column, its value in a record, and its digits.
-COLUMNS: dict[str, tuple[Callable[[dict], float | None], int]] = {
-    "mean error": (lambda record: _nested(record, "raw", "mean_error"), 3),
-    "PSIS": (lambda record: _nested(record, "psis", "mean_error"), 3),
-    "floor": (lambda record: _nested(record, "floor", "mean_error"), 3),
-    "sd error": (lambda record: _nested(record, "raw", "sd_error"), 3),
-    "PSIS ": (lambda record: _nested(record, "psis", "sd_error"), 3),
-    "floor ": (lambda record: _nested(record, "floor", "sd_error"), 3),
-    "W₁": (lambda record: _nested(record, "raw", "wasserstein"), 3),
-    "floor  ": (lambda record: _nested(record, "floor", "wasserstein"), 3),
-    "ELBO": (lambda record: record.get("elbo"), 3),
-    "± se": (lambda record: record.get("elbo_se"), 4),
-    "gap": (lambda record: record.get("gap"), 4),
-    "k-hat": (lambda record: record.get("khat"), 2),
-    "± se ": (lambda record: record.get("khat_se"), 2),
-    "ESS/N": (lambda record: record.get("ess_fraction"), 4),
-    "s": (lambda record: record.get("seconds"), 1),
-    "whitening s": (lambda record: record.get("whitening_seconds"), 1),
-    "steps": (lambda record: record.get("steps"), 0),
-}
-# Where less is worse, and what cannot be compared between posteriors.
-_LESS_IS_WORSE, _NOT_COMPARABLE = {"ESS/N"}, {"ELBO"}
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of a record: its title, where it is, its digits, and how it goes into the summary over the posteriors."""
+
+    title: str
+    path: tuple[str, ...]
+    digits: int
+    summarised: bool = True
+    less_is_worse: bool = False
+
+    def value(self, record: dict) -> float | None:
+        """None where the record does not have it."""
+        for key in self.path:
+            record = record.get(key, {})
+        return record if isinstance(record, (int, float)) else None
+
+    def cell(self, value: float | None) -> str:
+        if value is None or math.isnan(value):
+            return "–"
+        return f"{value:.{self.digits}f}" if abs(value) < 1e4 else f"{value:.1e}"
+
+    def worst(self, values: Sequence[float]) -> float:
+        return min(values) if self.less_is_worse else max(values)
+
+
+def _distance(title: str, name: str) -> list[Column]:
+    """Of the draws, of the weighted draws, and of a perfect guide."""
+    return [
+        Column(title, ("raw", name), 3),
+        Column("PSIS", ("psis", name), 3),
+        Column("floor", ("floor", name), 3, summarised=False),
+    ]
+
+
+COLUMNS = [
+    *_distance("mean error", "mean_error"),
+    *_distance("sd error", "sd_error"),
+    *_distance("W₁", "wasserstein"),
+    Column("ELBO", ("elbo",), 3, summarised=False),
+    Column("± se", ("elbo_se",), 4, summarised=False),
+    Column("gap", ("gap",), 4),
+    Column("k-hat", ("khat",), 2),
+    Column("± se", ("khat_se",), 2, summarised=False),
+    Column("ESS/N", ("ess_fraction",), 4, less_is_worse=True),
+    Column("s", ("seconds",), 1),
+    Column("whitening s", ("whitening_seconds",), 1),
+    Column("steps", ("steps",), 0),
+]
 NOTE = (
     "Each figure is the median over the seeds. Mean error: the largest |mean − mean_ref| / sd_ref among the scalars of a "
     "posterior; sd error: the largest |sd / sd_ref − 1|; W₁: the 1-Wasserstein distance of the marginals over sd_ref, averaged "
@@ -65,72 +93,45 @@ def report(records: Records) -> str:
 
 def _summary(records: Records, configurations: Sequence[str]) -> str:
     """One row for each guide: median / worst over the posteriors."""
-    columns = [column for column in COLUMNS if column not in _NOT_COMPARABLE and not column.startswith(("±", "floor"))]
-    header = ["guide", "posteriors", "failed", "good", *(column.strip() for column in columns)]
+    columns = [column for column in COLUMNS if column.summarised]
     rows = []
     for configuration in configurations:
         chosen = [record for record in records if _configuration(record) == configuration]
         fitted = [record for record in chosen if "error" not in record]
-        good = [record for record in fitted if record["verdict"].startswith(("good", "exact"))]
-        medians = _medians(fitted)
-        cells = [_median_and_worst(column, [row[column] for row in medians.values()]) for column in columns]
-        counts = [len({record["posterior"] for record in chosen}), len(chosen) - len(fitted)]
-        rows.append([configuration, *map(str, counts), f"{len(good)} of {len(fitted)}", *cells])
-    return markdown_table(header, rows)
+        good = sum(record["verdict"].startswith(("good", "exact")) for record in fitted)
+        counts = [str(len(_by_posterior(chosen))), str(len(chosen) - len(fitted)), f"{good} of {len(fitted)}"]
+        rows.append([configuration, *counts, *(_median_and_worst(column, fitted) for column in columns)])
+    return markdown_table(["guide", "posteriors", "failed", "good", *(column.title for column in columns)], rows)
+
+
+def _median_and_worst(column: Column, records: Records) -> str:
+    medians = [_median(column, some) for some in _by_posterior(records).values()]
+    present = [value for value in medians if value is not None]
+    return f"{column.cell(median(present))} / {column.cell(column.worst(present))}" if present else "–"
 
 
 def _table(records: Records) -> str:
-    medians = _medians([record for record in records if "error" not in record])
-    rows = [
-        [name, *(_cell(row[column], digits) for column, (_, digits) in COLUMNS.items())]
-        for name, row in medians.items()
-    ]
-    return markdown_table(["posterior", *(column.strip() for column in COLUMNS)], rows)
+    """One row for each posterior: the medians over the seeds."""
+    by_posterior = _by_posterior([record for record in records if "error" not in record])
+    rows = [[name, *(column.cell(_median(column, some)) for column in COLUMNS)] for name, some in by_posterior.items()]
+    return markdown_table(["posterior", *(column.title for column in COLUMNS)], rows)
 
 
-def _medians(records: Records) -> dict[str, dict[str, float | None]]:
-    """By posterior and column, the median over the seeds that have the figure."""
-    names = dict.fromkeys(record["posterior"] for record in records)
-    return {
-        name: {
-            column: _median([value(record) for record in records if record["posterior"] == name])
-            for column, (value, _) in COLUMNS.items()
-        }
-        for name in names
-    }
+def _by_posterior(records: Records) -> dict[str, list[dict]]:
+    groups: dict[str, list[dict]] = {}
+    for record in records:
+        groups.setdefault(record["posterior"], []).append(record)
+    return groups
 
 
-def _median_and_worst(column: str, values: Sequence[float | None]) -> str:
-    present = [value for value in values if value is not None]
-    if not present:
-        return "–"
-    worst = min(present) if column in _LESS_IS_WORSE else max(present)
-    digits = COLUMNS[column][1]
-    return f"{_cell(median(present), digits)} / {_cell(worst, digits)}"
-
-
-def _median(values: Sequence[float | None]) -> float | None:
-    present = [value for value in values if value is not None]
+def _median(column: Column, records: Records) -> float | None:
+    present = [value for value in map(column.value, records) if value is not None]
     return median(present) if present else None
 
 
-def _cell(value: float | None, digits: int) -> str:
-    if value is None or math.isnan(value):
-        return "–"
-    return f"{value:.{digits}f}" if abs(value) < 1e4 else f"{value:.1e}"
-
-
-def _nested(record: dict, group: str, name: str) -> float | None:
-    return record[group][name] if group in record else None
-
-
 def _configuration(record: dict) -> str:
-    options = [f"{value} {unit}" for unit, value in _options(record).items() if value is not None]
-    return ", ".join([record["guide"], *options])
-
-
-def _options(record: dict) -> dict[str, int | None]:
-    return {"steps": record["num_steps"], "particles": record["num_particles"]}
+    options = {"steps": record["num_steps"], "particles": record["num_particles"]}
+    return ", ".join([record["guide"], *(f"{value} {unit}" for unit, value in options.items() if value is not None)])
 
 
 def _fit_name(record: dict) -> str:

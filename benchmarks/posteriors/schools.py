@@ -41,14 +41,14 @@ def centered(y: Tensor, sigma: Tensor) -> None:
 def noncentered(y: Tensor, sigma: Tensor) -> None:
     """θ = μ + τ θ̃."""
     mu, tau = _population(y)
-    deviation = pyro.sample("theta_trans", dist.Normal(torch.zeros_like(y), 1.0).to_event(1))
+    deviation = pyro.sample("theta_tilde", dist.Normal(torch.zeros_like(y), 1.0).to_event(1))
     theta = pyro.deterministic("theta", mu + tau * deviation, event_dim=1)
     pyro.sample("y", dist.Normal(theta, sigma).to_event(1), obs=y)
 
 
 def noncentered_latents(reference: dict[str, Tensor], data: dict[str, Tensor]) -> dict[str, Tensor]:
     mu, tau, theta = reference["mu"], reference["tau"], reference["theta"]
-    return {"mu": mu, "tau": tau, "theta_trans": (theta - mu.unsqueeze(-1)) / tau.unsqueeze(-1)}
+    return {"mu": mu, "tau": tau, "theta_tilde": (theta - mu.unsqueeze(-1)) / tau.unsqueeze(-1)}
 
 
 # --- exact answers -----------------------------------------------------------------------------------------------------
