@@ -429,6 +429,7 @@ needs_database = pytest.mark.skipif(DATABASE is None, reason="FLOWGUIDES_POSTERI
 
 
 @needs_database
+@pytest.mark.slow
 def test_every_known_posterior_of_the_database_passes_the_check(double):
     failed = [name for name, load in posteriors(Path(DATABASE)).items() if not check(load()).passed]
     assert not failed
