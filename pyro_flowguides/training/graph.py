@@ -220,7 +220,7 @@ def _without_neutral_element(module: GraphModule, node: Node, source: Any) -> No
     # The gradient of c·tanh(a / c).
     if node.target is aten.div.Tensor and _target(source) is aten.tanh_backward.default and len(source.users) == 1:
         scaled = source.args[0]
-        if _target(scaled) is aten.mul.Tensor and scaled.args[1] == second and isinstance(second, float):
+        if _target(scaled) is aten.mul.Tensor and scaled.args[1] == second and isinstance(second, (int, float)):
             return module.graph.call_function(aten.tanh_backward.default, (scaled.args[0], source.args[1]))
     return None
 
