@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -56,10 +57,11 @@ class AmortizedFlow(StoredGuide):
     Arguments:
         model: A Pyro model whose local latents are continuous.
         encoder: A function ``encoder(*args, **kwargs)`` of the model's arguments, most often a ``torch.nn.Module`` (which
-            becomes a Pyro module in place). It returns a context of shape ``plate_shape + (context_dim,)``, where ``plate_shape``
-            ends with the dimension −1 of the plates: ``(N, context_dim)`` for a plate at dimension −1, ``(N, 1, context_dim)``
-            for one at −2. Its rows are those of the minibatch or, in a subsampled plate, of all data, of which the plate's
-            indices then select; it is called within the plates, so that ``pyro.subsample`` there avoids the work.
+            becomes a Pyro module in place; a function registers its parameters itself, by ``pyro.module``). It returns a
+            context of shape ``plate_shape + (context_dim,)``, where ``plate_shape`` ends with the dimension −1 of the plates:
+            ``(N, context_dim)`` for a plate at dimension −1, ``(N, 1, context_dim)`` for one at −2. Its rows are those of the
+            minibatch or, in a subsampled plate, of all data, of which the plate's indices then select; it is called within
+            the plates, so that ``pyro.subsample`` there avoids the work.
         flow: The name of a recipe of :mod:`pyro_flowguides.flows`; a function ``flow(dim, context_dim=...) -> FlowTransform``,
             for example a recipe with ``functools.partial`` for its options; or None for a diagonal normal.
         sites: The names of the latents of this guide; by default all of the model, which then must be inside a plate.
@@ -72,9 +74,9 @@ class AmortizedFlow(StoredGuide):
             new.
 
     Raises:
-        ValueError: if an argument is unknown; at set-up, if a latent is discrete, outside every plate or of a bound that differs
-            from datum to datum, if the sites share no plate, or if the flow does not fit; in every call, if the shape of the
-            context does not fit the plates.
+        ValueError: if an argument is unknown; at set-up, if a latent is discrete, outside every plate or of a bound that
+            differs from datum to datum (it must be the same in all calls, too), if the sites share no plate, or if the flow
+            does not fit; in every call, if the shape of the context does not fit the plates.
         TypeError: if the encoder returns something other than a floating-point tensor.
         RuntimeError: at set-up, if the model has no latent.
         NotImplementedError: at set-up, for a sequential plate.
@@ -194,13 +196,13 @@ class AmortizedFlow(StoredGuide):
                 self._check_names(args, kwargs)
                 layout = _Layout.of([site for _, site in latent_sites(self.prototype_trace)])
                 if self._layout is None:
-                    self._build(layout, self._encode(layout, args, kwargs))
+                    self._build(layout, self._first_context(layout, args, kwargs))
+                    self._layout = layout
                 elif layout != self._layout:
                     raise ValueError(
                         f"AmortizedFlow: the latents of one datum are {layout.describe()} in this call, but "
                         f"{self._layout.describe()} in the call that built the guide; their shapes must not change"
                     )
-            self._layout = layout
         except BaseException:
             # A half-built guide would take its next call for granted.
             self.prototype_trace = previous
@@ -214,6 +216,18 @@ class AmortizedFlow(StoredGuide):
             raise ValueError(f"AmortizedFlow: sites {missing} are no latents of the model, which has {known}")
         if not any(True for _ in self.prototype_trace.iter_stochastic_nodes()):
             raise RuntimeError("AmortizedFlow found no latent variables; use an empty guide instead")
+
+    def _first_context(self, layout: _Layout, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """The context that the guide is built for; warns of parameters of the encoder that would never train."""
+        with torch.enable_grad(), poutine.block(), poutine.trace(param_only=True) as capture:
+            context = self._encode(layout, args, kwargs)
+        if context.requires_grad and not isinstance(self.encoder, nn.Module) and not capture.trace.nodes:
+            warnings.warn(
+                "AmortizedFlow: the context depends on something with a gradient, but Pyro knows no parameter of the encoder, "
+                "so that it would not be trained; pass the torch.nn.Module itself, or call pyro.module in the function",
+                stacklevel=2,
+            )
+        return context.detach()
 
     def _build(self, layout: _Layout, context: Tensor) -> None:
         dim, context_dim, loc = layout.size, context.shape[-1], layout.init_loc

@@ -17,12 +17,24 @@ class StoredGuide(AutoGuide):
 
         The modules must be Pyro modules, converted before they were attached to the guide: the other order leaves every
         parameter in the store under a second name.
+
+        Raises:
+            ValueError: if the store holds a value of another shape under the name of a parameter.
         """
         for module in self.modules():
             for name, parameter in list(module._parameters.items()):
                 # A bias that is switched off is None; a PyroParam looks after itself.
-                if parameter is not None and not name.endswith("_unconstrained"):
-                    setattr(module, name, module._parameters.pop(name))
+                if parameter is None or name.endswith("_unconstrained"):
+                    continue
+                setattr(module, name, module._parameters.pop(name))
+                shape = tuple(getattr(module, name).shape)
+                if shape != parameter.shape:
+                    stored_name = next(key for key, value in self.named_parameters() if value is getattr(module, name))
+                    raise ValueError(
+                        f"{type(self).__name__}: Pyro's parameter store has '{self._pyro_get_fullname(stored_name)}' of shape "
+                        f"{shape}, which another guide left there, and this guide needs shape {tuple(parameter.shape)}; call "
+                        "pyro.clear_param_store() before it is set up"
+                    )
 
     def _follow_param_store(self) -> None:
         """Attaches anew after the store was cleared or loaded, which replaces all of its values: one tells for all."""

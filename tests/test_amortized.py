@@ -4,7 +4,6 @@ import copy
 import functools
 import io
 import pickle
-import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -801,8 +800,25 @@ def test_a_failed_set_up_leaves_nothing_behind():
         guide.latent_dim  # noqa: B018
 
 
-def test_the_guide_of_an_untrained_encoder_does_not_warn():
+def test_values_of_another_guide_in_the_store():
     data = make_data(4)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        train(conjugate, fg.AmortizedFlow(conjugate, Encoder(1).double()), data, steps=2)
+    fg.AmortizedFlow(conjugate, Encoder(1).double()).setup(data)
+    with pytest.raises(
+        ValueError, match=r"'AmortizedFlow.encoder.layers.2.weight' of shape \(6, 8\).*clear_param_store"
+    ):
+        fg.AmortizedFlow(conjugate, Encoder(1, context_dim=7).double()).setup(data)
+
+
+def test_an_encoder_that_hides_its_parameters():
+    data, network = make_data(4), Encoder(1).double()
+    with pytest.warns(UserWarning, match="Pyro knows no parameter of the encoder"):
+        fg.AmortizedFlow(conjugate, lambda data: network(data)).setup(data)
+
+    def registered(data):
+        pyro.module("network", network)
+        return network(data)
+
+    pyro.clear_param_store()
+    before = network.layers[0].weight.detach().clone()
+    train(conjugate, fg.AmortizedFlow(conjugate, registered), data, steps=3)
+    assert not torch.equal(network.layers[0].weight, before)
