@@ -14,7 +14,6 @@ import copy
 import functools
 import json
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -133,16 +132,13 @@ def measure(flow: Callable | None, seed: int, num_steps: int, num_draws: int) ->
     guide = AmortizedFlow(autoencoder.model, autoencoder.encoder, flow).setup(validation)
     # The weights of the flow have taken random numbers of their own.
     pyro.set_rng_seed(seed)
-    clock = time.perf_counter()
     with pyro.validation_enabled(False):
         best_step = train(autoencoder, guide, grey, validation, num_steps)
-        seconds = time.perf_counter() - clock
         weights = log_weights(autoencoder, guide, test, num_draws)
     return {
         "negative_elbo": float(-weights.mean()),
         "nll": float(math.log(num_draws) - weights.logsumexp(0).mean()),
         "best_step": best_step,
-        "seconds": seconds,
         "num_parameters": sum(parameter.numel() for parameter in guide.parameters()),
     }
 
@@ -165,7 +161,6 @@ def report(results: dict) -> str:
             cells.append("–" if repeats is reference else f"{gain:+.2f} ± {gain_sd / len(repeats) ** 0.5:.2f}")
         cells.append(f"{_mean_and_sd([run['negative_elbo'] - run['nll'] for run in repeats])[0]:.2f}")
         cells.append("/".join(str(run["best_step"]) for run in repeats))
-        cells.append(f"{_mean_and_sd([run['seconds'] for run in repeats])[0]:.0f}")
         rows.append(cells)
     header = [
         "posterior",
@@ -176,7 +171,6 @@ def report(results: dict) -> str:
         "gain",
         "−ELBO − NLL",
         "best step of each seed",
-        "seconds",
     ]
     settings = results["settings"]
     return "\n\n".join(
