@@ -30,6 +30,12 @@ from .common import describe, environment, markdown_table, write_results
 _DTYPE = torch.float64
 _NUM_CHAINS, _NUM_WARM_UP, _NUM_DRAWS, _TARGET = 4, 300, 500, 0.8
 _NUM_FIT_STEPS, _NUM_PARTICLES = 1000, 256
+_COMMENT = (
+    "In its own space NUTS does not reach the neck of either funnel: the mean is off by several of its standard errors, and the "
+    "standard deviation is far too small. In the flow's space the chains agree (R-hat below 1.01). They still fall a little short "
+    "of the neck, where the flow is not exact: the standard deviations are some percent low, the mean of log τ is two standard "
+    "errors high, and a few divergences say so."
+)
 
 
 def funnel() -> None:
@@ -185,9 +191,10 @@ def report(results: dict) -> str:
             "Rank-normalised split R-hat and bulk and tail ESS (Vehtari et al. 2021, arXiv:1903.08008), the worst over all "
             "scalars of the model and the quantity in the last but one column. Gradients are those of the draws, without "
             "warm-up and without those of the fit. Where R-hat is above 1.01 the ESS is not to be trusted, and is too large "
-            "rather than too small.",
+            "rather than too small. The times are those of a shared machine.",
             describe(results["environment"]),
             markdown_table(header, rows),
+            _COMMENT,
         ]
     )
 
