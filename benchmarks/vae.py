@@ -34,7 +34,17 @@ _BATCH_SIZE, _LEARNING_RATE = 100, 2e-3
 _NUM_STEPS, _WARM_UP, _VALIDATE_EVERY = 3000, 0.2, 100
 _NUM_IMPORTANCE, _CHUNK = 5000, 100
 _SEEDS = (0, 1, 2)
-_COMMENT = ""
+_COMMENT = (
+    "The published gains over a diagonal normal, on MNIST with 64 latent dimensions (van den Berg et al. 2018, "
+    "arXiv:1803.05649), are 0.5 nats for planar flows, 2.3 for IAF and 3.2 for Sylvester flows. Here every flow gains in every "
+    "seed, the planar one by as much as there, but that ranking is not reproduced: IAF and Sylvester flows gain no more than the "
+    "planar one, and their differences are about as large as those of the seeds. What speaks for a problem too small to show it, "
+    "though it was not tested on a larger one: a diagonal normal leaves only a third of a nat between −ELBO and NLL on these "
+    "digits, and a planar layer bends one direction of 8 rather than of 64, so that 16 of them are no bottleneck. Most of the "
+    "gain is in NLL: the decoder fits the data better where it is not held to normal posteriors. How much of what flows leave "
+    "is due to the encoder's errors on digits it has not seen was not measured. The settings were tuned for none of the "
+    "posteriors, and all take the same number of steps, not the same time."
+)
 
 POSTERIORS: dict[str, Callable | None] = {
     "diagonal normal": None,
