@@ -581,7 +581,7 @@ class _LatentDelta(dist.Delta):
     constrained site of its own autoguides; with the divergence registered below it is right.
     """
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
         return super().rsample(sample_shape) if sample_shape else self.v
 
     def log_prob(self, x: Tensor) -> Tensor:
