@@ -327,7 +327,7 @@ def _view_before_operation(graph: Graph, node: Node, operation: Node) -> Node | 
             return None
         sources[argument] = original
     args, kwargs = torch.fx.node.map_arg((operation.args, operation.kwargs), sources.__getitem__)
-    return graph.call_function(operation.target, args, kwargs)
+    return graph.call_function(_target(operation), args, kwargs)
 
 
 def _target(value: Any) -> Any:
