@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.infer import (
     Trace_ELBO,
 )
-from pyro.infer.autoguide import init_to_value
+from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_value
 from pyro.infer.reparam import NeuTraReparam
 
 import pyro_flowguides as fg
@@ -36,9 +36,25 @@ def sequential_plate():
         pyro.sample(f"x_{i}", dist.Normal(0.0, 1.0))
 
 
-def local_latents():
-    with pyro.plate("rows", 10, subsample_size=3):
+def plate_without_size():
+    with pyro.plate("rows"):
+        pyro.sample("local", dist.Normal(torch.zeros(3), 1.0))
+
+
+def given_indices():
+    with pyro.plate("rows", 10, subsample=torch.tensor([1, 4])):
         pyro.sample("local", dist.Normal(0.0, 1.0))
+
+
+def support_of_its_own():
+    upper = torch.arange(1.0, 11.0)
+    with pyro.plate("rows", 10, subsample_size=3) as index:
+        pyro.sample("local", dist.Uniform(0.0, upper[index]))
+
+
+def two_dtypes():
+    pyro.sample("single", dist.Normal(torch.zeros((), dtype=torch.float32), 1.0))
+    pyro.sample("double", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
 
 
 @every_guide
@@ -49,7 +65,22 @@ def local_latents():
         (discrete, ValueError, "discrete.*site 'k'"),
         (projected_normal, ValueError, "site 'direction'"),
         (sequential_plate, NotImplementedError, "sequential"),
-        (local_latents, NotImplementedError, "latent site 'local' is inside plate 'rows', which takes 3 of its 10"),
+        (
+            plate_without_size,
+            ValueError,
+            "latent site 'local' is inside plate 'rows', whose size is not known.*Ways out",
+        ),
+        (
+            given_indices,
+            ValueError,
+            "latent site 'local' is inside plate 'rows', which gets its indices.*create_plates",
+        ),
+        (
+            support_of_its_own,
+            ValueError,
+            "support of latent site 'local'.*not the same for all elements of plate 'rows'",
+        ),
+        (two_dtypes, ValueError, "site 'single' is torch.float32 on .* and site 'double' is torch.float64"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -58,6 +89,106 @@ def test_models_that_cannot_be_guided(Guide, model, error, message):
     for _ in range(2):  # a failed set-up leaves nothing behind that the next call would take for done
         with pytest.raises(error, match=f"(?is){message}"):
             guide()
+
+
+def test_latents_on_two_devices():
+    def model():
+        pyro.sample("here", dist.Normal(torch.zeros(()), 1.0))
+        pyro.sample("there", dist.Normal(torch.zeros((), device="meta"), 1.0, validate_args=False))
+
+    values = {"here": torch.zeros(()), "there": torch.zeros((), device="meta")}
+    guide = fg.AutoFlow(model, init_loc_fn=lambda site: values[site["name"]])
+    with pytest.raises(
+        ValueError, match="site 'here' is .* on .* and site 'there' is torch.float32 on meta.*AutoGuideList"
+    ):
+        guide()
+
+
+def local_latents(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y)):
+        local = pyro.sample("local", dist.Normal(mu, 1.0))
+        pyro.sample("y", dist.Normal(local, 1.0), obs=y)
+
+
+@every_guide
+def test_plate_whose_size_changes(Guide):
+    guide = Guide(local_latents).setup(torch.zeros(5))
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"site 'local' is inside plate 'rows' of size 3.*of size 5.*create_plates"
+        ):
+            guide(torch.zeros(3))
+    guide(torch.zeros(5))
+
+
+def test_site_whose_event_size_changes():
+    def model(x):
+        pyro.sample("weight", dist.Normal(torch.zeros(x.shape[-1]), 1.0).to_event(1))
+
+    guide = fg.AutoFlow(model).setup(torch.zeros(7, 2))
+    with pytest.raises(ValueError, match=r"site 'weight' has shape \(3,\).*had \(2,\) at set-up"):
+        guide(torch.zeros(7, 3))
+
+
+def test_site_that_appears_only_sometimes():
+    def model(with_slope):
+        pyro.sample("intercept", dist.Normal(0.0, 1.0))
+        if with_slope:
+            pyro.sample("slope", dist.Normal(0.0, 1.0))
+
+    guide = fg.AutoFlow(model).setup(True)
+    with pytest.raises(ValueError, match=r"latent site 'slope' was in the model at set-up and is not with these"):
+        guide(False)
+    # The other way round Pyro itself names the site.
+    pyro.clear_param_store()
+    guide = fg.AutoFlow(model).setup(False)
+    with pytest.warns(UserWarning, match="Found vars in model but not guide: {'slope'}"):
+        Trace_ELBO().loss(model, guide, True)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda y: pyro.plate("rows", 7, subsample_size=2),
+            ValueError,
+            "plate 'rows' with size 7.*inside one of size 5",
+        ),
+        (lambda y: [len(y)], AssertionError, "create_plates.. returned a non-plate"),
+    ],
+)
+def test_create_plates_that_are_wrong(make, error, message):
+    with pytest.raises(error, match=message):
+        fg.AutoFlow(local_latents, create_plates=make).setup(torch.zeros(5))
+
+
+def test_part_of_a_list_with_plates_of_its_own():
+    guide = AutoGuideList(local_latents)
+    guide.append(AutoNormal(poutine.block(local_latents, expose=["mu"])))
+    part = fg.AutoFlow(poutine.block(local_latents, hide=["mu"]), create_plates=lambda y: pyro.plate("rows", len(y)))
+    guide.append(part)
+    with pytest.raises(AssertionError, match="non-master guide"):
+        guide(torch.zeros(5))
+
+
+def test_parameters_of_another_model_in_the_store():
+    fg.AutoPlanar(correlated).setup()
+    with pytest.raises(ValueError, match=r"holds 'AutoPlanar.flow.* of shape .*clear_param_store"):
+        fg.AutoPlanar(local_latents).setup(torch.zeros(5))
+
+
+def test_minibatch_in_the_arguments_of_whitening():
+    def model(index):
+        with pyro.plate("rows", 6, subsample=index):
+            pyro.sample("local", dist.Normal(0.0, 1.0))
+
+    guide = fg.AutoFlow(model, create_plates=lambda index: pyro.plate("rows", 6, subsample=index))
+    with pytest.raises(
+        ValueError, match=r"site 'local' is inside plate 'rows', of which these arguments.*one minibatch"
+    ):
+        guide.whiten(torch.tensor([1, 2]))
+    guide.whiten(torch.tensor([1, 2]), method="init")
 
 
 def test_start_that_is_not_finite():

@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from guide_cases import Y, every_guide, train
+from guide_cases import Y, every_guide, small, train
 from models import conjugate, conjugate_answer, correlated
 from pyro import poutine
 from pyro.infer import (
@@ -77,7 +77,7 @@ def test_jit_elbo_is_the_eager_one(Guide, vectorize):
             pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
 
     y = torch.tensor(Y)
-    guide = Guide(model).setup(y)
+    guide = small(Guide)(model).setup(y)
     perturb(guide.flow)
     results = []
     for Loss, options in ((Trace_ELBO, {}), (JitTrace_ELBO, {"ignore_jit_warnings": True})):
@@ -130,8 +130,10 @@ JIT_OPTIONS = {"ignore_jit_warnings": True, "strict_enumeration_warning": False}
 
 
 @every_guide
-@pytest.mark.parametrize("Loss", [JitTrace_ELBO, JitTraceGraph_ELBO, JitTraceEnum_ELBO])
-@pytest.mark.parametrize("cold", [True, False], ids=["cold", "set up"])
+@pytest.mark.parametrize(
+    ("Loss", "cold"),
+    [(JitTrace_ELBO, True), (JitTraceGraph_ELBO, False), (JitTraceEnum_ELBO, True)],
+)
 def test_every_jit_elbo(Guide, Loss, cold):
     """Also where the first call is inside of the trace, which then builds the guide."""
 
@@ -141,7 +143,7 @@ def test_every_jit_elbo(Guide, Loss, cold):
             b = pyro.sample("b", dist.LogNormal(a, 1.0))
             pyro.sample("y", dist.Normal(b, 1.0), obs=y)
 
-    guide = Guide(model)
+    guide = small(Guide)(model)
     if not cold:
         guide.setup(torch.tensor(Y))
     svi = SVI(model, guide, ClippedAdam({"lr": 0.01}), Loss(num_particles=3, vectorize_particles=True, **JIT_OPTIONS))
@@ -155,7 +157,7 @@ def test_every_jit_elbo(Guide, Loss, cold):
 def test_no_warning_when_the_parameters_are_fixed(Guide):
     """A plain nn.Module inside a guide warns here: a guide that is trained is to be used like that."""
     y = torch.tensor(Y)
-    guide = Guide(conjugate).setup(y)
+    guide = small(Guide)(conjugate).setup(y)
     guide.requires_grad_(False)
     assert guide.training
     vectorize = pyro.plate("particles", 100, dim=-2)
