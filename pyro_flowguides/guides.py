@@ -68,6 +68,9 @@ class AutoFlow(AutoContinuous):
     It trains with Pyro's ``SVI`` and any of its ELBOs, or with :func:`pyro_flowguides.fit`. A draw costs one forward pass of
     the flow, with its density; nothing is inverted in training.
 
+    Latents inside a plate that takes minibatches are parts of the flow for all elements of the plate, so that a step costs
+    O(size of the plate); the minibatch selects among them.
+
     Arguments:
         model: A Pyro model whose latents are continuous and whose structure does not change.
         flow: The name of a recipe of :mod:`pyro_flowguides.flows` (``"coupling"``, ``"glow"``, ``"iaf"``, ``"maf"``,
@@ -172,7 +175,9 @@ class AutoFlow(AutoContinuous):
                 # Not that of AutoContinuous, to which a minibatch is the whole plate.
                 super(AutoContinuous, self)._setup_prototype(*args, **kwargs)
                 self._lay_out_latents()
-            self._known_frames = {plates.signature(args, kwargs): self._prototype_frames}
+            # While torch.jit records, sizes are tensors.
+            key = None if torch._C._get_tracing_state() else plates.signature(args, kwargs)
+            self._known_frames = {key: self._prototype_frames}
             if not self.latent_dim:
                 if self.create_plates is None:
                     raise RuntimeError(
@@ -289,8 +294,9 @@ class AutoFlow(AutoContinuous):
             except Exception:
                 # A model may need the handlers that it is run with, to forecast for example; what is wrong otherwise, its own
                 # run will show.
-                return
-            self._known_frames[key] = self._check_same_latents(trace)
+                self._known_frames[key] = self._prototype_frames
+            else:
+                self._known_frames[key] = self._check_same_latents(trace)
         self._prototype_frames = self._known_frames[key]
 
     def _check_same_latents(self, trace: poutine.Trace) -> dict[str, Any]:
