@@ -11,7 +11,6 @@ Gaussian.
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +31,7 @@ from torch.distributions import biject_to, register_kl
 
 from . import bases, flows, plates, whitening
 from . import transforms as T
+from .stored_guide import StoredGuide
 from .tracing import PLATE_NAME, log_prob_per_draw, max_plate_nesting, per_draw, quiet_trace
 
 BASES: dict[str, Callable[[int], bases.Base]] = {
@@ -62,7 +62,7 @@ _WAYS_OUT = (
 )
 
 
-class AutoFlow(AutoContinuous):
+class AutoFlow(StoredGuide, AutoContinuous):
     r"""A guide that approximates the joint posterior of all latents by a normalizing flow.
 
     It trains with Pyro's ``SVI`` and any of its ELBOs, or with :func:`pyro_flowguides.fit`. A draw costs one forward pass of
@@ -366,16 +366,11 @@ class AutoFlow(AutoContinuous):
     # --- the parameter store -------------------------------------------------------------------------------------------
 
     def _attach_to_param_store(self) -> None:
-        """Shares every parameter with Pyro's store under one name; where the store has a value, that value is taken.
+        """As other guides do it, and with the buffers of the fixed map.
 
-        The buffers of the fixed map go to the store too: parameters that another guide adopts, or that come from a file,
-        mean nothing without the map they were trained behind.
+        Parameters that another guide adopts, or that come from a file, mean nothing without the map they were trained behind.
         """
-        self._check_param_store()
-        for part in (self.flow, self.base):
-            for module in part.modules():
-                for name in list(module._parameters):
-                    setattr(module, name, module._parameters.pop(name))
+        super()._attach_to_param_store()
         if pyro.settings.get("module_local_params"):
             return
         store = pyro.get_param_store()
@@ -386,49 +381,6 @@ class AutoFlow(AutoContinuous):
                     buffer.copy_(store[full_name])
             else:
                 store[full_name] = buffer.clone()
-
-    def _check_param_store(self) -> None:
-        if pyro.settings.get("module_local_params"):
-            return
-        store = pyro.get_param_store()
-        for part_name, part in (("flow", self.flow), ("base", self.base)):
-            for name, parameter in part.named_parameters():
-                full_name = self._pyro_get_fullname(f"{part_name}.{name}")
-                if full_name in store and store[full_name].shape != parameter.shape:
-                    raise ValueError(
-                        f"{type(self).__name__}: the parameter store holds '{full_name}' of shape "
-                        f"{tuple(store[full_name].shape)} in place of {tuple(parameter.shape)}, from a guide of the same class "
-                        "for another model or with other options; call pyro.clear_param_store() first, or use "
-                        "pyro.settings.set(module_local_params=True)"
-                    )
-
-    def _follow_param_store(self) -> None:
-        """Attaches anew after the store was cleared or loaded, which replaces all of its values: one tells for all."""
-        first = next(self.named_parameters(), None)
-        if first is None or pyro.settings.get("module_local_params"):
-            return
-        name, parameter = self._pyro_get_fullname(first[0]), first[1]
-        store = pyro.get_param_store()
-        if name not in store or store[name] is not parameter:
-            self._attach_to_param_store()
-
-    # --- copying -------------------------------------------------------------------------------------------------------
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Pyro drops the model, which often cannot be pickled, but from the guide at hand as well as from the copy.
-        model, master = self._model, self.master
-        state = dict(super().__getstate__())
-        self._model, self.master = model, master
-        # The recipe has done its work, and may be a lambda.
-        return {**state, "_model": (None,), "master": None, "_recipe": None}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
-        # Within a process the model need not be dropped: the copy can be trained on.
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        new._model, new._recipe = self._model, self._recipe
-        return new
 
     # --- the posterior -------------------------------------------------------------------------------------------------
 

@@ -21,20 +21,26 @@ class StoredGuide(AutoGuide):
         Raises:
             ValueError: if the store holds a value of another shape under the name of a parameter.
         """
+        self._check_param_store()
         for module in self.modules():
             for name, parameter in list(module._parameters.items()):
                 # A bias that is switched off is None; a PyroParam looks after itself.
-                if parameter is None or name.endswith("_unconstrained"):
-                    continue
-                setattr(module, name, module._parameters.pop(name))
-                shape = tuple(getattr(module, name).shape)
-                if shape != parameter.shape:
-                    stored_name = next(key for key, value in self.named_parameters() if value is getattr(module, name))
-                    raise ValueError(
-                        f"{type(self).__name__}: Pyro's parameter store has '{self._pyro_get_fullname(stored_name)}' of shape "
-                        f"{shape}, which another guide left there, and this guide needs shape {tuple(parameter.shape)}; call "
-                        "pyro.clear_param_store() before it is set up"
-                    )
+                if parameter is not None and not name.endswith("_unconstrained"):
+                    setattr(module, name, module._parameters.pop(name))
+
+    def _check_param_store(self) -> None:
+        if pyro.settings.get("module_local_params"):
+            return
+        store = pyro.get_param_store()
+        for name, parameter in self.named_parameters():
+            full_name = self._pyro_get_fullname(name)
+            if full_name in store and store[full_name].shape != parameter.shape:
+                raise ValueError(
+                    f"{type(self).__name__}: the parameter store holds '{full_name}' of shape "
+                    f"{tuple(store[full_name].shape)} in place of {tuple(parameter.shape)}, from a guide of the same class for "
+                    "another model or with other options; call pyro.clear_param_store() first, or use "
+                    "pyro.settings.set(module_local_params=True)"
+                )
 
     def _follow_param_store(self) -> None:
         """Attaches anew after the store was cleared or loaded, which replaces all of its values: one tells for all."""
