@@ -20,7 +20,7 @@ import torch
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
 
 from . import __version__
-from .diagnostics.summary import scalar_labels, summarise
+from .diagnostics.summary import scalars, summarise
 from .examples import EXAMPLES, Example
 from .guides import AutoCoupling, AutoIAF, AutoPlanar, AutoRadial, AutoResidual, AutoSpline, AutoSylvester
 from .training import FlowFit, fit
@@ -280,30 +280,15 @@ def _write(
         return written
     first = next(iter(fits.values()))
     dims = first.draws.dims
-    posteriors = {name: _columns(result.draws.posterior(), dims, example.coords) for name, result in fits.items()}
+    posteriors = {name: scalars(result.draws.posterior(), dims, example.coords) for name, result in fits.items()}
     if reference is not None:
-        posteriors = {"NUTS": _columns(reference, dims, example.coords)} | posteriors
+        posteriors = {"NUTS": scalars(reference, dims, example.coords)} | posteriors
     shown = list(_moments(first.summary(coords=example.coords, quantiles=()), example.report))
     axes = plot_marginals(posteriors, shown[:MAX_PLOTTED], reference="NUTS" if reference is not None else None)
     with _whole_file(path) as part:
         axes.ravel()[0].figure.savefig(part, dpi=120)
     plt.close(axes.ravel()[0].figure)
     return [*written, path]
-
-
-def _columns(
-    values: Mapping[str, np.ndarray], dims: Mapping[str, Sequence[str]], coords: Mapping[str, Sequence[str]]
-) -> dict[str, np.ndarray]:
-    """Every scalar's draws by its label."""
-    return {
-        label: column
-        for name, draws in values.items()
-        for label, column in zip(
-            scalar_labels(name, draws.shape[1:], dims.get(name, ()), coords),
-            draws.reshape(len(draws), -1).T,
-            strict=True,
-        )
-    }
 
 
 @contextlib.contextmanager

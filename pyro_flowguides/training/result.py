@@ -71,10 +71,16 @@ class FlowFit:
         return f"unknown: {self.draws.no_weights}." if self.draws.no_weights else self.draws.verdict()
 
     def summary(
-        self, *, quantiles: Sequence[float] = (0.05, 0.5, 0.95), coords: Coords | None = None, dims: Dims | None = None
+        self,
+        *,
+        kind: str = "stats",
+        quantiles: Sequence[float] = (0.05, 0.5, 0.95),
+        weighted: bool = False,
+        coords: Coords | None = None,
+        dims: Dims | None = None,
     ) -> pd.DataFrame:
-        """Mean, sd and quantiles of every scalar, see :meth:`pyro_flowguides.Draws.summary`."""
-        return self.draws.summary(quantiles=quantiles, coords=coords, dims=dims)
+        """One row per scalar: mean, sd and quantiles, diagnostics, or both; see :meth:`pyro_flowguides.Draws.summary`."""
+        return self.draws.summary(kind=kind, quantiles=quantiles, weighted=weighted, coords=coords, dims=dims)
 
     def to_arviz(self, num_samples: int = 4000, *, coords: Coords | None = None, dims: Dims | None = None) -> Any:
         """Fresh draws with their log-likelihoods as an ArviZ container, see :meth:`pyro_flowguides.Draws.to_arviz`.
