@@ -6,6 +6,7 @@ from . import bases, flows, transforms
 from .diagnostics import Draws, Estimate, draw
 from .flows import NormalizingFlow
 from .guides import AutoCoupling, AutoFlow, AutoIAF, AutoPlanar, AutoRadial, AutoResidual, AutoSpline, AutoSylvester
+from .posteriors import to_arviz
 from .training import FlowFit, fit
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "draw",
     "fit",
     "flows",
+    "to_arviz",
     "transforms",
 ]

@@ -16,7 +16,6 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import biject_to
 
-from .. import __version__
 from ..tracing import (
     Tracer,
     deterministic_sites,
@@ -30,7 +29,8 @@ from ..tracing import (
     tensor_sites,
 )
 from . import moments
-from .arviz import to_tree
+from .arviz import Coords, Dims
+from .export import export
 from .importance import Estimate, ImportanceWeights, elbo
 from .summary import diagnose, scalars, summarise
 
@@ -38,9 +38,6 @@ from .summary import diagnose, scalars, summarise
 MAX_BATCH_ELEMENTS = 2**24
 # So many minibatches of subsampled data, to see how much they differ.
 NUM_MINIBATCHES = 100
-
-Coords = Mapping[str, Sequence[Any]]
-Dims = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -145,20 +142,8 @@ class Draws:
         """
         rng = np.random.default_rng(int(torch.randint(2**31, ())) if seed is None else seed)
         index = torch.as_tensor(self.weights.resample(num_samples, replace, rng), device=self.log_p.device)
-
-        def taken(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: value[index] for name, value in values.items()}
-
-        return dataclasses.replace(
-            self,
-            values=taken(self.values),
-            unconstrained=taken(self.unconstrained),
-            deterministic=taken(self.deterministic),
-            log_p=self.log_p[index],
-            log_q=self.log_q[index],
-            log_likelihood=taken(self.log_likelihood),
-            no_elbo="they have been resampled by their weights, and have equal weights now",
-        )
+        reason = "they have been resampled by their weights, and have equal weights now"
+        return dataclasses.replace(self[index], no_elbo=reason)
 
     def posterior(self) -> dict[str, np.ndarray]:
         """The latent and the deterministic sites as numpy arrays."""
@@ -228,53 +213,36 @@ class Draws:
             tables.append(diagnose(posterior, names, labels, self.weights))
         return pd.concat(tables, axis=1)
 
-    def to_arviz(
-        self,
-        *,
-        coords: Coords | None = None,
-        dims: Dims | None = None,
-        variational_fit: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """The draws as ArviZ's ``InferenceData`` (0.x) or ``DataTree`` (1.x), with one chain.
+    def __getitem__(self, index: slice | Tensor) -> Draws:
+        """Some of the draws."""
 
-        Groups: posterior, unconstrained_posterior, sample_stats (lp, log_q and, unless log_q is a random estimate, the
-        smoothed log_weight), log_likelihood where it was computed, observed_data, and variational_fit where given.
+        def taken(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: value[index] for name, value in values.items()}
+
+        return dataclasses.replace(
+            self,
+            values=taken(self.values),
+            unconstrained=taken(self.unconstrained),
+            deterministic=taken(self.deterministic),
+            log_p=self.log_p[index],
+            log_q=self.log_q[index],
+            log_likelihood=taken(self.log_likelihood),
+        )
+
+    def to_arviz(self, *, coords: Coords | None = None, dims: Dims | None = None) -> Any:
+        """These draws alone as ArviZ's ``InferenceData`` (0.x) or ``DataTree`` (1.x), with one chain.
+
+        Groups: posterior, unconstrained_posterior, sample_stats, log_likelihood where it was computed, observed_data. With
+        :func:`pyro_flowguides.to_arviz` and the model come the predictive groups, the prior and the model's arguments.
 
         Arguments:
             coords: Labels along a dimension, by the name of its plate.
             dims: Names of dimensions, by site, where the plates do not give them.
-            variational_fit: Arrays along the steps of a fit.
+
+        Raises:
+            ValueError: if names clash or labels do not fit.
         """
-
-        def one_chain(values: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-            return {name: _numpy(value)[None] for name, value in values.items()}
-
-        groups: dict[str, dict[str, np.ndarray]] = {
-            "posterior": one_chain({**self.values, **self.deterministic}),
-            "unconstrained_posterior": one_chain(self.unconstrained),
-            "sample_stats": one_chain({"lp": self.log_p, "log_q": self.log_q}),
-        }
-        if not (self.no_elbo or self.no_weights):
-            groups["sample_stats"]["log_weight"] = self.smoothed_log_weights[None]
-        if self.log_likelihood:
-            groups["log_likelihood"] = one_chain(self.log_likelihood)
-        if self.observed:
-            groups["observed_data"] = {name: _numpy(value) for name, value in self.observed.items()}
-        if variational_fit:
-            groups["variational_fit"] = {name: np.asarray(value)[None] for name, value in variational_fit.items()}
-        along_steps = {name: ["chain", "step"] for name in variational_fit or {}}
-        return to_tree(
-            groups,
-            coords=coords,
-            dims={**self.dims, **(dims or {}), **along_steps},
-            sample_dims={"variational_fit": []},
-            attrs={
-                "inference_library": "pyro-ppl",
-                "inference_library_version": pyro.__version__,
-                "modeling_interface": "pyro_flowguides",
-                "modeling_interface_version": __version__,
-            },
-        )
+        return export([self], coords=coords, dims=dims)
 
 
 @torch.no_grad()
@@ -320,8 +288,7 @@ def draw(
 def draw_traced(tracer: Tracer, num_samples: int, batch_size: int = 10_000, log_likelihood: bool = False) -> Draws:
     """Draws by a tracer that is at hand, see :func:`draw`."""
     subsampled = subsampled_plate(tracer.model_prototype)
-    largest = max(site["value"].numel() for _, site in tensor_sites(tracer.model_prototype))
-    batch_size = max(1, min(batch_size, MAX_BATCH_ELEMENTS // max(1, largest)))
+    batch_size = batch_size_within_memory(tracer, batch_size)
     if subsampled:
         # Every batch has a minibatch of its own.
         batch_size = max(1, min(batch_size, num_samples // NUM_MINIBATCHES))
@@ -345,6 +312,12 @@ def draw_traced(tracer: Tracer, num_samples: int, batch_size: int = 10_000, log_
         no_weights=_why_no_weights(tracer.guide_prototype, subsampled, values["unconstrained"]),
         minibatch_size=batch_size if subsampled else None,
     )
+
+
+def batch_size_within_memory(tracer: Tracer, batch_size: int) -> int:
+    """The size of a batch of draws whose largest site still fits into the memory allowed."""
+    largest = max(site["value"].numel() for _, site in tensor_sites(tracer.model_prototype))
+    return max(1, min(batch_size, MAX_BATCH_ELEMENTS // max(1, largest)))
 
 
 def _why_no_weights(guide_prototype: Trace, subsampled: str | None, unconstrained: Mapping[str, Tensor]) -> str | None:
