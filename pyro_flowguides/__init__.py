@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from . import bases, flows, transforms
+from .compare import compare
 from .diagnostics import Draws, Estimate, draw
 from .flows import NormalizingFlow
 from .guides import AutoCoupling, AutoFlow, AutoIAF, AutoPlanar, AutoRadial, AutoResidual, AutoSpline, AutoSylvester
@@ -24,6 +25,7 @@ __all__ = [
     "NormalizingFlow",
     "__version__",
     "bases",
+    "compare",
     "draw",
     "fit",
     "flows",

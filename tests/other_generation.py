@@ -18,7 +18,7 @@ for name, path in (("pyro_flowguides", root), ("pyro_flowguides.diagnostics", ro
     package = types.ModuleType(name)
     package.__path__ = [path]
     sys.modules[name] = package
-modules = ("arviz", "importance", "summary", "moments")
+modules = ("arviz", "importance", "summary", "moments", "loo")
 builder, importance, *_ = [importlib.import_module(f"pyro_flowguides.diagnostics.{name}") for name in modules]
 assert "torch" not in sys.modules
 
