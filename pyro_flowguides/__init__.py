@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 from . import bases, flows, transforms
 from .compare import compare
-from .diagnostics import Draws, Estimate, draw
+from .diagnostics import Draws, Estimate, draw, plot_elbo, plot_flow, plot_marginals, plot_weights
 from .flows import NormalizingFlow
 from .guides import AutoCoupling, AutoFlow, AutoIAF, AutoPlanar, AutoRadial, AutoResidual, AutoSpline, AutoSylvester
 from .posteriors import to_arviz
@@ -29,6 +29,10 @@ __all__ = [
     "draw",
     "fit",
     "flows",
+    "plot_elbo",
+    "plot_flow",
+    "plot_marginals",
+    "plot_weights",
     "to_arviz",
     "transforms",
 ]

@@ -20,6 +20,7 @@ import torch
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
 
 from . import __version__
+from .diagnostics import plot_marginals
 from .diagnostics.summary import scalars, summarise
 from .examples import EXAMPLES, Example
 from .guides import AutoCoupling, AutoIAF, AutoPlanar, AutoRadial, AutoResidual, AutoSpline, AutoSylvester
@@ -273,8 +274,6 @@ def _write(
     path = directory / f"{example.name}_marginals.png"
     try:
         import matplotlib.pyplot as plt
-
-        from .diagnostics.plots import plot_marginals
     except ImportError:
         print("no picture: pip install 'pyro-flowguides[plots]'", file=sys.stderr)
         return written
@@ -286,8 +285,8 @@ def _write(
     shown = list(_moments(first.summary(coords=example.coords, quantiles=()), example.report))
     axes = plot_marginals(posteriors, shown[:MAX_PLOTTED], reference="NUTS" if reference is not None else None)
     with _whole_file(path) as part:
-        axes.ravel()[0].figure.savefig(part, dpi=120)
-    plt.close(axes.ravel()[0].figure)
+        axes[0].figure.savefig(part, dpi=120)
+    plt.close(axes[0].figure)
     return [*written, path]
 
 

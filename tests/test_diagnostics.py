@@ -11,7 +11,6 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 import pyro_flowguides as fg
 from pyro_flowguides.diagnostics import importance
-from pyro_flowguides.diagnostics.plots import plot_marginals
 from pyro_flowguides.diagnostics.summary import summarise
 from pyro_flowguides.examples import EIGHT_SCHOOLS
 
@@ -208,26 +207,3 @@ def test_summary_of_draws():
     assert "theta[Choate]" in table.index
     assert "theta_tilde[Mt. Hermon]" in table.index
     assert len(table) == 2 + 2 * 8
-
-
-# --- plots ------------------------------------------------------------------------------------------------------------
-
-
-def test_plot_marginals():
-    plt = pytest.importorskip("matplotlib.pyplot")
-    rng = np.random.default_rng(0)
-    posteriors = {name: {"a": rng.normal(size=200), "b": rng.normal(size=200)} for name in ("NUTS", "flow", "normal")}
-    axes = plot_marginals(posteriors, ["a", "b"], reference="NUTS")
-    first, second = axes.ravel()
-    assert first.get_title() == "a"
-    assert second.get_title() == "b"
-    assert [line.get_label() for line in first.get_lines()] == ["flow", "normal"]
-    assert len(first.collections) == 1
-    figure, given = plt.subplots(1, 2)
-    assert plot_marginals(posteriors, ["a"], axes=given) is given
-    assert not given[1].get_visible()
-    with pytest.raises(ValueError, match="3 scalars need as many Axes, got 2"):
-        plot_marginals(posteriors, ["a", "b", "a"], axes=given)
-    with pytest.raises(ValueError, match="posterior 'NUTS' has no draws of 'c'"):
-        plot_marginals(posteriors, ["c"])
-    plt.close("all")
