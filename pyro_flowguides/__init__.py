@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from . import bases, flows, transforms
+from .calibration import Calibration, calibration
 from .compare import compare
 from .diagnostics import Draws, Estimate, draw, plot_elbo, plot_flow, plot_marginals, plot_weights
 from .flows import NormalizingFlow
@@ -19,12 +20,14 @@ __all__ = [
     "AutoResidual",
     "AutoSpline",
     "AutoSylvester",
+    "Calibration",
     "Draws",
     "Estimate",
     "FlowFit",
     "NormalizingFlow",
     "__version__",
     "bases",
+    "calibration",
     "compare",
     "draw",
     "fit",

@@ -175,13 +175,16 @@ def plot_flow(
         for i, part in enumerate(parts, 1):
             x, log_det = part.forward_and_log_det(x)
             log_density = log_density - log_det
-            steps.append((f"{i}: {type(part).__name__}", x, log_density))
+            # In a guide every module is of a Pyro subclass of its own class.
+            steps.append((f"{i}: {type(part).__name__.removeprefix('Pyro')}", x, log_density))
     for panel, index in zip(panels, shown, strict=False):
         title, points, logs = steps[index]
         first, second = points.unbind(-1)
-        panel.pcolormesh(
+        mesh = panel.pcolormesh(
             *(value.cpu().numpy() for value in (first, second, logs.exp())), shading="gouraud", rasterized=True
         )
+        # Beyond the grid the density is next to nothing.
+        panel.set_facecolor(mesh.get_cmap()(0.0))
         panel.set_title(title, fontsize="medium")
     return panels
 

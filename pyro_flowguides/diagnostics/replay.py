@@ -164,6 +164,23 @@ def predict(
     )
 
 
+@torch.no_grad()
+def simulate(model: Callable) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """One run of a model without arguments, with its data sampled anew: its latent sites, and the data."""
+    with quiet_trace():
+        observed = {name for name, _ in observed_sites(poutine.trace(model).get_trace())}
+        sites = dict(tensor_sites(poutine.trace(_SampleAnew()(model)).get_trace()))
+    values = {
+        name: site["value"]
+        for name, site in sites.items()
+        if not is_deterministic(site) and not isinstance(site["fn"], Unit)
+    }
+    return (
+        {name: value for name, value in values.items() if name not in observed},
+        {name: value for name, value in values.items() if name in observed},
+    )
+
+
 def _trace_at_first(
     model: Callable, values: Mapping[str, Tensor], args: tuple, model_kwargs: Mapping[str, Any] | None
 ) -> Trace:
