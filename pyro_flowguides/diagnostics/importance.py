@@ -165,6 +165,10 @@ class ImportanceWeights:
         """See :func:`verdict`."""
         return verdict(self._psis[1], _effective_number(self.weights) / len(self), len(self))
 
+    def meaning(self) -> str:
+        """See :func:`khat_in_words`."""
+        return khat_in_words(self._psis[1], len(self))
+
     def resample(self, num_samples: int, replace: bool, rng: np.random.Generator) -> np.ndarray:
         """The indices of draws that are taken with their weights as probabilities, shape (num_samples,).
 
@@ -264,3 +268,30 @@ def verdict(khat: float, ess_fraction: float, num_draws: int) -> str:
         "draws nor weights can be trusted there. Try a flow with more layers, more steps, or another parameterisation of the "
         "model (non-centred for weak data), and compare with NUTS."
     )
+
+
+def khat_in_words(khat: float, num_draws: int) -> str:
+    r"""What k-hat says here, in words.
+
+    Weights of Pareto shape k are reliable from about :math:`10^{1 / (1 - \max(0, k))}` draws on: Vehtari et al. (2024), *Pareto
+    smoothed importance sampling*, arXiv:1507.02646.
+
+    Arguments:
+        khat: The Pareto shape; NaN where the weights are constant.
+        num_draws: The number S of draws.
+
+    Example:
+        >>> print(khat_in_words(0.75, 10_000))
+        k-hat is the shape of the upper tail of p / q. At 0.75, weights would be reliable from about 10,000 draws on; there are
+        10,000.
+        >>> print(khat_in_words(1.2, 10_000))
+        k-hat is the shape of the upper tail of p / q. From 1 on, as here, no number of draws makes the weights reliable.
+    """
+    if math.isnan(khat):
+        return "k-hat, the shape of the upper tail of p / q, cannot be estimated where p / q is the same at every draw."
+    start = "k-hat is the shape of the upper tail of p / q."
+    if khat >= 1:
+        return f"{start} From 1 on, as here, no number of draws makes the weights reliable."
+    exponent = 1 / (1 - max(0.0, khat))
+    needed = f"about {round(10**exponent, 1 - math.floor(exponent)):,.0f}" if exponent < 12 else f"10^{exponent:.0f}"
+    return f"{start} At {khat:.2f}, weights would be reliable from {needed} draws on; there are {num_draws:,}."
