@@ -13,8 +13,12 @@ import pyro_flowguides as fg
 from pyro_flowguides.compare import compared_from_tree, comparison_table
 from pyro_flowguides.diagnostics.loo import loo
 
-Y = torch.tensor([0.3, 1.4, 2.2, 0.7, 1.9])
-MEAN, SD, _ = conjugate_answer(Y)
+MEAN, SD, LOG_EVIDENCE = conjugate_answer(torch.tensor([0.3, 1.4, 2.2, 0.7, 1.9]))
+
+
+def data():
+    """On the default device of the test."""
+    return torch.tensor([0.3, 1.4, 2.2, 0.7, 1.9])
 
 
 def scaled_guide(shift, scale):
@@ -27,15 +31,17 @@ def scaled_guide(shift, scale):
 
 
 def scaled_draws(shift, scale, num_samples=20_000, seed=0):
-    return fg.draw(conjugate, scaled_guide(shift, scale), Y, num_samples=num_samples, seed=seed, log_likelihood=True)
+    return fg.draw(
+        conjugate, scaled_guide(shift, scale), data(), num_samples=num_samples, seed=seed, log_likelihood=True
+    )
 
 
 def exact_loo():
     """The log predictive density of every observation given the others, in closed form."""
-    result = []
-    for i in range(len(Y)):
-        mean, sd, _ = conjugate_answer(torch.cat([Y[:i], Y[i + 1 :]]))
-        result.append(float(dist.Normal(mean, (sd**2 + 1) ** 0.5).log_prob(Y[i])))
+    y, result = data(), []
+    for i in range(len(y)):
+        mean, sd, _ = conjugate_answer(torch.cat([y[:i], y[i + 1 :]]))
+        result.append(float(dist.Normal(mean, (sd**2 + 1) ** 0.5).log_prob(y[i])))
     return np.array(result)
 
 
@@ -43,11 +49,11 @@ def exact_loo():
 def test_loo_of_a_guide_needs_its_correction(corrected):
     draws = scaled_draws(1.0, 1.3)
     log_ratios = draws.weights.log_ratios if corrected else None
-    results = [loo(draws.log_likelihood["y"].numpy(), log_ratios)]
+    results = [loo(draws.log_likelihood["y"].cpu().numpy(), log_ratios)]
     # The Monte-Carlo error of one observation, from repeats of other seeds.
     for seed in range(1, 6):
         repeat = scaled_draws(1.0, 1.3, seed=seed)
-        results.append(loo(repeat.log_likelihood["y"].numpy(), repeat.weights.log_ratios if corrected else None))
+        results.append(loo(repeat.log_likelihood["y"].cpu().numpy(), repeat.weights.log_ratios if corrected else None))
     error = np.std([result.pointwise for result in results], axis=0, ddof=1)
     distance = np.abs(results[0].pointwise - exact_loo()) / error
     # The sd of six repeats is known to 30%.
@@ -56,15 +62,15 @@ def test_loo_of_a_guide_needs_its_correction(corrected):
 
 def test_loo_of_posterior_draws():
     draws = scaled_draws(0.0, 1.0)
-    result = loo(draws.log_likelihood["y"].numpy())
+    result = loo(draws.log_likelihood["y"].cpu().numpy())
     np.testing.assert_allclose(result.pointwise, exact_loo(), atol=0.02)
     assert result.elpd == pytest.approx(exact_loo().sum(), abs=0.05)
-    assert result.se == pytest.approx(len(Y) ** 0.5 * exact_loo().std(ddof=1), rel=0.05)
+    assert result.se == pytest.approx(len(exact_loo()) ** 0.5 * exact_loo().std(ddof=1), rel=0.05)
     assert (result.khats < 0.7).all()
 
 
 def test_loo_in_batches_and_without_masked_entries(monkeypatch):
-    log_likelihood = scaled_draws(0.0, 1.0, 500).log_likelihood["y"].numpy()
+    log_likelihood = scaled_draws(0.0, 1.0, 500).log_likelihood["y"].cpu().numpy()
     whole = loo(log_likelihood)
     monkeypatch.setattr("pyro_flowguides.diagnostics.loo.MAX_BATCH_ELEMENTS", 1000)
     with_masked = loo(np.insert(log_likelihood, 2, 0.0, axis=1))
@@ -76,22 +82,21 @@ def test_table():
     posteriors = {
         "exact": scaled_draws(0.0, 1.0),
         "off": scaled_guide(0.5, 1.5),
-        "point": fg.draw(conjugate, AutoDelta(conjugate), Y, num_samples=100, log_likelihood=True),
+        "point": fg.draw(conjugate, AutoDelta(conjugate), data(), num_samples=100, log_likelihood=True),
     }
     with pytest.raises(ValueError, match="does not know its model"):
-        fg.compare(posteriors, Y)
+        fg.compare(posteriors, data())
     posteriors["off"] = scaled_draws(0.5, 1.5)
-    table = fg.compare(posteriors, Y, reference="exact")
+    table = fg.compare(posteriors, data(), reference="exact")
     assert list(table.index) == list(posteriors)
     assert list(table.columns) == [
         *("elbo", "elbo_se", "khat", "khat_se", "ess_fraction"),
         *("elpd_loo", "elpd_loo_se", "loo_khat", "seconds", "mean_error", "sd_error"),
     ]
-    *_, log_evidence = conjugate_answer(Y)
     # KL(N(m + sd/2, (1.5 sd)²) ‖ N(m, sd²)).
     gap = -np.log(1.5) + (1.5**2 + 0.5**2) / 2 - 0.5
-    assert table.loc["exact", "elbo"] == pytest.approx(log_evidence, abs=1e-4)
-    assert table.loc["off", "elbo"] == pytest.approx(log_evidence - gap, abs=4 * table.loc["off", "elbo_se"])
+    assert table.loc["exact", "elbo"] == pytest.approx(LOG_EVIDENCE, abs=1e-4)
+    assert table.loc["off", "elbo"] == pytest.approx(LOG_EVIDENCE - gap, abs=4 * table.loc["off", "elbo_se"])
     # 20,000 draws: the error of a mean is 0.01 sd, that of an sd 0.005, in both rows.
     assert table.loc["off", "mean_error"] == pytest.approx(0.5, abs=0.05)
     assert table.loc["off", "sd_error"] == pytest.approx(0.5, abs=0.05)
@@ -102,16 +107,16 @@ def test_table():
     assert table.loc["off", "elpd_loo"] == pytest.approx(exact_loo().sum(), abs=0.1)
     assert table.loc["point", ["khat", "ess_fraction", "elpd_loo"]].isna().all()
     assert table.loc["point", "sd_error"] == pytest.approx(-1)
-    assert "mean_error" not in fg.compare({"exact": posteriors["exact"]}, Y)
+    assert "mean_error" not in fg.compare({"exact": posteriors["exact"]}, data())
 
 
 def test_fits_guides_and_mcmc_together():
     options = {"num_steps": 5, "num_particles": 4, "progress": False, "seed": 0}
-    fit = fg.fit(conjugate, fg.AutoCoupling(conjugate), Y, **options)
+    fit = fg.fit(conjugate, fg.AutoCoupling(conjugate), data(), **options)
     mcmc = MCMC(NUTS(conjugate), num_samples=400, warmup_steps=100, disable_progbar=True)
-    mcmc.run(Y)
+    mcmc.run(data())
     posteriors = {"flow": fit, "normal": AutoNormal(conjugate, init_scale=0.4), "nuts": mcmc}
-    table = fg.compare(posteriors, Y, reference="nuts", num_samples=1000, seed=0)
+    table = fg.compare(posteriors, data(), reference="nuts", num_samples=1000, seed=0)
     assert table.loc["flow", "seconds"] == fit.wall_time
     assert np.isnan(table.loc["normal", "seconds"])
     assert table.loc["nuts", ["elbo", "khat", "ess_fraction"]].isna().all()
@@ -119,7 +124,7 @@ def test_fits_guides_and_mcmc_together():
     assert abs(table.loc["flow", "mean_error"]) < 0.4
     assert abs(table.loc["flow", "sd_error"]) < 0.3
     np.testing.assert_allclose(table.loc[["flow", "nuts"], "elpd_loo"], exact_loo().sum(), atol=0.2)
-    again = fg.compare(posteriors, Y, reference="nuts", num_samples=1000, seed=0)
+    again = fg.compare(posteriors, data(), reference="nuts", num_samples=1000, seed=0)
     assert again.equals(table)
 
 
@@ -127,10 +132,10 @@ def test_from_files():
     """What is written to a file compares as what it was written from."""
     draws = {"one": scaled_draws(0.5, 1.5, 1000), "other": scaled_draws(0.0, 1.2, 1000)}
     from_trees = comparison_table({name: compared_from_tree(one.to_arviz()) for name, one in draws.items()}, "other")
-    expected = fg.compare(draws, Y, reference="other")
+    expected = fg.compare(draws, data(), reference="other")
     np.testing.assert_allclose(from_trees.to_numpy(float), expected[from_trees.columns].to_numpy(float))
     mcmc = MCMC(NUTS(conjugate), num_samples=50, warmup_steps=20, disable_progbar=True)
-    mcmc.run(Y)
+    mcmc.run(data())
     one = comparison_table({"nuts": compared_from_tree(fg.to_arviz(mcmc))}, "nuts")
     np.testing.assert_allclose(
         one.to_numpy(float), fg.compare({"nuts": mcmc}, reference="nuts")[one.columns].to_numpy(float)
@@ -157,10 +162,10 @@ def test_posteriors_that_cannot_be_compared():
     draws = scaled_draws(0.0, 1.2, 100)
     with pytest.raises(ValueError, match="the reference 'nuts' is not among a"):
         fg.compare({"a": draws}, reference="nuts")
-    other = fg.draw(conjugate, scaled_guide(0.0, 1.2), Y + 1, num_samples=100, log_likelihood=True)
+    other = fg.draw(conjugate, scaled_guide(0.0, 1.2), data() + 1, num_samples=100, log_likelihood=True)
     with pytest.raises(ValueError, match="'b' is a fit of another model or of other data than 'a': site 'y' has other"):
         fg.compare({"a": draws, "b": other})
-    other = fg.draw(conjugate, scaled_guide(0.0, 1.2), Y[:3], num_samples=100, log_likelihood=True)
+    other = fg.draw(conjugate, scaled_guide(0.0, 1.2), data()[:3], num_samples=100, log_likelihood=True)
     with pytest.raises(ValueError, match=r"site 'y' has shape \(3,\) and \(5,\)"):
         fg.compare({"a": draws, "b": other})
 

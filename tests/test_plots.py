@@ -104,7 +104,9 @@ def test_plot_flow_shows_the_density_of_every_layer():
         area = 0.5 * np.abs(diagonals[0][..., 0] * diagonals[1][..., 1] - diagonals[0][..., 1] * diagonals[1][..., 0])
         centre = (density[:-1, :-1] + density[:-1, 1:] + density[1:, 1:] + density[1:, :-1]) / 4
         assert (area * centre).sum() == pytest.approx(1, abs=0.02)
-    np.testing.assert_allclose(density, flow.log_prob(torch.as_tensor(points)).exp().detach(), rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(
+        density, flow.log_prob(torch.as_tensor(points)).exp().detach().cpu(), rtol=1e-3, atol=1e-6
+    )
 
 
 def test_plot_flow_that_cannot_be():

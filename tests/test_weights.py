@@ -43,7 +43,7 @@ def test_weighted_moments_are_those_of_the_posterior(off):
     assert draws.sd(weighted=False)["mu"] == pytest.approx(1.5 * sd, rel=0.03)
     # The density at the 5% quantile is a fifth of that at the mean times sd: an error of about 2.1 of the mean's.
     levels = [0.05, 0.5, 0.95]
-    expected = dist.Normal(mean, sd).icdf(torch.tensor(levels)).numpy()
+    expected = dist.Normal(mean, sd).icdf(torch.tensor(levels)).cpu()
     np.testing.assert_allclose(draws.quantiles(levels)["mu"], expected, atol=4 * 2.2 * error)
 
 
@@ -187,7 +187,7 @@ def test_dataframe_of_draws():
     draws = fg.draw(model, AutoNormal(model), num_samples=100)
     table = draws.to_dataframe(coords={"group": ["a", "b"], "topic": ["u", "v", "w"]}, dims={"p": ["topic"]})
     assert list(table.columns) == ["p[u]", "p[v]", "p[w]", "x[a]", "x[b]", "log_p", "log_q", "log_weight"]
-    np.testing.assert_array_equal(table["x[b]"], draws.values["x"][:, 1].numpy())
+    np.testing.assert_array_equal(table["x[b]"], draws.values["x"][:, 1].cpu())
     assert np.exp(table["log_weight"]).sum() == pytest.approx(1)
     with pytest.raises(ValueError, match="dimension 'group' of 'x' has 2 elements and 1 labels"):
         draws.to_dataframe(coords={"group": ["a"]})

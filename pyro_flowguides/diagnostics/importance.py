@@ -127,6 +127,10 @@ class ImportanceWeights:
 
     def khat(self) -> Estimate:
         """The Pareto shape of the tail, with a bootstrap standard error; NaN where all weights are equal."""
+        return self._khat
+
+    @functools.cached_property
+    def _khat(self) -> Estimate:
         khat = self._psis[1]
         if np.isnan(khat):
             return Estimate(khat, float("nan"))
