@@ -123,7 +123,8 @@ def to_arviz(
     Groups, as far as there is something to put into them: posterior (chain, draw; a chain is an independent fit),
     unconstrained_posterior, sample_stats (``lp``, ``log_q``, ``log_weight``, ``diverging``), log_likelihood,
     posterior_predictive, prior, prior_predictive, observed_data, constant_data, variational_fit. Dimensions are named after
-    the plates; none of size 1 is dropped. ``arviz.loo_approximate_posterior`` (1.x) takes ``lp`` and ``log_q`` from there.
+    the plates; none of size 1 is dropped. ``arviz.loo_approximate_posterior`` (1.x) takes ``lp`` and ``log_q`` from there. A
+    masked entry has log-likelihood 0; ``arviz.loo`` counts it as an observation without a k-hat, :func:`compare` does not.
 
     Arguments:
         source: A :class:`FlowFit`, :class:`Draws`, any Pyro guide, or a ``pyro.infer.MCMC`` that has run.

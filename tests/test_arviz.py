@@ -16,7 +16,15 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import MCMC, NUTS
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_value
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoIAFNormal,
+    AutoLaplaceApproximation,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoStructured,
+    init_to_value,
+)
 
 import pyro_flowguides as fg
 from pyro_flowguides.diagnostics import arviz as builder
@@ -316,6 +324,33 @@ def test_any_guide_and_draws_give_the_same():
     assert "posterior_predictive" not in fg.to_arviz(guide, model_kwargs=data, num_samples=30, predictive=False)
     resampled = draws.resample(20).to_arviz()
     assert set(resampled["sample_stats"].data_vars) == {"lp", "log_q"}
+
+
+class Regression(pyro.nn.PyroModule):
+    def forward(self, x, y, *, weight=2.0, names=("a",)):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(slope * x, weight), obs=y)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: model.forward, poutine.scale(scale=2.0)])
+def test_arguments_that_are_numbers_are_constant_data(wrap):
+    x, y = torch.arange(3.0), torch.ones(3)
+    tree = fg.to_arviz(AutoNormal(wrap(Regression())), x, y, model_kwargs={"weight": 3.0}, num_samples=30)
+    assert {name: array.values.tolist() for name, array in tree["constant_data"].data_vars.items()} == {
+        "x": [0.0, 1.0, 2.0],
+        "weight": 3.0,
+    }
+    assert tree["posterior"].attrs["name"] in ("Regression", "forward")
+
+
+@pytest.mark.parametrize("Guide", [AutoDelta, AutoIAFNormal, AutoLaplaceApproximation, AutoStructured])
+def test_every_guide_of_pyro(Guide):
+    tree = fg.to_arviz(Guide(EIGHT_SCHOOLS.model), model_kwargs=EIGHT_SCHOOLS.data(), num_samples=30)
+    assert tree["posterior"]["theta"].shape == tree["prior"]["theta"].shape == (1, 30, 8)
+    # A point has no weights; the Laplace approximation is one until it has been asked for its covariance.
+    point = Guide in (AutoDelta, AutoLaplaceApproximation)
+    assert set(tree["sample_stats"].data_vars) == {"lp", "log_q"} | (set() if point else {"log_weight"})
 
 
 def test_the_prior_of_a_guides_model_is_the_prior():

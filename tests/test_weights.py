@@ -33,6 +33,24 @@ def off():
     return fg.draw(conjugate, guide, torch.tensor(Y), num_samples=20_000, seed=1), mean, sd
 
 
+@pytest.mark.parametrize("s", [1.5, 2.0])
+def test_khat_of_draws_from_a_guide_that_is_too_narrow(s):
+    """For p = N(0, s²) and q = N(0, 1) the shape is 1 − 1/s²; at 20,000 draws its estimate has an sd of about 0.1."""
+
+    def model():
+        pyro.sample("x", dist.Normal(torch.tensor(0.0), s))
+
+    def guide():
+        pyro.sample("x", dist.Normal(torch.tensor(0.0), 1.0))
+
+    draws = fg.draw(model, guide, num_samples=20_000, seed=0)
+    khat = draws.khat()
+    assert khat.value == pytest.approx(1 - 1 / s**2, abs=0.3)
+    assert 0.03 < khat.se < 0.3
+    # log w = x² (1 − 1/s²) / 2 − log s, and E[x²] = 1.
+    assert draws.elbo().value == pytest.approx((1 - 1 / s**2) / 2 - np.log(s), abs=4 * draws.elbo().se)
+
+
 def test_weighted_moments_are_those_of_the_posterior(off):
     draws, mean, sd = off
     # The error of a weighted mean is that of ESS draws.

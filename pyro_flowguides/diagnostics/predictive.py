@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from .arviz import Group
@@ -28,7 +30,16 @@ class Conditioned:
 
     @property
     def name(self) -> str:
-        return getattr(self.model, "__name__", type(self.model).__name__)
+        """The name of the model as it was written."""
+        model = _as_written(self.model)
+        return getattr(model, "__name__", type(model).__name__)
+
+
+def _as_written(model: Callable) -> Callable:
+    """The user's function or module under the handlers of Pyro that are wrapped around it, by a guide for example."""
+    while isinstance(model, functools.partial) and model.args and isinstance(model.args[0], Messenger):
+        model = model.args[1]
+    return model
 
 
 def model_groups(
@@ -69,8 +80,11 @@ def model_groups(
 
 def constant_data(conditioned: Conditioned, observed: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """The arguments of the model that are numbers and not observed, by the names of its parameters."""
+    model = _as_written(conditioned.model)
     try:
-        bound = inspect.signature(conditioned.model).bind(*conditioned.args, **conditioned.kwargs).arguments
+        # The call of a module has no names for its arguments, its forward has.
+        signature = inspect.signature(model.forward if isinstance(model, torch.nn.Module) else model)
+        bound = signature.bind(*conditioned.args, **conditioned.kwargs).arguments
     except (TypeError, ValueError):
         bound = dict(conditioned.kwargs)
     data = [_numpy(value) for value in observed.values()]
