@@ -132,7 +132,7 @@ SHAPES = [
             "vector": ("vector_dim_0",),
             "matrix": ("matrix_dim_0", "matrix_dim_1"),
             "simplex": ("simplex_unconstrained_dim_0",),
-            "cholesky": ("cholesky_dim_0",),
+            "cholesky": ("cholesky_unconstrained_dim_0",),
         },
         {"y": ("data", "y_dim_1")},
         {"y": ("data",)},

@@ -1,6 +1,7 @@
 """Simulation-based calibration: what it passes, what it flags, by which law, in how many processes."""
 
 import functools
+import itertools
 
 import numpy as np
 import pyro
@@ -11,7 +12,7 @@ from pyro import poutine
 from scipy.stats import norm
 
 import pyro_flowguides as fg
-from pyro_flowguides.calibration import Calibration, fit_and_draw
+from pyro_flowguides.calibration import Calibration, fit_and_draw, symmetry_p_value
 
 NUM = 300
 
@@ -99,16 +100,29 @@ def test_a_shift_is_flagged(shift, finding):
     np.testing.assert_allclose(table["shift"], norm.cdf(-shift / 2**0.5) - 0.5, atol=4 * (1 / 12 / 200) ** 0.5)
 
 
-def test_uniform_p_values():
-    """For uniform ranks the p-values are uniform: over 200 tables few are below 1%, by the binomial law."""
+def test_p_values_have_their_size():
+    """Uniform ranks: p-values below a level are as rare as it says, by the binomial law over 1000 tables."""
     rng = np.random.default_rng(0)
-    ranks = {"x": rng.integers(0, 100, size=(150, 200))}
-    result = Calibration(ranks, {"x": (ranks["x"] + 0.5) / 100}, 99, {"x": ["x_dim_0"]})
-    table = result.table()
+    ranks = {"x": rng.integers(0, 100, size=(150, 1000))}
+    table = Calibration(ranks, {"x": (ranks["x"] + rng.uniform(size=(150, 1000))) / 100}, 99, {"x": []}).table()
     for column in ("sbc_p", "vsbc_p"):
-        assert (table[column] < 0.01).sum() <= 2 + 4 * (200 * 0.01) ** 0.5
-        # Discrete p-values: their mean is above 1/2 a little; four sds of a mean of 200.
-        assert table[column].mean() == pytest.approx(0.5, abs=4 * (1 / 12 / 200) ** 0.5 + 0.05)
+        for level in (0.01, 0.05, 0.3):
+            spread = (level * (1 - level) / 1000) ** 0.5
+            # Discrete statistics: the size may be smaller than the level, by the probability of one value of theirs.
+            assert level - 4 * spread - 0.05 < (table[column] <= level).mean() < level + 4 * spread, (column, level)
+
+
+def test_symmetry_against_all_walks():
+    """The law of the largest distance of a fair walk, by going through all of them."""
+    num = 9
+    walks = np.array(list(itertools.product([-1, 1], repeat=num)))
+    largest = np.abs(walks.cumsum(1)).max(1)
+    magnitudes = np.linspace(0.49, 0.1, num)
+    for walk in walks[::37]:
+        shuffle = np.random.default_rng(0).permutation(num)
+        expected = (largest >= np.abs(walk.cumsum()).max()).mean()
+        assert symmetry_p_value(0.5 + (walk * magnitudes)[shuffle]) == pytest.approx(expected)
+    assert symmetry_p_value(np.full(5, 0.5)) == 1.0
 
 
 def test_bins_of_ranks_that_do_not_divide_evenly():

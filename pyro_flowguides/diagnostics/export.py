@@ -50,7 +50,9 @@ def export(
                 f"to_arviz: chain {i} is a fit of another model than chain 0: its sites are {_shapes(chain)} instead of "
                 f"{_shapes(first)}"
             )
-    names = {**first.dims, **(dims or {})}
+    # Where the user names fewer dimensions than there are, the others keep their names.
+    given = {name: [*own, *first.dims.get(name, [])[len(own) :]] for name, own in (dims or {}).items()}
+    names = {**first.dims, **given}
 
     def stacked(field_name: str) -> dict[str, np.ndarray]:
         return {
@@ -63,7 +65,9 @@ def export(
         "unconstrained_posterior": Group(
             stacked("unconstrained"),
             {
-                name: _unconstrained_dims(name, names[name], first.values[name].shape[1:], value.shape[1:])
+                name: _unconstrained_dims(
+                    name, first.dims[name], names[name], first.values[name].shape[1:], value.shape[1:]
+                )
                 for name, value in first.unconstrained.items()
             },
         ),
@@ -77,7 +81,7 @@ def export(
     if first.observed:
         groups["observed_data"] = Group({name: _numpy(value) for name, value in first.observed.items()}, names, ())
     for name, group in (more_groups or {}).items():
-        groups[name] = dataclasses.replace(group, dims={**group.dims, **(dims or {})})
+        groups[name] = dataclasses.replace(group, dims={**group.dims, **given})
     unknown = set(dims or {}) - {name for group in groups.values() for name in group.variables}
     if unknown:
         raise ValueError(f"to_arviz: dims names '{min(unknown)}', which is no site; there are {', '.join(names)}")
@@ -110,16 +114,17 @@ def _densities(chains: Sequence[Draws]) -> dict[str, np.ndarray]:
 
 
 def _unconstrained_dims(
-    name: str, dims: Sequence[str], shape: Sequence[int], unconstrained: Sequence[int]
+    name: str, own: Sequence[str], dims: Sequence[str], shape: Sequence[int], unconstrained: Sequence[int]
 ) -> list[str]:
-    """The names of an unconstrained value's dimensions: those of the site as far as they are the same ones."""
-    if tuple(shape) == tuple(unconstrained):
-        return list(dims)
-    same = next(
-        (i for i, sizes in enumerate(zip(shape, unconstrained, strict=False)) if sizes[0] != sizes[1]),
-        min(len(shape), len(unconstrained)),
-    )
-    return [*dims[:same], *(f"{name}_unconstrained_dim_{i}" for i in range(same, len(unconstrained)))]
+    """The names of an unconstrained value's dimensions: those of its plates, and its own where they are of the same size."""
+    kept = []
+    for i, (size, unconstrained_size) in enumerate(zip(shape, unconstrained, strict=False)):
+        is_plate = own[i] != f"{name}_dim_{i}"
+        # With fewer dimensions, as a Cholesky factor has as a vector, none of its own is the same one.
+        if size != unconstrained_size or not (is_plate or len(shape) == len(unconstrained)):
+            break
+        kept.append(dims[i])
+    return [*kept, *(f"{name}_unconstrained_dim_{i}" for i in range(len(kept), len(unconstrained)))]
 
 
 def _numpy(value: Tensor) -> np.ndarray:
