@@ -197,7 +197,8 @@ def calibration(
 
         if __name__ == "__main__":
             result = fg.calibration(model_factory, fg.AutoCoupling, 200, num_processes=4)
-            print(result.verdict(), result.table(), sep="\n")
+            print(result.verdict())
+            print(result.table(coords=EIGHT_SCHOOLS.coords))
     """
     for name, number, least in (
         ("num_simulations", num_simulations, 20),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,7 @@ class Compared:
 def compare(
     posteriors: Mapping[str, Any],
     *args: Any,
+    model: Callable | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     reference: str | None = None,
     num_samples: int = 4000,
@@ -68,6 +69,7 @@ def compare(
     Arguments:
         posteriors: By name, each a :class:`FlowFit`, a guide, :class:`Draws` or a ``pyro.infer.MCMC`` that has run.
         args: The positional arguments of model and guide, for what does not know its own.
+        model: The model of guides that are plain functions.
         model_kwargs: The keyword arguments of model and guide.
         reference: The name of the posterior that means and standard deviations are compared with.
         num_samples: How many draws to make from a fit or a guide.
@@ -94,7 +96,7 @@ def compare(
     """
     compared = {}
     for name, source in posteriors.items():
-        posterior = posterior_of(source, args, model_kwargs, num_samples=num_samples, seed=seed)
+        posterior = posterior_of(source, args, model_kwargs, model=model, num_samples=num_samples, seed=seed)
         compared[name] = _compared(posterior.chains, posterior.seconds, coords or {}, dims or {})
     return comparison_table(compared, reference)
 

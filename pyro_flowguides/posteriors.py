@@ -52,7 +52,7 @@ def posterior_of(
             run, which knows its own arguments too.
         args: The positional arguments of model and guide.
         model_kwargs: Their keyword arguments.
-        model: The model; that of an autoguide or of MCMC is known.
+        model: The model, where the source does not know it.
         num_samples: How many draws to make from a fit or a guide.
         seed: Seeds Pyro before drawing, if given.
 
@@ -70,7 +70,7 @@ def posterior_of(
     if isinstance(source, Draws):
         return Posterior([source], Conditioned(model, args, model_kwargs or {}) if model else None, {})
     if isinstance(source, AutoGuide):
-        model = model or source.model
+        model = source.model
     if not callable(source):
         raise TypeError(f"a posterior is a FlowFit, Draws, a guide or a pyro.infer.MCMC, not {type(source).__name__}")
     if model is None:
@@ -81,7 +81,7 @@ def posterior_of(
 
 
 def _posterior_of_mcmc(mcmc: MCMC, model: Callable | None) -> Posterior:
-    model = model or mcmc.kernel.model
+    model = mcmc.kernel.model or model
     if mcmc._samples is None:
         raise ValueError("this MCMC has not been run yet")
     if model is None:
