@@ -107,6 +107,8 @@ class Calibration:
     def to_arviz(self, *, coords: Coords | None = None) -> Any:
         """The groups ``prior_sbc``, integer ranks, and ``prior_vsbc``, probabilities, both with the simulations as draws.
 
+        On ArviZ 1.x ``arviz.plot_ecdf_pit(tree, group="prior_vsbc")`` shows the probabilities against a uniform law.
+
         Arguments:
             coords: Labels along a dimension, by the name of its plate.
         """

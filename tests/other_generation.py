@@ -65,10 +65,16 @@ def main():
         tree = builder.to_tree({name: builder.Group(*group) for name, group in groups.items()}, coords, attrs)
         found["types"][path.stem] = type(tree).__name__
         tree.to_netcdf(str(path.with_name(f"{path.stem}_other.nc")))
-    trees = {path.stem: xr.open_datatree(path) for path in sorted(folder.glob("*.nc")) if "_other" not in path.stem}
+    files = [path for path in sorted(folder.glob("*.nc")) if "_other" not in path.stem and path.stem != "calibration"]
+    trees = {path.stem: xr.open_datatree(path) for path in files}
     for name, tree in trees.items():
         found["dims"][name] = list(tree["posterior"]["theta"].dims)
         found["calls"][name] = calls(tree, next(iter(trees.values())))
+    if (folder / "calibration.nc").exists():
+        import arviz as az
+
+        az.plot_ecdf_pit(xr.open_datatree(folder / "calibration.nc"), group="prior_vsbc", backend="none")
+        found["calls"]["calibration"] = ["plot_ecdf_pit"]
     x = np.random.default_rng(0).normal(size=20_000)
     found["khat"] = float(importance.psis(-0.5 * x**2 / 4 + 0.5 * x**2)[1])
     print(json.dumps(found))

@@ -27,6 +27,7 @@ from pyro.infer.autoguide import (
 )
 
 import pyro_flowguides as fg
+from pyro_flowguides.calibration import Calibration
 from pyro_flowguides.diagnostics import arviz as builder
 from pyro_flowguides.diagnostics import export
 from pyro_flowguides.diagnostics.arviz import Group, to_tree
@@ -323,8 +324,8 @@ def test_any_guide_and_draws_give_the_same():
     assert "prior" not in alone
     assert group_names(with_model) == group_names(tree)
     assert "posterior_predictive" not in fg.to_arviz(guide, model_kwargs=data, num_samples=30, predictive=False)
-    resampled = draws.resample(20).to_arviz()
-    assert set(resampled["sample_stats"].data_vars) == {"lp", "log_q"}
+    # Resampled draws are no longer those of the guide.
+    assert set(draws.resample(20).to_arviz()["sample_stats"].data_vars) == {"lp"}
 
 
 class Regression(pyro.nn.PyroModule):
@@ -530,6 +531,9 @@ def test_under_the_other_generation_of_arviz(recorded, tmp_path):
         trees[name] = fit_example(example).to_arviz(200, coords=example.coords)
         trees[name].to_netcdf(str(tmp_path / f"{name}.nc"))
         (tmp_path / f"{name}.pickle").write_bytes(pickle.dumps(recorded[-1]))
+    ranks = np.random.default_rng(0).integers(0, 100, size=(50, 2))
+    calibration = Calibration({"x": ranks}, {"x": (ranks + 0.5) / 100}, 99, {"x": ["group"]})
+    calibration.to_arviz().to_netcdf(str(tmp_path / "calibration.nc"))
     script = Path(__file__).with_name("other_generation.py")
     command = [interpreter, str(script), str(Path(fg.__file__).parent), str(tmp_path)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -537,6 +541,7 @@ def test_under_the_other_generation_of_arviz(recorded, tmp_path):
     found = json.loads(finished.stdout)
     assert found["generation"] == 1
     assert found["khat"] == pytest.approx(0.75, abs=0.3)
+    assert found["calls"]["calibration"] == ["plot_ecdf_pit"]
     for name, tree in trees.items():
         assert found["types"][name] == "DataTree"
         assert found["dims"][name] == ["chain", "draw", "school"]

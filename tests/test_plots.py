@@ -1,6 +1,7 @@
 """Plots: what is drawn, on given Axes and on new ones."""
 
 import numpy as np
+import pandas as pd
 import pyro.distributions as dist
 import pytest
 import torch
@@ -66,6 +67,7 @@ def test_plot_weights():
 def test_plot_marginals():
     rng = np.random.default_rng(0)
     posteriors = {name: {"a": rng.normal(size=200), "b": rng.normal(size=200)} for name in ("NUTS", "flow", "normal")}
+    posteriors["flow"] = pd.DataFrame(posteriors["flow"])
     first, second = fg.plot_marginals(posteriors, ["a", "b"], reference="NUTS")
     assert first.get_title() == "a"
     assert second.get_title() == "b"

@@ -207,6 +207,9 @@ def test_dataframe_of_draws():
     assert list(table.columns) == ["p[u]", "p[v]", "p[w]", "x[a]", "x[b]", "log_p", "log_q", "log_weight"]
     np.testing.assert_array_equal(table["x[b]"], draws.values["x"][:, 1].cpu())
     assert np.exp(table["log_weight"]).sum() == pytest.approx(1)
+    clash = dataclasses.replace(draws, deterministic={"log_q": draws.log_q})
+    with pytest.raises(ValueError, match="a site is called 'log_q', as a column of the table is"):
+        clash.to_dataframe()
     with pytest.raises(ValueError, match="dimension 'group' of 'x' has 2 elements and 1 labels"):
         draws.to_dataframe(coords={"group": ["a"]})
 

@@ -174,12 +174,20 @@ class Draws:
         Arguments:
             coords: Labels along a dimension, by the name of its plate.
             dims: Names of dimensions, by site, where the plates do not give them.
+
+        Raises:
+            ValueError: if labels do not fit, or a site has the name of one of these columns.
         """
         columns = scalars(self.posterior(), {**self.dims, **(dims or {})}, coords or {})
-        columns |= {name: _numpy(getattr(self, name)) for name in ("log_p", "log_q")}
+        densities = {name: _numpy(getattr(self, name)) for name in ("log_p", "log_q")}
         if not (self.no_elbo or self.no_weights):
-            columns["log_weight"] = self.smoothed_log_weights
-        return pd.DataFrame(columns)
+            densities["log_weight"] = self.smoothed_log_weights
+        for name in densities:
+            if name in columns:
+                raise ValueError(
+                    f"to_dataframe: a site is called '{name}', as a column of the table is; rename the site"
+                )
+        return pd.DataFrame({**columns, **densities})
 
     def summary(
         self,

@@ -28,8 +28,9 @@ def export(
 ) -> Any:
     """Draws of one model as ArviZ's ``InferenceData`` (0.x) or ``DataTree`` (1.x).
 
-    Groups: posterior, unconstrained_posterior, sample_stats (``lp``; ``log_q`` and the smoothed, normalised ``log_weight`` where
-    there are any), log_likelihood where it was computed, observed_data, and more where given.
+    Groups: posterior, unconstrained_posterior, sample_stats (``lp``; ``log_q`` where the draws are those of a guide, and the
+    smoothed, normalised ``log_weight`` where they have one), log_likelihood where it was computed, observed_data, and more where
+    given.
 
     Arguments:
         chains: Draws of independent fits, all of the same number; they become chains.
@@ -105,9 +106,8 @@ def _shapes(draws: Draws) -> dict[str, tuple[int, ...]]:
 def _densities(chains: Sequence[Draws]) -> dict[str, np.ndarray]:
     """The log-densities and log weights of every draw; the weights of a chain add up to 1."""
     statistics = {"lp": np.stack([_numpy(chain.log_p) for chain in chains])}
-    log_q = np.stack([_numpy(chain.log_q) for chain in chains])
-    if not np.isnan(log_q).all():
-        statistics["log_q"] = log_q
+    if not any(chain.no_elbo for chain in chains):
+        statistics["log_q"] = np.stack([_numpy(chain.log_q) for chain in chains])
     if not any(chain.no_elbo or chain.no_weights for chain in chains):
         statistics["log_weight"] = np.stack([chain.smoothed_log_weights for chain in chains])
     return statistics

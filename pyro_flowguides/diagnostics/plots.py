@@ -236,7 +236,7 @@ def plot_marginals(
     """The marginal densities of several posteriors, one panel per scalar, over each other.
 
     Arguments:
-        posteriors: Name of the posterior, to label of the scalar, to its draws, 1-D.
+        posteriors: Name of the posterior, to label of the scalar, to its draws, 1-D, such as :meth:`Draws.to_dataframe`.
         labels: The scalars to show.
         reference: The posterior that the others are compared with: drawn as a grey area behind them.
         axes: An array of at least ``len(labels)`` matplotlib Axes to draw on; made if not given.
