@@ -308,6 +308,10 @@ def test_restarts_become_chains():
     np.testing.assert_allclose(np.exp(tree["sample_stats"]["log_weight"]).sum("draw"), 1)
     assert tree["variational_fit"]["khat"].shape == (2,)
     assert np.isfinite(az.rhat(tree["posterior"])["mu"] if hasattr(tree, "children") else az.rhat(tree)["mu"])
+    # New data belong to their own draw in every chain: those of others would add the spread of theta.
+    residuals = (tree["posterior_predictive"]["y"] - tree["posterior"]["theta"]).values
+    standardised = residuals / EIGHT_SCHOOLS.data()["sigma"].cpu().numpy()
+    np.testing.assert_allclose(standardised.std(1).mean(-1), 1, atol=4 / (2 * 250 * 8) ** 0.5)
     # 400 draws of the second are there, and no more are made.
     assert fit.to_arviz(5000, prior=False, predictive=False)["posterior"]["mu"].shape == (2, 300)
 

@@ -200,6 +200,14 @@ def test_summary_has_labels_and_moments():
     assert table.loc["mu", "5%"] == np.quantile(values["mu"], 0.05)
 
 
+def test_labels_that_do_not_fit():
+    values = {"theta": np.zeros((10, 2))}
+    with pytest.raises(ValueError, match="'theta' has 1 dimensions, and 2 names for them: school, term"):
+        summarise(values, {"theta": ["school", "term"]}, {}, ())
+    with pytest.raises(ValueError, match="dimension 'school' of 'theta' has 2 elements and 3 labels in coords"):
+        summarise(values, {"theta": ["school"]}, {"school": ["a", "b", "c"]}, ())
+
+
 def test_summary_of_draws():
     data = EIGHT_SCHOOLS.data()
     draws = fg.draw(EIGHT_SCHOOLS.model, fg.AutoFlow(EIGHT_SCHOOLS.model), model_kwargs=data, num_samples=50)

@@ -111,7 +111,7 @@ def test_iw_elbo_against_quadrature():
     log_ratios = rng.normal(-3.0, 1.5, size=40_000)
     d = np.linspace(-20, 20, 20_001)
     density = np.exp(-(d**2) / (4 * 1.5**2)) / np.sqrt(4 * np.pi * 1.5**2)
-    expected = -3.0 + np.trapezoid(density * np.log(np.cosh(d / 2)), d)
+    expected = -3.0 + (density * np.log(np.cosh(d / 2))).sum() * (d[1] - d[0])
     estimate = importance.iw_elbo(log_ratios, 2)
     assert estimate.value == pytest.approx(expected, abs=4 * estimate.se)
     bounds = [importance.iw_elbo(log_ratios, k).value for k in (1, 2, 10, 100)]
@@ -231,6 +231,19 @@ def test_the_first_site_without_density_is_named():
     )
     with pytest.raises(ValueError, match=message):
         draws.khat()
+
+
+def test_draws_without_probability_are_not_an_exact_fit():
+    log_p = np.zeros(100)
+    log_p[:50] = -np.inf
+    weights = ImportanceWeights(log_p, np.zeros(100))
+    assert not weights.are_constant
+    assert weights.ess().value == pytest.approx(50)
+    assert not weights.verdict().startswith("exact")
+    with pytest.raises(ValueError, match="51 draws without replacement, of 50 that have"):
+        weights.resample(51, False, np.random.default_rng(0))
+    with pytest.raises(ValueError, match=r"50 of 100 draws .*the first is draw 0\)"):
+        ImportanceWeights(-log_p, np.zeros(100)).khat()
 
 
 def test_too_few_draws():

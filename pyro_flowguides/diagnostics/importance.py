@@ -103,7 +103,8 @@ class ImportanceWeights:
         self.where = where
         # Rounding in numbers of this size is all the spread that the weights of an exact guide have.
         size = max(1.0, float(np.abs(log_p).max()), float(np.abs(log_q).max()))
-        self.are_constant = bool(np.ptp(self.log_ratios) <= 50 * np.finfo(log_p.dtype).eps * size)
+        spread = np.ptp(self.log_ratios) if np.isfinite(self.log_ratios).all() else np.inf
+        self.are_constant = math.isfinite(size) and bool(spread <= 50 * np.finfo(log_p.dtype).eps * size)
 
     def __len__(self) -> int:
         return len(self.log_ratios)

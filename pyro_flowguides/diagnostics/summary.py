@@ -103,8 +103,10 @@ def scalar_labels(
     """The labels of a variable's scalars in row-major order: ``["theta[Choate]", …]``, or the name alone for a scalar.
 
     Raises:
-        ValueError: if a dimension has another number of labels than elements.
+        ValueError: if there are more names than dimensions, or a dimension has another number of labels than elements.
     """
+    if len(dims) > len(shape):
+        raise ValueError(f"'{name}' has {len(shape)} dimensions, and {len(dims)} names for them: {', '.join(dims)}")
     if not shape:
         return [name]
     axes = []
