@@ -9,7 +9,7 @@ from .diagnostics import Draws, Estimate, draw, plot_elbo, plot_flow, plot_margi
 from .flows import NormalizingFlow
 from .guides import AutoCoupling, AutoFlow, AutoIAF, AutoPlanar, AutoRadial, AutoResidual, AutoSpline, AutoSylvester
 from .posteriors import to_arviz
-from .training import FlowFit, fit
+from .training import IWELBO, CompiledSVI, FlowFit, fit
 
 __all__ = [
     "AutoCoupling",
@@ -21,9 +21,11 @@ __all__ = [
     "AutoSpline",
     "AutoSylvester",
     "Calibration",
+    "CompiledSVI",
     "Draws",
     "Estimate",
     "FlowFit",
+    "IWELBO",
     "NormalizingFlow",
     "__version__",
     "bases",

@@ -368,11 +368,15 @@ class AutoFlow(AutoContinuous):
         with torch.no_grad():
             self._whitening.loc.copy_(loc)
             self._whitening.scale.copy_(scale)
+        self.share_whitening()
+        return self
+
+    def share_whitening(self) -> None:
+        """Tells Pyro's parameter store of the fixed map, after it was replaced."""
         if not pyro.settings.get("module_local_params"):
             with self._pyro_context:
                 for name, buffer in self._whitening.named_buffers():
                     pyro.get_param_store()[self._pyro_get_fullname(f"whitening.{name}")] = buffer.clone()
-        return self
 
     def is_trained(self) -> bool:
         """Whether any parameter has moved, or was loaded, since the flow was built."""
@@ -576,6 +580,13 @@ class _LatentDelta(dist.Delta):
     Pyro's divergence of a Delta leaves that density out, so that ``TraceMeanField_ELBO`` is wrong by the Jacobian for every
     constrained site of its own autoguides; with the divergence registered below it is right.
     """
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        return super().rsample(sample_shape) if sample_shape else self.v
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        # Every ELBO asks for the point itself, which need not be compared with itself.
+        return self.log_density if x is self.v else super().log_prob(x)
 
 
 @register_kl(_LatentDelta, dist.Distribution)  # type: ignore[untyped-decorator]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -225,3 +226,13 @@ def per_draw(value: Tensor, shape: torch.Size, num_draws: int) -> Tensor:
     if value.numel() == num_draws * shape.numel():
         return value.reshape(num_draws, *shape)
     return value.reshape(shape).expand(num_draws, *shape)
+
+
+def site_without_density(guide_trace: Trace, model_trace: Trace) -> str | None:
+    """A sentence about the first site whose log-probability is not finite."""
+    for owner, trace in (("model", model_trace), ("guide", guide_trace)):
+        trace.compute_log_prob()
+        for name, site in tensor_sites(trace):
+            if not math.isfinite(site["log_prob_sum"]):
+                return f"site '{name}' of the {owner} has log-probability {float(site['log_prob_sum'])}"
+    return None

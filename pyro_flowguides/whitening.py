@@ -109,7 +109,8 @@ def quasi_newton_path(
     best_elbo = -math.inf
     point, inverse_hessian = loc, scale_tril @ scale_tril.mT
     value, score = (part[0] for part in log_density_and_score(point.unsqueeze(0)))
-    step_lengths = 2.0 ** torch.arange(2, -22, -1, dtype=loc.dtype, device=loc.device)
+    # Down to where the score of a sharp likelihood, far from its mode, still takes a step that helps.
+    step_lengths = 2.0 ** torch.arange(2, -45, -1, dtype=loc.dtype, device=loc.device)
     for step in range(max_steps):
         direction = inverse_hessian @ score
         points = point + step_lengths.unsqueeze(-1) * direction

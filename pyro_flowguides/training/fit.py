@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +24,45 @@ from tqdm.auto import tqdm
 
 from ..diagnostics.draws import draw_traced
 from ..guides import AutoFlow
-from ..tracing import Tracer, observed_sites, tensor_sites
+from ..tracing import Tracer, observed_sites, site_without_density
+from . import checkpoint as checkpoints
+from .losses import path_gradient
 from .result import FlowFit
+from .schedules import Convergence, Progress, find_schedule
+from .svi import CHECK_EVERY, MAX_SKIPPED, CompiledSVI
 
-NUM_STEPS = 1500
+NUM_STEPS = 3000
 NUM_PARTICLES = 256
 LEARNING_RATE = 1e-2
 # Gradients are clipped at this multiple of the running mean of their norm.
 CLIP_FACTOR = 2.0
-MAX_SKIPPED = 50
 NUM_FINAL_DRAWS = 10_000
 # Without vectorisation every particle is a run of the model.
 NUM_LOOPED_PARTICLES, NUM_LOOPED_DRAWS = 8, 1000
+CHECKPOINT_EVERY = 500
 
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda progress: 1.0,
-    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
-}
+
+@dataclass(frozen=True)
+class _Settings:
+    """The options of :func:`fit`, checked and with their defaults."""
+
+    num_steps: int
+    num_particles: int | None
+    optim: PyroOptim | Callable[[list[Tensor]], torch.optim.Optimizer] | None
+    schedule: Callable[[float], float]
+    loss: Any
+    whiten: str | None
+    backend: str
+    batches: Iterable[Any] | None
+    average: float | None
+    tolerance: float | None
+    seed: int | None
+    checkpoint: Path | None
+    checkpoint_every: int
+    resume: bool
+    callbacks: Sequence[Callable[[int, float], bool | None]]
+    max_skipped: int
+    progress: bool
 
 
 def fit(
@@ -52,6 +76,10 @@ def fit(
     schedule: str | Callable[[float], float] | None = None,
     loss: ELBO | None = None,
     whiten: str | None = "auto",
+    backend: str = "auto",
+    batches: Iterable[Any] | None = None,
+    average: float | None = None,
+    tolerance: float | None = None,
     num_restarts: int = 1,
     seed: int | None = None,
     checkpoint: str | Path | None = None,
@@ -63,29 +91,39 @@ def fit(
 ) -> FlowFit:
     """Fits a guide to a model and judges the result.
 
-    The defaults: whiten the guide, then 1500 steps of Adam at learning rate 1e-2 with a cosine to 0, on the path gradient of
-    ``Trace_ELBO`` with 256 vectorised particles, gradients clipped at twice their running norm. A step whose loss or gradient
-    is not finite changes nothing and is counted. An interrupt from the keyboard ends the training, and what was reached is
-    returned.
+    The defaults: whiten the guide, then 3000 steps of Adam at learning rate 1e-2 with a cosine to 0, on the path gradient of
+    ``Trace_ELBO`` with 256 vectorised particles, gradients clipped at twice their running norm. The step is captured once as a
+    graph, see :class:`pyro_flowguides.CompiledSVI`, which also keeps steps that are not finite, or explode, from doing harm. An
+    interrupt from the keyboard ends the training, and what was reached is returned.
 
     Arguments:
         model: A Pyro model.
         guide: A guide of this library, or any other Pyro guide; then there is nothing to whiten and the gradient is its own.
         args: The positional arguments of both.
         model_kwargs: The keyword arguments of both.
-        num_steps: The number of steps.
+        num_steps: The number of steps; with a ``tolerance`` the most there can be.
         num_particles: The number of draws per step; not together with ``loss``, which has its own.
         optim: A Pyro optimiser, or a function from a list of parameters to a torch optimiser.
-        schedule: What the learning rate is multiplied with: ``"cosine"`` or ``"constant"``, or a function of the progress
-            from 0 to 1. By default cosine; none for a Pyro optimiser, which has schedulers of its own.
-        loss: An ELBO of Pyro to use instead; the guide's own ``gradient`` setting then holds.
+        schedule: What the learning rate is multiplied with: ``"cosine"``, ``"constant"``, ``"step"`` (a tenth from half of the
+            steps on, a hundredth from three quarters on), ``"warm_up"`` (rises over the first twentieth, then a cosine), or a
+            function of the progress from 0 to 1. By default cosine; none for a Pyro optimiser, which has schedulers of its own.
+        loss: An ELBO of Pyro, or :class:`pyro_flowguides.IWELBO`, to use instead; then the guide's own ``gradient`` holds.
         whiten: The method of :meth:`pyro_flowguides.AutoFlow.whiten`, or None. ``"auto"`` leaves a trained guide alone, so that
             a second call continues the training.
-        num_restarts: Must be 1; restarts are not available yet.
+        backend: How a step is run, see :class:`pyro_flowguides.CompiledSVI`.
+        batches: Arguments step by step, such as a ``DataLoader``, iterated over again and again: a tuple or list of positional
+            arguments, a dict of keyword arguments, or one argument. ``args`` then are what the guide is whitened and judged on,
+            for example all of the data; by default the first batch.
+        average: Keep an exponential moving average of the parameters with this decay, such as 0.99, and return it.
+        tolerance: End early: once the ELBO, in means over 100 steps, rises by less than this (in nats) or than its standard
+            error, the learning rate goes to 0 within a quarter of the steps so far. None to take all steps.
+        num_restarts: Fit so many times, with the seeds ``seed``, ``seed + 1``, …, and keep the best by ELBO; the draws of all are
+            in ``FlowFit.restarts``. A flow guide that is not set up yet starts from new weights each time, any other guide from
+            the parameters it has.
         seed: Seeds Pyro first, if given.
-        checkpoint: Must be None; checkpoints are not available yet.
-        checkpoint_every: As ``checkpoint``.
-        resume: As ``checkpoint``.
+        checkpoint: Write everything that is needed to go on to this file; with restarts, to one for each, ``name-0.suffix``, ….
+        checkpoint_every: After so many steps; 500 by default.
+        resume: Go on from the checkpoint if there is one, with the same results as without the interruption.
         callbacks: Functions called as ``callback(step, loss)`` after each step; one that returns True ends the training.
         max_skipped: So many skipped steps in a row end the fit with an error; 50 by default.
         progress: Show a progress bar.
@@ -95,13 +133,10 @@ def fit(
 
     Raises:
         ValueError: if an argument is wrong, the data hold NaN, or the model has no finite log-probability at the start; the
-            message names the site.
+            message names the site. Also if a checkpoint is damaged, or of another model.
+        FileExistsError: if there is a checkpoint already and ``resume`` is not set.
         RuntimeError: if ``max_skipped`` steps in a row had no finite loss or gradient.
-        NotImplementedError: if an option is not available yet.
     """
-    _refuse_what_is_to_come(num_restarts, checkpoint, checkpoint_every, resume)
-    num_steps = _positive("num_steps", num_steps, NUM_STEPS)
-    max_skipped = _positive("max_skipped", max_skipped, MAX_SKIPPED)
     if loss is not None and num_particles is not None:
         raise ValueError("fit: num_particles belongs to the default loss; give it to the loss instead")
     if isinstance(optim, PyroOptim) and schedule is not None:
@@ -112,154 +147,381 @@ def fit(
         raise TypeError(
             f"fit: optim must be a Pyro optimiser or a function from parameters to a torch optimiser, got {optim!r}"
         )
-    factor = _schedule(schedule)
+    if checkpoint is None and (checkpoint_every is not None or resume):
+        raise ValueError("fit: checkpoint_every and resume need a file, checkpoint=")
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(f"fit: tolerance must be at least 0, got {tolerance}")
+    if num_particles is not None:
+        num_particles = _positive("num_particles", num_particles, NUM_PARTICLES)
+    settings = _Settings(
+        num_steps=_positive("num_steps", num_steps, NUM_STEPS),
+        num_particles=num_particles,
+        optim=optim,
+        schedule=find_schedule("constant" if isinstance(optim, PyroOptim) else schedule),
+        loss=loss,
+        whiten=whiten,
+        backend=backend,
+        batches=batches,
+        average=average,
+        tolerance=tolerance,
+        seed=seed,
+        checkpoint=None if checkpoint is None else Path(checkpoint),
+        checkpoint_every=_positive("checkpoint_every", checkpoint_every, CHECKPOINT_EVERY),
+        resume=resume,
+        callbacks=callbacks,
+        max_skipped=_positive("max_skipped", max_skipped, MAX_SKIPPED),
+        progress=progress,
+    )
     kwargs = dict(model_kwargs or {})
-    if seed is not None:
-        pyro.set_rng_seed(seed)
-    start = time.perf_counter()
+    if batches is not None and not args and not kwargs:
+        args, kwargs = _arguments(next(iter(batches)))
+    if _positive("num_restarts", num_restarts, 1) == 1:
+        return _fit_once(model, guide, args, kwargs, settings)
+    return _fit_repeatedly(model, guide, args, kwargs, settings, num_restarts)
 
+
+def _fit_once(
+    model: Callable,
+    guide: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    settings: _Settings,
+    initial: _Values | None = None,
+    log_likelihood: bool = False,
+) -> FlowFit:
+    if settings.seed is not None:
+        pyro.set_rng_seed(settings.seed)
+    start = time.perf_counter()
+    saved = _read_checkpoint(settings)
     if isinstance(guide, AutoFlow):
         guide.setup(*args, **kwargs)
     tracer = Tracer(model, guide, args, kwargs)
+    if initial is not None:
+        initial.restore()
     _check_start(tracer)
-    if isinstance(guide, AutoFlow) and whiten is not None and not (whiten == "auto" and guide.is_trained()):
-        guide.whiten(*args, method=whiten, model_kwargs=kwargs, vectorize=tracer.vectorizes)
-    elif whiten not in ("auto", None) and not isinstance(guide, AutoFlow):
-        raise ValueError(
-            f"fit: whiten={whiten!r} needs a guide of this library; {type(guide).__name__} has no fixed map"
-        )
+    if saved is not None:
+        _load_modules(saved["modules"], model, guide)
+    else:
+        _whiten(guide, args, kwargs, settings.whiten, tracer)
 
-    default_loss = loss is None
-    if loss is None:
-        num_particles = _positive(
-            "num_particles", num_particles, NUM_PARTICLES if tracer.vectorizes else NUM_LOOPED_PARTICLES
-        )
-        loss = Trace_ELBO(
-            num_particles=num_particles,
-            vectorize_particles=tracer.vectorizes and num_particles > 1,
-            max_plate_nesting=tracer.max_plate_nesting,
-        )
-    trainer = _Trainer(loss, model, guide, args, kwargs, optim, lambda step: factor(step / num_steps))
-    with torch.no_grad():
-        # Once with the user's validation: later on a step that is not finite is the guard's business.
-        loss.loss(model, guide, *args, **kwargs)  # type: ignore[attr-defined]
-    with _path_gradient(guide) if default_loss else contextlib.nullcontext(), pyro.validation_enabled(False):
-        losses, num_skipped = _train(trainer, num_steps, max_skipped, callbacks, progress, tracer)
-    draws = draw_traced(tracer, NUM_FINAL_DRAWS if tracer.vectorizes else NUM_LOOPED_DRAWS)
-    return FlowFit(model, guide, args, kwargs, losses, num_skipped, time.perf_counter() - start, draws)
+    progress = Progress(settings.num_steps)
+    svi = CompiledSVI(
+        model,
+        guide,
+        settings.optim or functools.partial(torch.optim.Adam, lr=LEARNING_RATE),
+        settings.loss or _default_loss(tracer, settings.num_particles),
+        backend=settings.backend,
+        schedule=lambda step: settings.schedule(progress.fraction(step)),
+        clip_factor=CLIP_FACTOR,
+        average=settings.average,
+        max_skipped=settings.max_skipped,
+    )
+    with path_gradient(guide) if settings.loss is None else contextlib.nullcontext():
+        training = _Training(svi, args, kwargs, settings, progress)
+        if saved is not None:
+            training.load_state_dict(saved["training"])
+        losses = training.run()
+    if settings.average is not None:
+        svi.use_average()
+    draws = draw_traced(
+        tracer, NUM_FINAL_DRAWS if tracer.vectorizes else NUM_LOOPED_DRAWS, log_likelihood=log_likelihood
+    )
+    return FlowFit(
+        model,
+        guide,
+        args,
+        kwargs,
+        losses=losses,
+        num_skipped=svi.num_skipped,
+        num_rolled_back=svi.num_rolled_back,
+        wall_time=time.perf_counter() - start,
+        draws=draws,
+    )
 
 
-class _Trainer:
-    """One step of training: loss, gradient, guard, clipping, update."""
+def _whiten(guide: Callable, args: tuple, kwargs: dict[str, Any], method: str | None, tracer: Tracer) -> None:
+    if not isinstance(guide, AutoFlow):
+        if method not in ("auto", None):
+            raise ValueError(
+                f"fit: whiten={method!r} needs a guide of this library; {type(guide).__name__} has no fixed map"
+            )
+    elif method is not None and not (method == "auto" and guide.is_trained()):
+        guide.whiten(*args, method=method, model_kwargs=kwargs, vectorize=tracer.vectorizes)
+
+
+def _default_loss(tracer: Tracer, num_particles: int | None) -> Trace_ELBO:
+    if num_particles is None:
+        num_particles = NUM_PARTICLES if tracer.vectorizes else NUM_LOOPED_PARTICLES
+    return Trace_ELBO(
+        num_particles=num_particles,
+        vectorize_particles=tracer.vectorizes and num_particles > 1,
+        max_plate_nesting=tracer.max_plate_nesting,
+    )
+
+
+class _Training:
+    """The loop over the steps, which can be left and taken up again."""
 
     def __init__(
-        self,
-        loss: Any,
-        model: Callable,
-        guide: Callable,
-        args: tuple,
-        model_kwargs: dict[str, Any],
-        optim: PyroOptim | Callable[[list[Tensor]], torch.optim.Optimizer] | None,
-        learning_rate_factor: Callable[[int], float],
+        self, svi: CompiledSVI, args: tuple, kwargs: dict[str, Any], settings: _Settings, progress: Progress
     ) -> None:
-        self.loss = loss
-        self.model, self.guide = model, guide
-        self.args, self.model_kwargs = args, model_kwargs
-        self.pyro_optim = optim if isinstance(optim, PyroOptim) else None
-        self.make_optimizer: Callable[[list[Tensor]], Any] = optim or functools.partial(
-            torch.optim.Adam, lr=LEARNING_RATE, foreach=True
-        )
-        self.learning_rate_factor = learning_rate_factor
-        self.scheduler: torch.optim.lr_scheduler.LambdaLR | None = None
-        self.norms = _RunningMean()
+        self.svi = svi
+        self.args, self.kwargs = args, kwargs
+        self.settings = settings
+        self.progress = progress
+        self.losses: list[float] = []
+        # Steps whose loss has not been waited for.
+        self.pending: list[Tensor] = []
+        self.convergence = None if settings.tolerance is None else Convergence(settings.tolerance)
+        self.batches = None if settings.batches is None else _Batches(settings.batches)
 
-    def step(self) -> tuple[float, bool]:
-        """The loss, and whether the parameters were updated."""
-        with poutine.trace(param_only=True) as capture, warnings.catch_warnings():
-            # The guard below is told of a NaN by its value.
-            warnings.filterwarnings("ignore", "Encountered NaN", UserWarning)
-            loss = self.loss.loss_and_grads(self.model, self.guide, *self.args, **self.model_kwargs)
-        sites: list[Any] = list(capture.trace.nodes.values())
-        # By identity, since a leaf may have two names; in the order of the names, so that a repeated run is the same run.
-        leaves = [site["value"].unconstrained() for site in sorted(sites, key=lambda site: site["name"])]
-        parameters = list({id(leaf): leaf for leaf in leaves}.values())
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
-        updated = math.isfinite(loss) and math.isfinite(norm)
-        if updated:
-            # An outlier must not raise the bar for the next one.
-            self.norms.add(min(norm, CLIP_FACTOR * self.norms.mean))
-            torch.nn.utils.clip_grads_with_norm_(parameters, CLIP_FACTOR * self.norms.mean, torch.tensor(norm))
-            self._update(parameters)
-        pyro.infer.util.zero_grads(parameters)
-        return float(loss), updated
+    def run(self) -> np.ndarray:
+        """The losses of all steps."""
+        description = type(self.svi.guide).__name__
+        quiet = not self.settings.progress
+        with tqdm(total=self.progress.end, disable=quiet, desc=description, mininterval=0.5) as bar:
+            bar.update(len(self.losses))
+            try:
+                self._take_steps(bar)
+            except KeyboardInterrupt:
+                self._collect(bar)
+                warnings.warn(
+                    f"fit: interrupted after {len(self.losses)} of {self.settings.num_steps} steps", stacklevel=4
+                )
+        return np.array(self.losses)
 
-    def _update(self, parameters: list[Tensor]) -> None:
-        if self.pyro_optim is not None:
-            self.pyro_optim(parameters)
+    def _take_steps(self, bar: tqdm) -> None:
+        # What stays the same is looked at once in a while, unless a callback may change it.
+        every = 1 if self.settings.callbacks or self.batches else CHECK_EVERY
+        step: Callable[[], Tensor] = _nothing_prepared
+        for number in range(len(self.losses), self.settings.num_steps):
+            if number % every == 0 or step is _nothing_prepared:
+                step = self.svi.prepare(*self._next_arguments(), self.progress.end - number)
+            self.pending.append(step())
+            stops = [callback(number, float(self.pending[-1])) for callback in self.settings.callbacks]
+            checkpoint_due = self.settings.checkpoint is not None and (number + 1) % self.settings.checkpoint_every == 0
+            if any(stops) or checkpoint_due or len(self.pending) == CHECK_EVERY:
+                self._collect(bar)
+                if checkpoint_due:
+                    self._save()
+            if any(stops) or number + 1 >= self.progress.end:
+                break
+        self._collect(bar)
+        if self.settings.checkpoint is not None:
+            self._save()
+
+    def _next_arguments(self) -> tuple[tuple, dict[str, Any]]:
+        return (self.args, self.kwargs) if self.batches is None else next(self.batches)
+
+    def _collect(self, bar: tqdm) -> None:
+        """Waits for the losses of the last steps."""
+        if not self.pending:
             return
-        if self.scheduler is None:
-            self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-                self.make_optimizer(parameters), self.learning_rate_factor
+        values = torch.stack(self.pending).tolist()
+        self.pending.clear()
+        self.losses.extend(values)
+        if (
+            self.convergence is not None
+            and self.progress.converged_at is None
+            and self.convergence.reached(self.losses)
+        ):
+            self.progress.converged_at = len(self.losses)
+            bar.total = self.progress.end
+        now = self.svi.scalars
+        bar.set_postfix(
+            elbo=f"{-np.nanmean(values) if not np.isnan(values).all() else np.nan:.3f}",
+            gradient=f"{now.norm:.2g}",
+            skipped=int(now.num_skipped),
+            refresh=False,
+        )
+        bar.update(len(values))
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        assert self.settings.checkpoint is not None
+        checkpoints.save(
+            self.settings.checkpoint,
+            {
+                "modules": {
+                    name: module.state_dict()
+                    for name, module in (("model", self.svi.model), ("guide", self.svi.guide))
+                    if isinstance(module, torch.nn.Module)
+                },
+                "training": {
+                    "svi": self.svi.state_dict(),
+                    "losses": self.losses,
+                    "num_steps": self.settings.num_steps,
+                    "converged_at": self.progress.converged_at,
+                    "random": checkpoints.random_state(),
+                    "batches": None if self.batches is None else self.batches.state_dict(),
+                },
+            },
+        )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where a checkpoint was written."""
+        if state["num_steps"] != self.settings.num_steps:
+            raise ValueError(
+                f"fit: checkpoint '{self.settings.checkpoint}' is of a fit with num_steps = {state['num_steps']}, here it is "
+                f"{self.settings.num_steps}: the schedule would not be the same"
             )
-        self.scheduler.optimizer.step()
-        self.scheduler.step()
-
-
-class _RunningMean:
-    """An exponential mean over about 100 steps, without bias at its start."""
-
-    def __init__(self, decay: float = 0.99) -> None:
-        self.decay, self.total, self.weight = decay, 0.0, 0.0
-
-    def add(self, value: float) -> None:
-        self.total = self.decay * self.total + (1 - self.decay) * value
-        self.weight = self.decay * self.weight + (1 - self.decay)
-
-    @property
-    def mean(self) -> float:
-        """The mean so far; infinite before the first value that is not 0, since a bound of 0 would never be left."""
-        return self.total / self.weight if self.total else math.inf
-
-
-def _train(
-    trainer: _Trainer,
-    num_steps: int,
-    max_skipped: int,
-    callbacks: Sequence[Callable[[int, float], bool | None]],
-    progress: bool,
-    tracer: Tracer,
-) -> tuple[np.ndarray, int]:
-    """The losses of all steps and the number of skipped ones."""
-    losses: list[float] = []
-    num_skipped = in_a_row = 0
-    recent = _RunningMean()
-    description = type(trainer.guide).__name__
-    with tqdm(total=num_steps, disable=not progress, desc=description, mininterval=0.5) as bar:
         try:
-            for step in range(num_steps):
-                loss, updated = trainer.step()
-                losses.append(loss)
-                in_a_row = 0 if updated else in_a_row + 1
-                num_skipped += not updated
-                if in_a_row >= max_skipped:
-                    raise RuntimeError(
-                        f"fit: {in_a_row} steps in a row had no finite loss or gradient, up to step {step}; "
-                        + (
-                            _first_site_without_density(tracer)
-                            or "every site's log-probability is finite, its gradient is not"
-                        )
-                    )
-                if updated:
-                    recent.add(-loss)
-                    bar.set_postfix(elbo=f"{recent.mean:.3f}", refresh=False)
-                bar.update()
-                stops = [callback(step, loss) for callback in callbacks]
-                if any(stops):
-                    break
-        except KeyboardInterrupt:
-            warnings.warn(f"fit: interrupted after {len(losses)} of {num_steps} steps", stacklevel=3)
-    return np.array(losses), num_skipped
+            self.svi.load_state_dict(state["svi"], *self.args, **self.kwargs)
+        except ValueError as error:
+            raise ValueError(f"fit: checkpoint '{self.settings.checkpoint}' does not fit: {error}") from error
+        self.losses = list(state["losses"])
+        self.progress.converged_at = state["converged_at"]
+        if self.batches is not None and state["batches"] is not None:
+            self.batches.load_state_dict(state["batches"])
+        checkpoints.set_random_state(state["random"])
+
+
+def _nothing_prepared() -> Tensor:
+    raise AssertionError("a step is prepared before it is taken")
+
+
+class _Batches:
+    """The arguments of the steps, epoch after epoch."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches = batches
+        self._begin()
+
+    def _begin(self) -> None:
+        # What a loader shuffles with.
+        self.random_state = checkpoints.random_state()
+        self.iterator = iter(self.batches)
+        self.position = 0
+
+    def __next__(self) -> tuple[tuple, dict[str, Any]]:
+        try:
+            batch = next(self.iterator)
+        except StopIteration:
+            self._begin()
+            try:
+                batch = next(self.iterator)
+            except StopIteration:
+                raise ValueError(
+                    "fit: batches came to an end and cannot be iterated over again; give a list or a DataLoader, not a generator"
+                ) from None
+        self.position += 1
+        return _arguments(batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"random_state": self.random_state, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        checkpoints.set_random_state(state["random_state"])
+        self._begin()
+        for _ in range(state["position"]):
+            next(self)
+
+
+def _arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
+    """The arguments that an element of batches stands for."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
+
+
+def _read_checkpoint(settings: _Settings) -> dict[str, Any] | None:
+    path = settings.checkpoint
+    if path is None:
+        return None
+    if not path.parent.is_dir():
+        raise ValueError(f"fit: the directory of checkpoint '{path}' does not exist")
+    if not path.exists():
+        return None
+    if not settings.resume:
+        raise FileExistsError(
+            f"fit: checkpoint '{path}' exists; give resume=True to go on from it, or delete it to begin anew"
+        )
+    return checkpoints.load(path)
+
+
+def _load_modules(states: Mapping[str, Any], model: Callable, guide: Callable) -> None:
+    """Buffers and parameters of model and guide; the fixed map of a flow guide is among them."""
+    for name, module in (("model", model), ("guide", guide)):
+        if (name in states) != isinstance(module, torch.nn.Module):
+            raise ValueError(f"fit: the checkpoint is of another {name}")
+        if isinstance(module, torch.nn.Module):
+            try:
+                module.load_state_dict(states[name])
+            except RuntimeError as error:
+                raise ValueError(
+                    f"fit: the checkpoint is of another {name}: {' '.join(str(error).split())[:300]}"
+                ) from error
+        if isinstance(module, AutoFlow):
+            module.share_whitening()
+
+
+# --- restarts ------------------------------------------------------------------------------------------------------------
+
+
+class _Values:
+    """The values of parameters, to go back to."""
+
+    def __init__(self, *functions: Callable) -> None:
+        modules = [function for function in functions if isinstance(function, torch.nn.Module)]
+        leaves = [leaf for _, leaf in pyro.get_param_store().named_parameters()]
+        leaves += [leaf for module in modules for leaf in module.parameters()]
+        leaves += [buffer for module in modules for buffer in module.buffers()]
+        self.values = [(leaf, leaf.detach().clone()) for leaf in {id(leaf): leaf for leaf in leaves}.values()]
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for leaf, value in self.values:
+                leaf.copy_(value)
+
+
+def _fit_repeatedly(
+    model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any], settings: _Settings, num_restarts: int
+) -> FlowFit:
+    """The best of several fits by its ELBO."""
+    store = pyro.get_param_store()
+    # Each such guide is a copy with parameters of its own.
+    starts_anew = isinstance(guide, AutoFlow) and guide.prototype_trace is None
+    initial: _Values | None = None
+    fits: list[tuple[FlowFit, _Values, Any]] = []
+    errors: list[Exception] = []
+    for index in range(num_restarts):
+        one = replace(settings, seed=None if settings.seed is None else settings.seed + index)
+        if settings.checkpoint is not None:
+            path = settings.checkpoint
+            one = replace(one, checkpoint=path.with_name(f"{path.stem}-{index}{path.suffix}"))
+        with store.scope() if starts_anew else contextlib.nullcontext():
+            candidate = copy.deepcopy(guide) if starts_anew else guide
+            if initial is None:
+                with warnings.catch_warnings():
+                    # It warns again where the fit itself does it.
+                    warnings.simplefilter("ignore")
+                    if isinstance(candidate, AutoFlow):
+                        candidate.setup(*args, **kwargs)
+                    Tracer(model, candidate, args, kwargs)
+                initial = _Values(model, candidate)
+            try:
+                result = _fit_once(model, candidate, args, kwargs, one, initial, log_likelihood=True)
+                fits.append((result, _Values(model, candidate), store.get_state()))
+            except (RuntimeError, ValueError) as error:
+                warnings.warn(f"fit: restart {index} of {num_restarts} failed: {error}", stacklevel=3)
+                errors.append(error)
+    if not fits:
+        raise errors[0]
+    best, values, state = max(fits, key=lambda entry: -math.inf if math.isnan(entry[0].elbo) else entry[0].elbo)
+    values.restore()
+    if starts_anew:
+        store.set_state(state)
+        assert isinstance(guide, AutoFlow) and isinstance(best.guide, AutoFlow)
+        guide.setup(*args, **kwargs)
+        guide.load_state_dict(best.guide.state_dict())
+    best.guide = guide
+    best.restarts = tuple(result.draws for result, _, _ in fits)
+    best.wall_time = sum(result.wall_time for result, _, _ in fits)
+    return best
+
+
+# --- checks --------------------------------------------------------------------------------------------------------------
 
 
 def _check_start(tracer: Tracer) -> None:
@@ -281,37 +543,8 @@ def _first_site_without_density(tracer: Tracer) -> str | None:
     """A sentence about the first site of a fresh draw whose log-probability is not finite."""
     with poutine.block(), pyro.validation_enabled(False):
         for guide_trace, model_trace, _ in tracer.traces(1):
-            for owner, trace in (("model", model_trace), ("guide", guide_trace)):
-                trace.compute_log_prob()
-                for name, site in tensor_sites(trace):
-                    if not math.isfinite(site["log_prob_sum"]):
-                        return f"site '{name}' of the {owner} has log-probability {float(site['log_prob_sum'])}"
+            return site_without_density(guide_trace, model_trace)
     return None
-
-
-@contextlib.contextmanager
-def _path_gradient(guide: Callable) -> Iterator[None]:
-    """Lets a flow guide use the path gradient for a while."""
-    if not isinstance(guide, AutoFlow):
-        yield
-        return
-    previous, guide.gradient = guide.gradient, "path"
-    try:
-        yield
-    finally:
-        guide.gradient = previous
-
-
-def _schedule(schedule: str | Callable[[float], float] | None) -> Callable[[float], float]:
-    if schedule is None:
-        return SCHEDULES["cosine"]
-    if callable(schedule):
-        return schedule
-    if schedule not in SCHEDULES:
-        raise ValueError(
-            f"fit: unknown schedule {schedule!r}; known are {', '.join(SCHEDULES)}, or a function of the progress"
-        )
-    return SCHEDULES[schedule]
 
 
 def _positive(name: str, value: int | None, default: int) -> int:
@@ -322,14 +555,3 @@ def _positive(name: str, value: int | None, default: int) -> int:
     if value < 1:
         raise ValueError(f"fit: {name} must be at least 1, got {value}")
     return value
-
-
-def _refuse_what_is_to_come(
-    num_restarts: int, checkpoint: str | Path | None, checkpoint_every: int | None, resume: bool
-) -> None:
-    if num_restarts != 1:
-        raise NotImplementedError("fit: num_restarts is not available yet; call fit with several seeds instead")
-    if checkpoint is not None or checkpoint_every is not None or resume:
-        raise NotImplementedError(
-            "fit: checkpoint, checkpoint_every and resume are not available yet; save guide.state_dict() with torch.save"
-        )

@@ -29,6 +29,7 @@ class FlowFit:
         model_kwargs: The keyword arguments it was fitted on.
         losses: The loss (−ELBO estimate) of every step, shape (steps,).
         num_skipped: How many steps were skipped because loss or gradient were not finite.
+        num_rolled_back: How many times the training exploded and was taken back.
         wall_time: The seconds that the fit took, final draws included.
         draws: Draws from the fitted guide with their densities, 10,000 (1000 for a model that cannot be vectorised).
         restarts: Draws of every independent fit, log-likelihoods included, in the order of their seeds; empty where there was
@@ -41,6 +42,7 @@ class FlowFit:
     model_kwargs: dict[str, Any]
     losses: np.ndarray = field(repr=False)
     num_skipped: int
+    num_rolled_back: int
     wall_time: float
     draws: Draws = field(repr=False)
     restarts: tuple[Draws, ...] = field(default=(), repr=False)
@@ -114,7 +116,7 @@ class FlowFit:
 
         Groups: posterior, unconstrained_posterior, sample_stats (``lp``, ``log_q``, ``log_weight``), log_likelihood,
         posterior_predictive, prior, prior_predictive, observed_data, constant_data and variational_fit (the ELBO of every
-        step, ``num_skipped`` steps, ``wall_time`` in seconds, k-hat and final ELBO of every chain).
+        step, ``num_skipped`` steps, how often it was taken back, ``wall_time`` in seconds, k-hat and final ELBO of every chain).
 
         Arguments:
             num_samples: The number of draws in a chain.
@@ -148,6 +150,7 @@ class FlowFit:
             {
                 "elbo": -self.losses,
                 "num_skipped": np.asarray(self.num_skipped),
+                "num_rolled_back": np.asarray(self.num_rolled_back),
                 "wall_time": np.asarray(self.wall_time),
                 **{
                     name: np.array([getattr(estimate, part) for estimate in estimates])

@@ -1,0 +1,41 @@
+"""Notices when training explodes: losses far above what they were, and for many steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+# A loss is bad if it is above the mean of the last good window by so many of its standard deviations,
+NUM_DEVIATIONS = 20.0
+# and by so much in any case, since the deviation goes to 0 where a guide is exact.
+SLACK = 1e-4
+NUM_BAD_STEPS = 10
+
+
+class ExplosionDetector:
+    """Judges window after window of losses by the last one that was good."""
+
+    def __init__(self) -> None:
+        self.bound = np.inf
+        self.num_bad_in_a_row = 0
+
+    def judge(self, losses: Sequence[float]) -> str:
+        """``"good"`` if no loss of a window is bad, ``"exploded"`` at ten bad ones in a row, ``"bad"`` in between.
+
+        A good window is what the next ones are judged by. Losses that are not finite do not count.
+        """
+        values = np.asarray(losses, dtype=np.float64)
+        values = values[np.isfinite(values)]
+        any_bad = False
+        for bad in values > self.bound:
+            any_bad |= bool(bad)
+            self.num_bad_in_a_row = self.num_bad_in_a_row + 1 if bad else 0
+            if self.num_bad_in_a_row == NUM_BAD_STEPS:
+                self.num_bad_in_a_row = 0
+                return "exploded"
+        if any_bad or len(values) < 2:
+            return "bad"
+        mean = float(values.mean())
+        self.bound = mean + NUM_DEVIATIONS * float(values.std()) + SLACK * (1 + abs(mean))
+        return "good"
