@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from . import bases, flows, transforms
+from .amortized import AmortizedFlow
 from .calibration import Calibration, calibration
 from .compare import compare
 from .diagnostics import Draws, Estimate, draw, plot_elbo, plot_flow, plot_marginals, plot_weights
@@ -12,6 +13,7 @@ from .posteriors import to_arviz
 from .training import IWELBO, CompiledSVI, FlowFit, fit
 
 __all__ = [
+    "AmortizedFlow",
     "AutoCoupling",
     "AutoFlow",
     "AutoIAF",

@@ -157,7 +157,7 @@ _RESHAPES = {
     *(aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.slice.Tensor, aten.squeeze.dim),
     *(aten.sum.dim_IntList, aten.permute.default, aten.transpose.int, aten.unsqueeze.default),
 }
-_NEUTRAL = {
+_NEUTRAL: dict[Any, float] = {
     aten.add.Tensor: 0.0,
     aten.add.Scalar: 0.0,
     aten.sub.Tensor: 0.0,
@@ -227,7 +227,8 @@ def _without_neutral_element(module: GraphModule, node: Node, source: Any) -> No
 
 def _with_fewer_signs(graph: Graph, node: Node, source: Any) -> Node | None:
     second: Any = node.args[1]
-    opposite = {aten.add.Tensor: aten.sub.Tensor, aten.sub.Tensor: aten.add.Tensor}.get(node.target)
+    opposites: dict[Any, Any] = {aten.add.Tensor: aten.sub.Tensor, aten.sub.Tensor: aten.add.Tensor}
+    opposite = opposites.get(node.target)
     if (
         opposite is not None
         and _target(second) is aten.neg.default
@@ -326,7 +327,7 @@ def _view_before_operation(graph: Graph, node: Node, operation: Node) -> Node | 
             return None
         sources[argument] = original
     args, kwargs = torch.fx.node.map_arg((operation.args, operation.kwargs), sources.__getitem__)
-    return graph.call_function(operation.target, args, kwargs)
+    return graph.call_function(_target(operation), args, kwargs)
 
 
 def _target(value: Any) -> Any:
