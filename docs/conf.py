@@ -18,7 +18,7 @@ author = copyright = "The authors of pyro_flowguides"
 version = release = pyro_flowguides.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "mathml"]
-exclude_patterns = ["_build", "images/*.md"]
+exclude_patterns = ["_build", "jupyter_execute", ".jupyter_cache"]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 myst_links_external_new_tab = False
@@ -42,7 +42,7 @@ html_theme = "furo"
 html_title = "pyro_flowguides"
 html_math_renderer = "mathml"
 html_static_path = ["_static"]
-html_css_files = ["wide_tables.css"]
+html_css_files = ["layout.css"]
 html_show_sphinx = False
 
 

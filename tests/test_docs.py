@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 # What conf.py copies into docs/ belongs to its own folder.
 COPIED = {DOCS / "results": ROOT / "benchmarks" / "results", DOCS / "tutorials": ROOT / "tutorials"}
-GENERATED = {"_build", "results", "tutorials"}
+GENERATED = {"_build", "jupyter_execute", "results", "tutorials"}
 WRITTEN = sorted(path for path in DOCS.rglob("*.md") if path.relative_to(DOCS).parts[0] not in GENERATED)
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *WRITTEN]
 TUTORIALS = sorted((ROOT / "tutorials").glob("*.md"))

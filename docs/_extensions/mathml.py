@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 from xml.etree import ElementTree
 
@@ -20,13 +21,15 @@ def mathml(latex: str, as_block: bool) -> str:
     Raises:
         SphinxError: if the converter does not know a command in it.
     """
+    # What the converter lacks: this name of the dots, and sizes of brackets, which grow by themselves in MathML.
+    known = re.sub(r"\\[bB]igg?[lrm]?(?![a-z])", "", latex.replace(r"\dots", r"\ldots"))
     try:
-        # The converter has the dots under this name alone.
-        source = latex2mathml.tex2mathml(latex.replace(r"\dots", r"\ldots"), as_block=as_block)
+        source = latex2mathml.tex2mathml(known, as_block=as_block)
     except Exception as error:
         raise SphinxError(f"no MathML for {latex!r}: {error}") from error
-    # HTML knows the name of this character, XML does not.
-    formula = ElementTree.fromstring(source.replace("&ApplyFunction;", "\u2061"))
+    # HTML knows the name of this invisible sign, XML does not; browsers give it no width, so that log x would be logx.
+    source = source.replace("<mo>&ApplyFunction;</mo>", '<mo rspace="0.14em">\u2061</mo>')
+    formula = ElementTree.fromstring(source)
     for element in formula.iter(f"{{{NAMESPACE}}}munderover"):
         _lower_subscript(element)
     return ElementTree.tostring(formula, encoding="unicode")
