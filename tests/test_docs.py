@@ -129,7 +129,8 @@ def source_of(path):
 @pytest.mark.parametrize("page", PAGES + TUTORIALS, ids=page_id)
 def test_internal_links_resolve(page):
     text = prose(page)
-    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:", link)]
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    links = [link for link in links if not re.match(r"[a-z]+:", link)]
     documents = [re.sub(r".*<(.*)>", r"\1", link) + ".md" for link in re.findall(r"\{doc\}`([^`]+)`", text)]
     for link in links + documents:
         path, _, anchor = link.partition("#")
