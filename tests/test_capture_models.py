@@ -173,7 +173,13 @@ def test_guides(name):
     assert random == (name not in ("AutoDelta", "AutoLaplace"))
 
 
-@pytest.mark.parametrize("name", IN_MODULES)
+# One of each way to hold parameters without further ado, and the others for whoever has time.
+QUICK_IN_MODULES = ("AutoCoupling", "AutoNormal", "AutoMultivariateNormal", "AutoStructured", "list of flow and normal")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK_IN_MODULES else pytest.param(name, marks=pytest.mark.slow) for name in IN_MODULES]
+)
 def test_guides_with_local_parameters(name):
     with pyro.settings.context(module_local_params=True):
         check(regression, GUIDES[name](regression), None, *regression_data())
@@ -214,7 +220,7 @@ ELBOS = {
 
 
 @pytest.mark.parametrize("name", ELBOS)
-@pytest.mark.parametrize("Guide", ["AutoMultivariateNormal", "AutoPlanar"])
+@pytest.mark.parametrize("Guide", ["AutoMultivariateNormal", pytest.param("AutoPlanar", marks=pytest.mark.slow)])
 def test_elbos(name, Guide):
     check(regression, GUIDES[Guide](regression), ELBOS[name], *regression_data())
 

@@ -151,7 +151,9 @@ class CompiledSVI(SVI):
         self.num_steps = 0
         self.num_rolled_back = 0
         self.learning_rate_scale = 1.0
-        self._recent: list[Tensor] = []
+        # Losses that have not been looked at, and whether their steps were finite.
+        self._recent: list[tuple[Tensor, Tensor]] = []
+        self._num_skipped_in_a_row = 0
         self._detector = ExplosionDetector()
         self._good: dict[str, Any] = {}
 
@@ -269,29 +271,33 @@ class CompiledSVI(SVI):
         binding = self._bound()
         if binding.adam is None and bool(result.finite):
             binding.step_outside(result.clipped, self._learning_rate_factor(self.num_steps - 1))
-        self._recent.append(result.loss)
+        self._recent.append((result.loss, result.finite))
         if len(self._recent) == min(CHECK_EVERY, self.max_skipped):
             self._check()
         return result.loss
 
     def _check(self) -> None:
         """Looks at the last losses: an error if nothing is finite any more, a rollback if they have exploded."""
-        losses = torch.stack(self._recent).tolist()
+        losses, finite = (torch.stack(each).tolist() for each in zip(*self._recent, strict=True))
         self._recent.clear()
-        skipped = int(self.scalars.num_skipped_in_a_row)
-        if skipped >= self.max_skipped:
-            raise RuntimeError(
-                f"{skipped} steps in a row had no finite loss or gradient, up to step {self.num_steps}; "
-                + (self._first_site_without_density() or "every site's log-probability is finite, its gradient is not")
-            )
+        for each in finite:
+            self._num_skipped_in_a_row = 0 if each else self._num_skipped_in_a_row + 1
+            if self._num_skipped_in_a_row == self.max_skipped:
+                raise RuntimeError(
+                    f"{self.max_skipped} steps in a row had no finite loss or gradient, up to step {self.num_steps}; "
+                    + (
+                        self._first_site_without_density()
+                        or "every site's log-probability is finite, its gradient is not"
+                    )
+                )
         verdict = self._detector.judge(losses)
         if verdict == "good":
             self._good = self._bound().snapshot()
         elif verdict == "exploded":
             binding = self._bound()
-            counts = binding.state.scalars[_COUNTS]
+            num_skipped = binding.state.scalars[_NUM_SKIPPED]
             binding.restore(self._good)
-            binding.state.scalars[_COUNTS] = counts
+            binding.state.scalars[_NUM_SKIPPED] = num_skipped
             self.num_rolled_back += 1
             self.learning_rate_scale *= 0.5
 
@@ -332,7 +338,8 @@ class CompiledSVI(SVI):
             "num_steps": self.num_steps,
             "num_rolled_back": self.num_rolled_back,
             "learning_rate_scale": self.learning_rate_scale,
-            "recent": [float(loss) for loss in self._recent],
+            "recent": [(float(loss), bool(finite)) for loss, finite in self._recent],
+            "num_skipped_in_a_row": self._num_skipped_in_a_row,
             "bound": self._detector.bound,
             "num_bad_in_a_row": self._detector.num_bad_in_a_row,
             "good": self._good,
@@ -364,7 +371,11 @@ class CompiledSVI(SVI):
         self.num_steps, self.num_rolled_back = state["num_steps"], state["num_rolled_back"]
         self.learning_rate_scale = state["learning_rate_scale"]
         self._good = state["good"]
-        self._recent = [self._bound().state.scalars.new_tensor(loss) for loss in state["recent"]]
+        device = self._bound().state.scalars.device
+        self._recent = [
+            (torch.tensor(loss, device=device), torch.tensor(finite, device=device)) for loss, finite in state["recent"]
+        ]
+        self._num_skipped_in_a_row = state["num_skipped_in_a_row"]
         self._detector.bound = state["bound"]
         self._detector.num_bad_in_a_row = state["num_bad_in_a_row"]
 
@@ -541,7 +552,7 @@ class CompiledSVI(SVI):
 
 
 # What a rollback does not take back.
-_COUNTS = slice(Scalars._fields.index("num_skipped"), Scalars._fields.index("num_skipped_in_a_row") + 1)
+_NUM_SKIPPED = Scalars._fields.index("num_skipped")
 
 
 def _describe(leaf: Any) -> Any:
