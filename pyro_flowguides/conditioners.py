@@ -27,11 +27,12 @@ class MLP(nn.Module):
     Arguments:
         in_features: The size of the input, at least 1.
         out_features: The size of the output.
-        hidden_dims: The widths of the hidden layers, at least one.
+        hidden_dims: The widths of the hidden layers; without any the network is a linear map, which is what a context that
+            comes from a deep encoder needs.
         activation: Makes an activation module; one is made per hidden layer.
 
     Raises:
-        ValueError: if a size is smaller than 1 or there is no hidden layer.
+        ValueError: if a size is smaller than 1.
     """
 
     def __init__(
@@ -43,10 +44,10 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         sizes = [in_features, *hidden_dims, out_features]
-        if len(sizes) < 3 or min(sizes) < 1:
+        if min(sizes) < 1:
             raise ValueError(
-                f"MLP: needs hidden_dims with at least one layer and all sizes at least 1, got in_features = {in_features}, "
-                f"hidden_dims = {tuple(hidden_dims)}, out_features = {out_features}"
+                f"MLP: needs all sizes at least 1, got in_features = {in_features}, hidden_dims = {tuple(hidden_dims)}, "
+                f"out_features = {out_features}"
             )
         layers: list[nn.Module] = []
         for size_in, size_out in zip(sizes[:-2], sizes[1:-1], strict=True):
@@ -71,7 +72,7 @@ class FreeParameters(nn.Module):
     Arguments:
         initial: The initial value of the vector.
         context_dim: The size of the context; 0 for none.
-        hidden_dims: The hidden layers of the network of the context.
+        hidden_dims: The hidden layers of the network of the context; none for a linear map.
     """
 
     def __init__(self, initial: Tensor, context_dim: int = 0, hidden_dims: Sequence[int] = (32, 32)) -> None:

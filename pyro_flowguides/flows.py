@@ -114,8 +114,13 @@ class NormalizingFlow(dist.TransformedDistribution):
         z = self.base_dist.rsample(torch.Size(sample_shape))
         if self.gradient == "path" and torch.is_grad_enabled():
             return self._draw_with_path_gradient(z)
-        x, log_det = self.transform.forward_and_log_det(z)
-        return x, self.base_dist.log_prob(z) - log_det
+        x, log_det = self.transform.forward_and_log_det(self._as_rows(z))
+        return x.reshape(z.shape), self.base_dist.log_prob(z) - log_det.reshape(z.shape[:-1])
+
+    def _as_rows(self, z: Tensor) -> Tensor:
+        """The points as a matrix, on which a network is cheapest, unless each has a context of its own."""
+        conditioned = any(isinstance(module, T.base.Conditioned) for module in self.transform.modules())
+        return z if conditioned else z.reshape(-1, z.shape[-1])
 
     def _draw_with_path_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
         if torch.jit.is_tracing():  # type: ignore[attr-defined]
@@ -126,9 +131,10 @@ class NormalizingFlow(dist.TransformedDistribution):
         log_base, pull_back = T.base.value_and_pull_back(self.base_dist.log_prob, z.detach())
         with torch.no_grad():
             (score,) = pull_back(torch.ones_like(log_base))
-        x, log_det, score = self.transform.forward_with_score(z, score)
-        log_prob = (log_base - log_det).detach()
-        return x, log_prob + ((x - x.detach()) * score).sum(-1)
+        x, log_det, score = self.transform.forward_with_score(self._as_rows(z), self._as_rows(score))
+        path = ((x - x.detach()) * score).sum(-1)
+        log_prob = (log_base - log_det.reshape(log_base.shape)).detach()
+        return x.reshape(z.shape), log_prob + path.reshape(log_base.shape)
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         self._last_draw = self.rsample_and_log_prob(sample_shape)

@@ -11,26 +11,27 @@ Gaussian.
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
+from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.nn.module import to_pyro_module_
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to, register_kl
 
-from . import bases, flows, whitening
+from . import bases, flows, plates, whitening
 from . import transforms as T
+from .stored_guide import StoredGuide
 from .tracing import PLATE_NAME, log_prob_per_draw, max_plate_nesting, per_draw, quiet_trace
 
 BASES: dict[str, Callable[[int], bases.Base]] = {
@@ -41,18 +42,34 @@ BASES: dict[str, Callable[[int], bases.Base]] = {
 # Above this size the fixed map is diagonal: a full one costs D² numbers and D³ operations to find.
 MAX_FULL_RANK_DIM = 200
 NUM_QUANTILE_PAIRS = 5000
+# A model with another number among its arguments at every step is run twice no more often than this.
+MAX_SIGNATURES = 64
+# For the covariance as a whole, and for its diagonal above MAX_FULL_RANK_DIM.
 WHITENING_METHODS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "auto": whitening.best_gaussian,
     "batch_and_match": whitening.batch_and_match,
     "path": whitening.quasi_newton_path,
+    "laplace": whitening.laplace,
 }
+DIAGONAL_WHITENING_METHODS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "auto": whitening.best_diagonal_gaussian,
+    "batch_and_match": whitening.diagonal_batch_and_match,
+}
+_WAYS_OUT = (
+    "Ways out: create_plates, which makes the plate for the guide as for the model; AutoGuideList of AutoFlow for the global "
+    "latents and AutoNormal for the local ones; AmortizedFlow(model, encoder), whose parameters do not depend on the size of "
+    "the plate"
+)
 
 
-class AutoFlow(AutoContinuous):
+class AutoFlow(StoredGuide, AutoContinuous):
     r"""A guide that approximates the joint posterior of all latents by a normalizing flow.
 
     It trains with Pyro's ``SVI`` and any of its ELBOs, or with :func:`pyro_flowguides.fit`. A draw costs one forward pass of
     the flow, with its density; nothing is inverted in training.
+
+    Latents inside a plate that takes minibatches are parts of the flow for all elements of the plate, so that a step costs
+    O(size of the plate); the minibatch selects among them.
 
     Arguments:
         model: A Pyro model whose latents are continuous and whose structure does not change.
@@ -73,9 +90,11 @@ class AutoFlow(AutoContinuous):
         create_plates: As in Pyro's ``AutoNormal``: makes the plates of subsampled data.
 
     Raises:
-        ValueError: if an argument is unknown; at set-up, if a latent site is discrete or has no map to the real line.
-        RuntimeError: at set-up, if the model has no latent site.
-        NotImplementedError: at set-up, for a sequential plate, or a latent inside a subsampled plate.
+        ValueError: if an argument is unknown; at set-up, if a latent site is discrete or has no map to the real line, if the
+            latents differ in dtype or device, or if it is not known which elements of a plate a latent is for; at a call, if
+            a latent site or its plate is not what it was at set-up.
+        RuntimeError: at set-up, if the model has no latent site (and ``create_plates`` no plates to make either).
+        NotImplementedError: at set-up, for a sequential plate.
 
     References:
         Rezende & Mohamed (2015), *Variational inference with normalizing flows*, arXiv:1505.05770.
@@ -120,7 +139,7 @@ class AutoFlow(AutoContinuous):
             raise ValueError(f'{name}: affine must be "lower_triangular", "diagonal" or None, got {affine!r}')
         if gradient not in ("total", "path"):
             raise ValueError(f'{name}: gradient must be "total" or "path", got {gradient!r}')
-        super().__init__(model, init_loc_fn=init_loc_fn)
+        super().__init__(model, init_loc_fn=functools.partial(_init_or_feasible, init_loc_fn))
         self.create_plates = create_plates
         self.gradient = gradient
         self._recipe = flows.RECIPES[flow] if isinstance(flow, str) else flow
@@ -137,17 +156,37 @@ class AutoFlow(AutoContinuous):
         built by its first call.
         """
         if self.prototype_trace is None:
+            if self.master is not None and self.master().prototype_trace is None:
+                raise ValueError(
+                    f"{type(self).__name__}: this guide is part of an AutoGuideList, whose plates it uses; call the list once "
+                    "instead, which sets up all of its parts"
+                )
             with self._pyro_context:
                 self._setup_prototype(*args, **kwargs)
-        with poutine.block():
-            self._create_plates(*args, **kwargs)
+        if self.master is None:
+            # A part of an AutoGuideList gets its plates from there.
+            with poutine.block():
+                self._create_plates(*args, **kwargs)
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         try:
             with torch.no_grad():
-                super()._setup_prototype(*args, **kwargs)
+                # Not that of AutoContinuous, to which a minibatch is the whole plate.
+                super(AutoContinuous, self)._setup_prototype(*args, **kwargs)
+                self._lay_out_latents()
+            # While torch.jit records, sizes are tensors.
+            key = None if torch._C._get_tracing_state() else plates.signature(args, kwargs)
+            self._known_frames = {key: self._prototype_frames}
+            if not self.latent_dim:
+                if self.create_plates is None:
+                    raise RuntimeError(
+                        f"{type(self).__name__} found no latent variables; use an empty guide instead, or give create_plates "
+                        "for a guide that makes the plates alone"
+                    )
+                return
             self._check_latents()
+            self._check_given_indices(args, kwargs)
             init_loc = self._init_loc()
             flow = self._build_flow(init_loc)
             base = BASES[self._base](self.latent_dim).to(dtype=init_loc.dtype, device=init_loc.device)
@@ -163,20 +202,144 @@ class AutoFlow(AutoContinuous):
             self.prototype_trace = None
             raise
 
-    def _check_latents(self) -> None:
+    def _lay_out_latents(self) -> None:
+        """The flat latent holds the sites one after the other, each over the whole of its plates."""
+        self._unconstrained_shapes = {}
+        self._unconstrained_event_dims = {}
+        self._cond_indep_stacks = {}
         for name, site in self.prototype_trace.iter_stochastic_nodes():
-            for frame in site["cond_indep_stack"]:
-                if frame.full_size is not None and frame.full_size != frame.size:
-                    raise NotImplementedError(
-                        f"{type(self).__name__}: latent site '{name}' is inside plate '{frame.name}', which takes "
-                        f"{frame.size} of its {frame.full_size} elements; latents inside a subsampled plate are not "
-                        "supported. Use the whole plate, or AutoGuideList with AutoNormal for the local latents."
-                    )
-            if not bool(biject_to(site["fn"].support).inv(site["value"]).isfinite().all()):
+            self._check_sizes_are_known(site)
+            with helpful_support_errors(site):
+                plates.cover_whole_plates(site)
+                shape = biject_to(site["fn"].support).inv(site["value"]).shape
+            self._unconstrained_shapes[name] = shape
+            self._unconstrained_event_dims[name] = site["fn"].event_dim + len(shape) - site["value"].dim()
+            self._cond_indep_stacks[name] = site["cond_indep_stack"]
+        self.latent_dim = sum(shape.numel() for shape in self._unconstrained_shapes.values())
+
+    def _check_sizes_are_known(self, site: Any) -> None:
+        for frame in site["cond_indep_stack"]:
+            if frame.size < 0:
+                raise ValueError(
+                    f"{type(self).__name__}: latent site '{site['name']}' is inside plate '{frame.name}', whose size is not "
+                    f"known; give it: pyro.plate('{frame.name}', size). {_WAYS_OUT}"
+                )
+
+    def _check_latents(self) -> None:
+        first: Any = None
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            value = site["value"]
+            first = first or site
+            if (value.dtype, value.device) != (first["value"].dtype, first["value"].device):
+                raise ValueError(
+                    f"{type(self).__name__}: its latents form one vector, but site '{first['name']}' is "
+                    f"{first['value'].dtype} on {first['value'].device} and site '{name}' is {value.dtype} on "
+                    f"{value.device}; make the parameters of the two priors alike, or use one guide for each in an "
+                    "AutoGuideList"
+                )
+            if not bool(biject_to(site["fn"].support).inv(value).isfinite().all()):
                 raise ValueError(
                     f"{type(self).__name__}: init_loc_fn gives site '{name}' a value that is not finite in unconstrained "
                     "space; choose another init_loc_fn, for example init_to_feasible"
                 )
+
+    def _check_given_indices(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Latents at indices that the model is given: the guide must be given the same, or it would train others."""
+        local = self._local_plates()
+        if not local:
+            return
+        given = {
+            name
+            for name, site in plates.trace_plates(self.model, args, kwargs).items()
+            if name in local and plates.has_given_indices(site)
+        }
+        owner = self if self.master is None else self.master()
+        with poutine.block():
+            made = owner.create_plates(*args, **kwargs) if owner.create_plates is not None else ()
+        given -= {plate.name for plate in ([made] if isinstance(made, pyro.plate) else made)}
+        if given:
+            name = sorted(given)[0]
+            raise ValueError(
+                f"{type(self).__name__}: latent site '{local[name]}' is inside plate '{name}', which gets its indices "
+                "(subsample=) in the model, so that the guide does not know which elements they are. "
+                f"{_WAYS_OUT}"
+            )
+
+    def _local_plates(self) -> dict[str, str]:
+        """The subsampled plates with latents inside, each with the name of one of them."""
+        return {
+            frame.name: name
+            for name, frames in self._cond_indep_stacks.items()
+            for frame in frames
+            if plates.is_subsampled(frame)
+        }
+
+    # --- other arguments than those of the set-up ------------------------------------------------------------------------
+
+    def _follow_arguments(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Takes over the minibatch sizes of these arguments, and finds out whether the model is still the same.
+
+        The model is run for it when arguments of this shape come for the first time.
+        """
+        if torch._C._get_tracing_state():
+            return
+        key = plates.signature(args, kwargs)
+        if key not in self._known_frames:
+            if len(self._known_frames) >= MAX_SIGNATURES:
+                return
+            try:
+                with quiet_trace():
+                    model = poutine.block(self.model, self._prototype_hide_fn)
+                    trace = poutine.trace(model).get_trace(*args, **kwargs)
+            except Exception:
+                # A model may need the handlers that it is run with, to forecast for example; what is wrong otherwise, its own
+                # run will show.
+                self._known_frames[key] = self._prototype_frames
+            else:
+                self._known_frames[key] = self._check_same_latents(trace)
+        self._prototype_frames = self._known_frames[key]
+
+    def _check_same_latents(self, trace: poutine.Trace) -> dict[str, Any]:
+        """Raises ValueError unless the latents are those of the set-up; returns their plates by name."""
+        name_of_guide = type(self).__name__
+        frames = {}
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            if name not in trace.nodes:
+                raise ValueError(
+                    f"{name_of_guide}: latent site '{name}' was in the model at set-up and is not with these arguments; a "
+                    "flow needs the same latents at every call. Sample it always and use it when it is needed, or use a "
+                    "guide for each of the two forms of the model"
+                )
+            now: Any = trace.nodes[name]
+            for before, frame in zip(site["cond_indep_stack"], now["cond_indep_stack"], strict=False):
+                size, size_before = plates.full_size(frame), plates.full_size(before)
+                if (before.name, size_before) != (frame.name, size):
+                    raise ValueError(
+                        f"{name_of_guide}: latent site '{name}' is inside plate '{frame.name}' of size {size}, which at "
+                        f"set-up was plate '{before.name}' of size {size_before}. If these are minibatches, "
+                        f"give the plate its full size and subsample_size. {_WAYS_OUT}"
+                    )
+                frames[frame.name] = frame
+            with torch.no_grad():
+                plates.cover_whole_plates(now)
+            if now["value"].shape != site["value"].shape:
+                raise ValueError(
+                    f"{name_of_guide}: latent site '{name}' has shape {tuple(now['value'].shape)} with these arguments, and "
+                    f"had {tuple(site['value'].shape)} at set-up; make a new guide for a model of another size"
+                )
+        return frames
+
+    def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, pyro.plate]:
+        made: dict[str, pyro.plate] = super()._create_plates(*args, **kwargs)
+        for name, frames in self._cond_indep_stacks.items():
+            for frame in frames:
+                if made[frame.name].size != plates.full_size(frame):
+                    raise ValueError(
+                        f"{type(self).__name__}: create_plates makes plate '{frame.name}' with size "
+                        f"{made[frame.name].size}, but latent site '{name}' was set up inside one of size "
+                        f"{plates.full_size(frame)}; give both the full size, and the guide's a subsample or subsample_size"
+                    )
+        return made
 
     def _build_flow(self, init_loc: Tensor) -> T.Compose:
         dim = self.latent_dim
@@ -203,15 +366,11 @@ class AutoFlow(AutoContinuous):
     # --- the parameter store -------------------------------------------------------------------------------------------
 
     def _attach_to_param_store(self) -> None:
-        """Shares every parameter with Pyro's store under one name; where the store has a value, that value is taken.
+        """As other guides do it, and with the buffers of the fixed map.
 
-        The buffers of the fixed map go to the store too: parameters that another guide adopts, or that come from a file,
-        mean nothing without the map they were trained behind.
+        Parameters that another guide adopts, or that come from a file, mean nothing without the map they were trained behind.
         """
-        for part in (self.flow, self.base):
-            for module in part.modules():
-                for name in list(module._parameters):
-                    setattr(module, name, module._parameters.pop(name))
+        super()._attach_to_param_store()
         if pyro.settings.get("module_local_params"):
             return
         store = pyro.get_param_store()
@@ -223,43 +382,47 @@ class AutoFlow(AutoContinuous):
             else:
                 store[full_name] = buffer.clone()
 
-    def _follow_param_store(self) -> None:
-        """Attaches anew after the store was cleared or loaded, which replaces all of its values: one tells for all."""
-        first = next(self.named_parameters(), None)
-        if first is None or pyro.settings.get("module_local_params"):
-            return
-        name, parameter = self._pyro_get_fullname(first[0]), first[1]
-        store = pyro.get_param_store()
-        if name not in store or store[name] is not parameter:
-            self._attach_to_param_store()
-
-    # --- copying -------------------------------------------------------------------------------------------------------
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Pyro drops the model, which often cannot be pickled, but from the guide at hand as well as from the copy.
-        model, master = self._model, self.master
-        state = dict(super().__getstate__())
-        self._model, self.master = model, master
-        # The recipe has done its work, and may be a lambda.
-        return {**state, "_model": (None,), "master": None, "_recipe": None}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
-        # Within a process the model need not be dropped: the copy can be trained on.
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        new._model, new._recipe = self._model, self._recipe
-        return new
-
     # --- the posterior -------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Samples every latent site; see Pyro's ``AutoContinuous``."""
+        """Samples every latent site.
+
+        Latents inside a subsampled plate are drawn for the whole plate and returned at its current indices. log q counts
+        once, whereas the plate scales the model's terms, and the Jacobians with them, from the minibatch to the whole: the
+        ELBO is estimated without bias.
+
+        Arguments:
+            args: Those of the model.
+            kwargs: Those of the model.
+
+        Returns:
+            A dict of site name to value.
+        """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         self._follow_param_store()
-        with _DeltasWithDensity():
-            return super().forward(*args, **kwargs)
+        self._follow_arguments(args, kwargs)
+        if not self.latent_dim:
+            self._create_plates(*args, **kwargs)
+            return {}
+        latent = self.sample_latent(*args, **kwargs)
+        made = self._create_plates(*args, **kwargs)
+        indices = plates.plate_indices(made)
+        result = {}
+        for site, unconstrained in self._unpack_latent(latent):
+            name, fn, frames = site["name"], site["fn"], self._cond_indep_stacks[site["name"]]
+            unconstrained = plates.select(unconstrained, frames, indices, self._unconstrained_event_dims[name])
+            transform = biject_to(fn.support)
+            value = transform(unconstrained)
+            log_density: Tensor | float = 0.0
+            if poutine.get_mask() is not False:
+                log_jacobian = transform.log_abs_det_jacobian(unconstrained, value)
+                log_density = -sum_rightmost(log_jacobian, log_jacobian.dim() - value.dim() + fn.event_dim)
+            with ExitStack() as stack:
+                for frame in frames:
+                    stack.enter_context(made[frame.name])
+                result[name] = pyro.sample(name, _LatentDelta(value, log_density, fn.event_dim))
+        return result
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """The distribution that the flow transforms, with its parameters as they are now."""
@@ -291,6 +454,8 @@ class AutoFlow(AutoContinuous):
 
     def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The marginal medians and standard deviations in unconstrained space."""
+        if not self.latent_dim:
+            return torch.zeros(0), torch.zeros(0)
         with torch.no_grad():
             draws = self._latent_draws()
             return draws.median(0).values, draws.std(0)
@@ -310,6 +475,8 @@ class AutoFlow(AutoContinuous):
         Returns:
             A dict of site name to a tensor of shape ``(len(quantiles),) + site shape``.
         """
+        if not self.latent_dim:
+            return {}
         draws = self._latent_draws()
         num_draws = len(draws)
         position = torch.as_tensor(quantiles, dtype=draws.dtype, device=draws.device).reshape(-1) * (num_draws - 1)
@@ -334,9 +501,10 @@ class AutoFlow(AutoContinuous):
         Arguments:
             args: The positional arguments of the model.
             method: ``"batch_and_match"`` for the Gaussian that :func:`pyro_flowguides.whitening.batch_and_match` finds from
-                ``init_loc_fn`` and ``init_scale``; ``"path"`` for the best on a quasi-Newton path from there; ``"init"`` to
-                leave the map as it starts; ``"auto"`` for the one of all these, and of batch and match from the path, with
-                the highest ELBO. Above 200 latent dimensions ``"auto"`` leaves the map as it is.
+                ``init_loc_fn`` and ``init_scale``; ``"path"`` for the best on a quasi-Newton path from there; ``"laplace"``
+                for that of the mode and the Hessian there; ``"init"`` to leave the map as it starts; ``"auto"`` for the one
+                of start, path, and batch and match from either with the highest ELBO. Above 200 latent dimensions the map is
+                diagonal, and ``"auto"`` chooses among the start and diagonal batch and match from the start and from the mode.
             model_kwargs: The keyword arguments of the model.
             vectorize: Whether the model can be run on many latents at once.
 
@@ -344,10 +512,12 @@ class AutoFlow(AutoContinuous):
             The guide.
 
         Raises:
-            ValueError: if the method is unknown, or the flow has been trained: the map is part of what was trained.
+            ValueError: if the method is unknown, or not for so many dimensions; if the flow has been trained: the map is part
+                of what was trained; if latents are local to a minibatch that is an argument of the model.
+
+        Where data are subsampled, one minibatch is drawn and kept, so that log p is a function; where latents are local to the
+        minibatch, minibatches that cover the plate take its place, at a run of the model for each.
         """
-        if method == "laplace":
-            raise NotImplementedError('whiten: method "laplace" is not available yet; use "auto" or "batch_and_match"')
         if method not in ("init", *WHITENING_METHODS):
             raise ValueError(f"whiten: method must be one of {', '.join(['init', *WHITENING_METHODS])}, got {method!r}")
         self.setup(*args, **(model_kwargs or {}))
@@ -356,15 +526,17 @@ class AutoFlow(AutoContinuous):
                 f"whiten: this {type(self).__name__} has been trained, and its fixed map is part of what it learnt; make a "
                 "new guide (after pyro.clear_param_store()) to whiten it"
             )
-        if method == "init" or (self.latent_dim > MAX_FULL_RANK_DIM and method == "auto"):
+        if method == "init":
             return self
-        if self.latent_dim > MAX_FULL_RANK_DIM:
+        methods = WHITENING_METHODS if self.latent_dim <= MAX_FULL_RANK_DIM else DIAGONAL_WHITENING_METHODS
+        if method not in methods:
             raise ValueError(
-                f'whiten: "{method}" is for at most {MAX_FULL_RANK_DIM} latent dimensions, here {self.latent_dim}'
+                f'whiten: "{method}" is for at most {MAX_FULL_RANK_DIM} latent dimensions, here are {self.latent_dim}; '
+                f"use one of {', '.join(methods)}"
             )
-        target = self._log_density_and_score(args, dict(model_kwargs or {}), vectorize)
+        log_density = self._log_density(args, dict(model_kwargs or {}), vectorize)
         start = self._whitening.loc.double(), self._whitening.scale.double()
-        loc, scale = WHITENING_METHODS[method](target, *start)
+        loc, scale = methods[method](log_density, *start)
         with torch.no_grad():
             self._whitening.loc.copy_(loc)
             self._whitening.scale.copy_(scale)
@@ -382,40 +554,56 @@ class AutoFlow(AutoContinuous):
         """Whether any parameter has moved, or was loaded, since the flow was built."""
         return not math.isclose(_checksum(self.flow, self.base), self._checksum_at_start, rel_tol=1e-12)
 
-    def _log_density_and_score(
-        self, args: tuple, model_kwargs: dict[str, Any], vectorize: bool
-    ) -> whitening.LogDensityAndScore:
-        """log p of flat unconstrained latents, with its gradient, in float64 whatever the dtype of the model."""
+    def _log_density(self, args: tuple, model_kwargs: dict[str, Any], vectorize: bool) -> whitening.LogDensity:
+        """log p of flat unconstrained latents, in float64 whatever the dtype of the model."""
         with quiet_trace():
             # Not that of the prototype, which leaves out the observed sites and their plates.
-            nesting = max_plate_nesting(poutine.trace(self.model).get_trace(*args, **model_kwargs))
+            trace = poutine.trace(self.model).get_trace(*args, **model_kwargs)
+        nesting = max_plate_nesting(trace)
+        index_sets = self._fixed_minibatches(trace)
         dtype = self._whitening.loc.dtype
 
-        def log_density(latent: Tensor) -> Tensor:
+        def of_batch(latent: Tensor) -> Tensor:
             num_points = len(latent)
             latent = latent.reshape(num_points, *[1] * nesting, self.latent_dim) if vectorize else latent.squeeze(0)
-            values, log_det = {}, 0.0
+            values, log_det = {}, torch.zeros(num_points, dtype=dtype, device=latent.device)
             for site, unconstrained in self._unpack_latent(latent):
                 transform = biject_to(site["fn"].support)
-                value = transform(unconstrained)
-                log_jacobian = transform.log_abs_det_jacobian(unconstrained, value)
+                values[site["name"]] = transform(unconstrained)
+                log_jacobian = transform.log_abs_det_jacobian(unconstrained, values[site["name"]])
                 log_det = log_det + log_jacobian.reshape(num_points, -1).sum(-1)
-                values[site["name"]] = value
-            model = poutine.condition(self.model, data=values)
+            log_p = [log_prob_at(values, indices, num_points) for indices in index_sets]
+            return log_det + sum(log_p) / len(log_p)
+
+        def log_prob_at(values: dict[str, Tensor], indices: dict[str, Tensor], num_points: int) -> Tensor:
+            nodes = self.prototype_trace.nodes
+            selected = {
+                name: plates.select(value, self._cond_indep_stacks[name], indices, nodes[name]["fn"].event_dim)
+                for name, value in values.items()
+            }
+            model = poutine.condition(self.model, data={**selected, **indices})
             plate = pyro.plate(PLATE_NAME, num_points, dim=-1 - nesting) if vectorize else nullcontext()
             with poutine.block(), plate:
                 trace = poutine.trace(model).get_trace(*args, **model_kwargs)
-            return log_det + log_prob_per_draw(trace, num_points)
+            return log_prob_per_draw(trace, num_points)
 
-        def log_density_and_score(points: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.enable_grad(), pyro.validation_enabled(False):
-                rows = points.detach().to(dtype).requires_grad_()
-                batches = [rows] if vectorize else rows.split(1)
-                value = torch.cat([log_density(batch) for batch in batches])
-                (score,) = torch.autograd.grad(value.sum(), rows)
-            return value.detach().double(), score.double()
+        def log_density(points: Tensor) -> Tensor:
+            rows = points.to(dtype)
+            with pyro.validation_enabled(False):
+                return torch.cat([of_batch(batch) for batch in ([rows] if vectorize else rows.split(1))]).double()
 
-        return log_density_and_score
+        return log_density
+
+    def _fixed_minibatches(self, trace: poutine.Trace) -> list[dict[str, Tensor]]:
+        sites, local = plates.subsample_sites(trace), self._local_plates()
+        for name, latent in local.items():
+            if name in sites and plates.has_given_indices(sites[name]):
+                raise ValueError(
+                    f"whiten: latent site '{latent}' is inside plate '{name}', of which these arguments of the model hold one "
+                    f"minibatch, which tells nothing of the others; call whiten with arguments for the whole plate, or leave "
+                    'the map as it is: method="init" (fit: whiten=None)'
+                )
+        return plates.minibatches(sites, whole=local)
 
 
 class AutoCoupling(AutoFlow):
@@ -581,8 +769,11 @@ class _LatentDelta(dist.Delta):
     constrained site of its own autoguides; with the divergence registered below it is right.
     """
 
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        return super().rsample(sample_shape) if sample_shape else self.v
+
     def log_prob(self, x: Tensor) -> Tensor:
-        # The point itself, as every ELBO asks for, need not be compared with itself.
+        # Every ELBO asks for the point itself, which need not be compared with itself.
         return self.log_density if x is self.v else super().log_prob(x)
 
 
@@ -591,12 +782,14 @@ def _kl_latent_delta(p: _LatentDelta, q: dist.Distribution) -> Tensor:
     return p.log_density - q.log_prob(p.v)
 
 
-class _DeltasWithDensity(Messenger):
-    """Makes the Deltas of ``AutoContinuous`` such ones."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if type(msg["fn"]) is dist.Delta:
-            msg["fn"] = _LatentDelta(msg["fn"].v, msg["fn"].log_density, msg["fn"].event_dim)
+def _init_or_feasible(init_loc_fn: Callable, site: Any) -> Tensor:
+    """What ``init_loc_fn`` says; for a flat prior, which nothing can be drawn from, 0 in unconstrained space."""
+    try:
+        return init_loc_fn(site)
+    except NotImplementedError:
+        fn = site["fn"]
+        to_support = biject_to(fn.support)
+        return to_support(torch.zeros(to_support.inverse_shape(fn.shape())))
 
 
 def _checksum(*modules: torch.nn.Module) -> float:

@@ -7,22 +7,24 @@ spares it what it is worst at. The map is held fixed while the flow trains, and 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-# log p and its gradient at each row of a batch of points.
-LogDensityAndScore = Callable[[Tensor], tuple[Tensor, Tensor]]
+# log p at each row of a batch of points, in float64, differentiable.
+LogDensity = Callable[[Tensor], Tensor]
 
 NUM_UPDATES = 150
+DIAGONAL_BATCH_SIZE = 32
 NUM_ELBO_DRAWS = 1000
 MAX_PATH_STEPS = 200
 NUM_PATH_DRAWS = 64
 
 
 def batch_and_match(
-    log_density_and_score: LogDensityAndScore, loc: Tensor, scale_tril: Tensor, num_updates: int = NUM_UPDATES
+    log_density: LogDensity, loc: Tensor, scale_tril: Tensor, num_updates: int = NUM_UPDATES
 ) -> tuple[Tensor, Tensor]:
     r"""The Gaussian whose scores match those of the target, by closed-form updates without a learning rate.
 
@@ -41,7 +43,7 @@ def batch_and_match(
     start that is too wide recovers. Cost: ``num_updates`` batches of max(32, 2D) gradients and O(D³) each.
 
     Arguments:
-        log_density_and_score: The target, in float64.
+        log_density: The target, in float64.
         loc: The mean to start from, shape (D,), float64.
         scale_tril: The Cholesky factor of the covariance to start from, shape (D, D), float64.
         num_updates: The number of updates.
@@ -54,7 +56,7 @@ def batch_and_match(
     identity = torch.eye(dim, dtype=loc.dtype, device=loc.device)
     for update in range(num_updates):
         points = loc + torch.randn(batch_size, dim, dtype=loc.dtype, device=loc.device) @ scale_tril.mT
-        scores = log_density_and_score(points)[1]
+        scores = value_and_score(log_density, points)[1]
         finite = scores.isfinite().all(-1)
         if 2 * int(finite.sum()) < batch_size:
             scale_tril = scale_tril / 2
@@ -85,7 +87,7 @@ def batch_and_match(
 
 
 def quasi_newton_path(
-    log_density_and_score: LogDensityAndScore, loc: Tensor, scale_tril: Tensor, max_steps: int = MAX_PATH_STEPS
+    log_density: LogDensity, loc: Tensor, scale_tril: Tensor, max_steps: int = MAX_PATH_STEPS
 ) -> tuple[Tensor, Tensor]:
     r"""The Gaussian of highest ELBO on the path of a quasi-Newton optimiser to the mode.
 
@@ -97,7 +99,7 @@ def quasi_newton_path(
     Cost: per step two batches of the target and O(D²), O(D³) for the factor of H.
 
     Arguments:
-        log_density_and_score: The target, in float64.
+        log_density: The target, in float64.
         loc: Where the path begins, shape (D,), float64.
         scale_tril: The Cholesky factor of the first H, shape (D, D), float64.
         max_steps: The longest path.
@@ -108,12 +110,13 @@ def quasi_newton_path(
     best = (loc, scale_tril)
     best_elbo = -math.inf
     point, inverse_hessian = loc, scale_tril @ scale_tril.mT
-    value, score = (part[0] for part in log_density_and_score(point.unsqueeze(0)))
-    step_lengths = 2.0 ** torch.arange(2, -22, -1, dtype=loc.dtype, device=loc.device)
+    value, score = (part[0] for part in value_and_score(log_density, point.unsqueeze(0)))
+    # Down to where the score of a sharp likelihood, far from its mode, still takes a step that helps.
+    step_lengths = 2.0 ** torch.arange(2, -45, -1, dtype=loc.dtype, device=loc.device)
     for step in range(max_steps):
         direction = inverse_hessian @ score
         points = point + step_lengths.unsqueeze(-1) * direction
-        values, scores = log_density_and_score(points)
+        values, scores = value_and_score(log_density, points)
         usable = values.isfinite() & scores.isfinite().all(-1)
         values = torch.where(usable, values, -torch.inf)
         chosen = int(values.argmax())
@@ -133,30 +136,155 @@ def quasi_newton_path(
         factor, failed = torch.linalg.cholesky_ex(inverse_hessian)
         if not int(failed):
             candidate = (point + inverse_hessian @ score, factor)
-            elbo = gaussian_elbo(log_density_and_score, *candidate, num_draws=NUM_PATH_DRAWS)
+            elbo = gaussian_elbo(log_density, *candidate, num_draws=NUM_PATH_DRAWS)
             if elbo > best_elbo:
                 best, best_elbo = candidate, elbo
     return best
 
 
-def best_gaussian(log_density_and_score: LogDensityAndScore, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
+def diagonal_batch_and_match(
+    log_density: LogDensity, loc: Tensor, scale: Tensor, num_updates: int = NUM_UPDATES
+) -> tuple[Tensor, Tensor]:
+    r"""Batch and match with a diagonal covariance, for many dimensions.
+
+    With a diagonal covariance the divergence of Cai et al. (2024, arXiv:2402.14758) and its regulariser are sums over the
+    coordinates, so that each has the update of :func:`batch_and_match` in one dimension,
+
+    .. math:: \sigma'^2 = \frac{2 v}{1 + \sqrt{1 + 4 u v}},
+
+    with the diagonals u and v of U and V. Cost: ``num_updates`` batches of 32 gradients.
+
+    Arguments:
+        log_density: The target, in float64.
+        loc: The mean to start from, shape (D,), float64.
+        scale: The standard deviations to start from, shape (D,), float64.
+        num_updates: The number of updates.
+
+    Returns:
+        The mean and the standard deviations.
+    """
+    for update in range(num_updates):
+        points = loc + torch.randn(DIAGONAL_BATCH_SIZE, len(loc), dtype=loc.dtype, device=loc.device) * scale
+        scores = value_and_score(log_density, points)[1]
+        finite = scores.isfinite().all(-1)
+        if 2 * int(finite.sum()) < DIAGONAL_BATCH_SIZE:
+            scale = scale / 2
+            continue
+        points, scores = points[finite], scores[finite]
+        weight = DIAGONAL_BATCH_SIZE / (update + 1)
+        shrunk = weight / (1 + weight)
+        mean_point, mean_score = points.mean(0), scores.mean(0)
+        u = weight * scores.var(0, correction=0) + shrunk * mean_score.square()
+        v = scale.square() + weight * points.var(0, correction=0) + shrunk * (loc - mean_point).square()
+        variance = 2 * v / (1 + (1 + 4 * u * v).sqrt())
+        loc = (loc + weight * (variance * mean_score + mean_point)) / (1 + weight)
+        scale = variance.sqrt()
+    return loc, scale
+
+
+def laplace(log_density: LogDensity, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The Laplace approximation :math:`N(m, (-\nabla^2 \log p(m))^{-1})` at the mode m.
+
+    Where the Hessian at the point that the optimiser reaches is not negative definite, as in a funnel, whose mode tells
+    nothing of its mass, a warning says so and the best Gaussian of the quasi-Newton path is taken instead.
+
+    Cost: the path and an optimiser from its best point on, and a double backward pass through a batch of D points.
+
+    Arguments:
+        log_density: The target, in float64.
+        loc: Where the optimiser starts, shape (D,), float64.
+        scale_tril: The Cholesky factor of the covariance there, shape (D, D), float64.
+
+    Returns:
+        The mean and the Cholesky factor of the covariance.
+    """
+    # Limited memory alone gets stuck where the scales of the coordinates differ by orders of magnitude.
+    path = quasi_newton_path(log_density, loc, scale_tril)
+    point = mode(log_density, path[0])
+    precision = -hessian(log_density, point)
+    factor, failed = torch.linalg.cholesky_ex(precision)
+    if not int(failed) and bool(factor.isfinite().all()):
+        scale_tril, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor))
+        if not int(failed):
+            return point, scale_tril
+    warnings.warn(
+        "whiten: the log-density has no maximum with a negative definite Hessian where the optimiser came to an end, as in a "
+        "funnel or with a flat direction; the best Gaussian on a quasi-Newton path is used instead of Laplace's",
+        stacklevel=4,
+    )
+    return path
+
+
+def mode(log_density: LogDensity, loc: Tensor, max_steps: int = MAX_PATH_STEPS) -> Tensor:
+    """A maximum of log p by L-BFGS; the start, where the optimiser leaves the range of finite numbers."""
+    point = loc.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [point],
+        max_iter=max_steps,
+        history_size=20,
+        tolerance_grad=1e-9,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        # Not by backward(), which would leave gradients in the model's parameters.
+        value, score = value_and_score(log_density, point.unsqueeze(0))
+        point.grad = -score[0]
+        return -value[0]
+
+    optimizer.step(closure)
+    found = point.detach()
+    return found if bool(found.isfinite().all()) else loc
+
+
+def best_gaussian(log_density: LogDensity, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
     """The Gaussian of highest ELBO among the start, the quasi-Newton path, and batch and match from either.
 
     Batch and match from the start fails where the posterior is far away or much narrower in some directions; the path fails
     where the mode tells nothing of the mass, as in a funnel. Where one fails the other does not.
     """
-    starts = [(loc, scale_tril), quasi_newton_path(log_density_and_score, loc, scale_tril)]
-    matched = [batch_and_match(log_density_and_score, *start) for start in starts]
-    return max([*starts, *matched], key=lambda gaussian: gaussian_elbo(log_density_and_score, *gaussian))
+    starts = [(loc, scale_tril), quasi_newton_path(log_density, loc, scale_tril)]
+    matched = [batch_and_match(log_density, *start) for start in starts]
+    return max([*starts, *matched], key=lambda gaussian: gaussian_elbo(log_density, *gaussian))
 
 
-def gaussian_elbo(
-    log_density_and_score: LogDensityAndScore, loc: Tensor, scale_tril: Tensor, num_draws: int = NUM_ELBO_DRAWS
-) -> float:
-    """The ELBO of a Gaussian, estimated from draws; −inf where a draw has no density."""
+def best_diagonal_gaussian(log_density: LogDensity, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The Gaussian of highest ELBO among the start, and diagonal batch and match from it and from the mode."""
+    starts = [(loc, scale), (mode(log_density, loc), scale)]
+    matched = [diagonal_batch_and_match(log_density, *start) for start in starts]
+    return max([starts[0], *matched], key=lambda gaussian: gaussian_elbo(log_density, *gaussian))
+
+
+@torch.no_grad()
+def gaussian_elbo(log_density: LogDensity, loc: Tensor, scale: Tensor, num_draws: int = NUM_ELBO_DRAWS) -> float:
+    """The ELBO of a Gaussian, estimated from draws; −inf where a draw has no density.
+
+    The scale is a Cholesky factor, shape (D, D), or standard deviations, shape (D,).
+    """
     noise = torch.randn(num_draws, len(loc), dtype=loc.dtype, device=loc.device)
-    log_p = log_density_and_score(loc + noise @ scale_tril.mT)[0]
+    diagonal = scale.dim() == 1
+    log_p = log_density(loc + (noise * scale if diagonal else noise @ scale.mT))
+    log_det = (scale if diagonal else scale.diagonal()).log().sum()
     # Draw by draw, so that the noise of the two densities cancels where they agree.
-    log_q = -0.5 * (noise.square() + math.log(2 * math.pi)).sum(-1) - scale_tril.diagonal().log().sum()
+    log_q = -0.5 * (noise.square() + math.log(2 * math.pi)).sum(-1) - log_det
     elbo = float((log_p - log_q).mean())
     return -math.inf if math.isnan(elbo) else elbo
+
+
+def value_and_score(log_density: LogDensity, points: Tensor) -> tuple[Tensor, Tensor]:
+    """log p and its gradient at each row of a batch of points, detached."""
+    with torch.enable_grad():
+        points = points.detach().requires_grad_()
+        value = log_density(points)
+        (score,) = torch.autograd.grad(value.sum(), points)
+    return value.detach(), score
+
+
+def hessian(log_density: LogDensity, point: Tensor) -> Tensor:
+    """The second derivatives of log p at a point, by a single double backward pass through a batch of D copies of it."""
+    with torch.enable_grad():
+        copies = point.detach().expand(len(point), -1).clone().requires_grad_()
+        (score,) = torch.autograd.grad(log_density(copies).sum(), copies, create_graph=True)
+        (second,) = torch.autograd.grad(score.diagonal().sum(), copies)
+    return (second + second.mT) / 2

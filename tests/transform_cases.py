@@ -43,6 +43,7 @@ CONDITIONAL = {
     ),
     "elementwise_spline": lambda dim, context_dim: T.ElementwiseSpline(dim, context_dim=context_dim, bound=3.0),
     "affine": lambda dim, context_dim: T.Affine(dim, context_dim=context_dim),
+    "affine_without_hidden_layers": lambda dim, context_dim: T.Affine(dim, context_dim=context_dim, hidden_dims=()),
     "lower_triangular_affine": lambda dim, context_dim: T.LowerTriangularAffine(dim, context_dim=context_dim),
     "act_norm": lambda dim, context_dim: T.ActNorm(dim, context_dim=context_dim),
     "lu_linear": lambda dim, context_dim: T.LULinear(dim, context_dim=context_dim),

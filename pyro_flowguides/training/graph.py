@@ -46,12 +46,11 @@ def simplify(module: GraphModule, varying: Sequence[Tensor] = ()) -> None:
     written = _written(module, varying)
     _fold_constants(module, written)
     _merge_equal_nodes(graph, written)
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node not in written and (other := _equivalent(module, node)) is not None:
-            node.replace_all_uses_with(other)
-    _join_slices(module, written)
-    _merge_equal_nodes(graph, written)
-    _remove_unused(graph)
+    changes = True
+    while changes:
+        changes = _replace_nodes(module, written) + _join_slices(module, written) > 0
+        _merge_equal_nodes(graph, written)
+        _remove_unused(graph)
     graph.lint()
     module.recompile()
 
@@ -156,9 +155,9 @@ _IDENTITIES = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}
 # They return their first argument if nothing about its layout changes.
 _RESHAPES = {
     *(aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.slice.Tensor, aten.squeeze.dim),
-    *(aten.sum.dim_IntList, aten.permute.default, aten.transpose.int),
+    *(aten.sum.dim_IntList, aten.permute.default, aten.transpose.int, aten.unsqueeze.default),
 }
-_NEUTRAL = {
+_NEUTRAL: dict[Any, float] = {
     aten.add.Tensor: 0.0,
     aten.add.Scalar: 0.0,
     aten.sub.Tensor: 0.0,
@@ -172,54 +171,149 @@ _COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor}
 _INVOLUTIONS = {aten.neg.default, aten.t.default}
 
 
+def _replace_nodes(module: GraphModule, written: set[Node]) -> int:
+    """Replaces nodes by equivalent ones; returns how many."""
+    count = 0
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or node in written or not node.users:
+            continue
+        with module.graph.inserting_before(node):
+            other = _equivalent(module, node)
+        if other is not None:
+            if "val" not in other.meta:
+                other.meta = dict(node.meta)
+            node.replace_all_uses_with(other)
+            count += 1
+    return count
+
+
 def _equivalent(module: GraphModule, node: Node) -> Node | None:
-    """An earlier node with the same values in the same layout, or one that is cheaper."""
-    source = node.args[0] if node.args else None
-    if not isinstance(source, Node):
-        source = None
+    """A node with the same values, that is there already or costs less."""
+    source: Any = node.args[0] if node.args else None
     if node.target in _IDENTITIES:
         return source
-    if node.target in _INVOLUTIONS and source is not None and source.target is node.target:
+    if node.target in _INVOLUTIONS and source.target is node.target:
         return _if_alike(node, source.args[0])
     if node.target in _RESHAPES:
-        return _reshaped(module.graph, node)
+        return _reshaped(module.graph, node, source)
     if node.target is aten._to_copy.default and set(node.kwargs) <= {"dtype", "device", "layout"}:
         return _if_alike(node, source)
+    if node.target is operator.getitem and source.target is aten.unbind.int:
+        return _slice_of_rows(module.graph, node, source)
     if node.target in _NEUTRAL and not node.kwargs:
-        if _uniform(module, node.args[1]) == _NEUTRAL[node.target]:
-            return _if_alike(node, source)
-        if node.target in _COMMUTATIVE and _uniform(module, source) == _NEUTRAL[node.target]:
-            return _if_alike(node, node.args[1])
+        return _without_neutral_element(module, node, source) or _with_fewer_signs(module.graph, node, source)
     return None
 
 
-def _reshaped(graph: Graph, node: Node) -> Node | None:
-    source = node.args[0]
-    assert isinstance(source, Node)
+def _without_neutral_element(module: GraphModule, node: Node, source: Any) -> Node | None:
+    neutral = _NEUTRAL[node.target]
+    second: Any = node.args[1]
+    if _uniform(module, second) == neutral:
+        return _if_alike(node, source)
+    if node.target in _COMMUTATIVE and _uniform(module, source) == neutral:
+        return _if_alike(node, second)
+    if node.target is aten.mul.Tensor:
+        # The gradient of something that is not used.
+        for factor in (source, second):
+            if isinstance(factor, Node) and _uniform(module, factor) == 0.0:
+                return _if_alike(node, factor)
+    # The gradient of c·tanh(a / c).
+    if node.target is aten.div.Tensor and _target(source) is aten.tanh_backward.default and len(source.users) == 1:
+        scaled = source.args[0]
+        if _target(scaled) is aten.mul.Tensor and scaled.args[1] == second and isinstance(second, (int, float)):
+            return module.graph.call_function(aten.tanh_backward.default, (scaled.args[0], source.args[1]))
+    return None
+
+
+def _with_fewer_signs(graph: Graph, node: Node, source: Any) -> Node | None:
+    second: Any = node.args[1]
+    opposites: dict[Any, Any] = {aten.add.Tensor: aten.sub.Tensor, aten.sub.Tensor: aten.add.Tensor}
+    opposite = opposites.get(node.target)
+    if (
+        opposite is not None
+        and _target(second) is aten.neg.default
+        and len(second.users) == 1
+        and isinstance(source, Node)
+    ):
+        return graph.call_function(opposite, (source, second.args[0]))
+    return None
+
+
+def _reshaped(graph: Graph, node: Node, source: Any) -> Node | None:
+    shape = tuple(node.meta["val"].shape)
     if node.target is aten.sum.dim_IntList and source.meta["val"].numel() != node.meta["val"].numel():
         return None
     if node.target in (aten.transpose.int, aten.permute.default):
-        if source.target is node.target and source.args[1:] == node.args[1:] and node.target is aten.transpose.int:
-            return _if_alike(node, source.args[0])
-        return None
+        back = node.target is aten.transpose.int and source.target is node.target and source.args[1:] == node.args[1:]
+        return _if_alike(node, source.args[0]) if back else None
     if (same := _if_alike(node, source)) is not None:
         return same
-    if node.target is aten.view.default and (moved := _view_before_operation(graph, node, source)) is not None:
+    if node.target is aten.slice.Tensor and source.target is aten.cat.default:
+        return _piece(node, source)
+    if node.target is not aten.view.default:
+        return None
+    if (moved := _view_before_operation(graph, node, source)) is not None:
         return moved
-    if node.target is aten.view.default and source.target is aten.view.default:
-        with graph.inserting_before(node):
-            direct = graph.call_function(node.target, (source.args[0], node.args[1]))
-        direct.meta = dict(node.meta)
+    if source.target is aten.view.default or (
+        source.target is aten._unsafe_view.default and source.meta["val"].is_contiguous()
+    ):
         # What is left may be nothing.
-        return _if_alike(direct, source.args[0]) or direct
+        first = source.args[0]
+        return _if_alike(node, first) or graph.call_function(aten.view.default, (first, list(shape)))
+    if source.target is aten.sum.dim_IntList and source.args[2:] == (True,) and len(source.users) == 1:
+        kept = [size for dim, size in enumerate(source.meta["val"].shape) if dim not in _dims(source)]
+        if tuple(kept) == shape:
+            return graph.call_function(aten.sum.dim_IntList, source.args[:2])
+    if source.target is aten.stack.default and len(source.users) == 1:
+        parts = source.args[0]
+        rows, width = parts[0].meta["val"].shape[:-1], parts[0].meta["val"].shape[-1]
+        if source.args[1:] == (-2,) and shape == (*rows, len(parts) * width):
+            return graph.call_function(aten.cat.default, (parts, -1))
     return None
+
+
+def _dims(reduction: Node) -> set[int]:
+    source: Any = reduction.args[0]
+    dims: Any = reduction.args[1]
+    return {dim % source.meta["val"].dim() for dim in dims}
+
+
+def _piece(node: Node, cat: Any) -> Node | None:
+    """What a slice cuts out of tensors side by side, if it is one of them."""
+    _, dim, start, end = (*node.args, *(0, 0, 2**63 - 1)[len(node.args) - 1 :])[:4]
+    rank, size = cat.meta["val"].dim(), cat.meta["val"].shape[dim]
+    if len(node.args) > 4 or (cat.args[1] if len(cat.args) > 1 else 0) % rank != dim % rank:
+        return None
+    place = 0
+    for part in cat.args[0]:
+        width = part.meta["val"].shape[dim] if part.meta["val"].dim() == rank else 0
+        if place == start and place + width == min(end, size):
+            return _if_alike(node, part)
+        place += width
+    return None
+
+
+def _slice_of_rows(graph: Graph, node: Node, unbind: Any) -> Node | None:
+    """A row of a matrix that is a view of longer rows: a slice of those."""
+    view = unbind.args[0]
+    matrix = view.meta["val"]
+    if (
+        view.target is not aten.view.default
+        or matrix.dim() < 2
+        or (unbind.args[1:] or (0,))[0] % matrix.dim() != matrix.dim() - 2
+    ):
+        return None
+    source = view.args[0]
+    count, width = matrix.shape[-2:]
+    if tuple(source.meta["val"].shape) != (*matrix.shape[:-2], count * width):
+        return None
+    index: Any = node.args[1]
+    return graph.call_function(aten.slice.Tensor, (source, matrix.dim() - 2, index * width, (index + 1) * width))
 
 
 def _view_before_operation(graph: Graph, node: Node, operation: Node) -> Node | None:
     """The view of an elementwise operation on views, without the views: the operation on what they are views of."""
-    if not isinstance(operation.target, torch._ops.OpOverload) or torch.Tag.pointwise not in operation.target.tags:
-        return None
-    if not _is_pure(operation) or any(user.target is not aten.view.default for user in operation.users):
+    if not _is_pointwise(operation) or any(user.target is not aten.view.default for user in operation.users):
         return None
     wanted = node.meta["val"]
     if any(user.meta["val"].shape != wanted.shape for user in operation.users):
@@ -233,10 +327,15 @@ def _view_before_operation(graph: Graph, node: Node, operation: Node) -> Node | 
             return None
         sources[argument] = original
     args, kwargs = torch.fx.node.map_arg((operation.args, operation.kwargs), sources.__getitem__)
-    with graph.inserting_before(node):
-        moved = graph.call_function(operation.target, args, kwargs)
-    moved.meta = dict(node.meta)
-    return moved
+    return graph.call_function(_target(operation), args, kwargs)
+
+
+def _target(value: Any) -> Any:
+    return value.target if isinstance(value, Node) else None
+
+
+def _is_pointwise(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags and _is_pure(node)
 
 
 def _layout(node: Node) -> tuple[Any, ...]:
@@ -245,11 +344,16 @@ def _layout(node: Node) -> tuple[Any, ...]:
 
 
 def _if_alike(node: Node, other: Any) -> Node | None:
-    """The other node, if it has the same layout."""
-    if not isinstance(other, Node):
+    """The other node, if it can stand in the place of this one."""
+    if not isinstance(other, Node) or "val" not in other.meta:
         return None
-    alike = _layout(node) == _layout(other) and node.meta["val"].dtype == other.meta["val"].dtype
-    return other if alike else None
+    ours, theirs = node.meta["val"], other.meta["val"]
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype or ours.device != theirs.device:
+        return None
+    # Another layout does no harm where nobody looks at it: rows in their order stay so through these operations.
+    strides = [stride for stride, size in zip(theirs.stride(), theirs.shape, strict=True) if size > 1]
+    in_order = strides == sorted(strides, reverse=True)
+    return other if ours.stride() == theirs.stride() or (in_order and all(map(_ignores_layout, node.users))) else None
 
 
 def _uniform(module: GraphModule, value: Any) -> float | None:
@@ -265,11 +369,19 @@ def _uniform(module: GraphModule, value: Any) -> float | None:
     return float(first) if bool((tensor == first).all()) else None
 
 
+def _ignores_layout(user: Node) -> bool:
+    return _is_pointwise(user) or user.target in {
+        *(aten.mm.default, aten.addmm.default, aten.cat.default, aten.stack.default),
+        *(aten.sum.default, aten.sum.dim_IntList, aten.index_select.default),
+    }
+
+
 # --- gradients of slices ---------------------------------------------------------------------------------------------------
 
 
-def _join_slices(module: GraphModule, written: set[Node]) -> None:
+def _join_slices(module: GraphModule, written: set[Node]) -> int:
     """Puts the gradients of the parts of a tensor side by side, where autograd adds them up padded with zeros."""
+    count = 0
     for node in list(module.graph.nodes):
         if node.target is not aten.add.Tensor or node.kwargs or node in written:
             continue
@@ -297,6 +409,8 @@ def _join_slices(module: GraphModule, written: set[Node]) -> None:
                 joined = module.graph.call_function(aten.cat.default, (pieces, dim))
             joined.meta = dict(node.meta)
             node.replace_all_uses_with(joined)
+            count += 1
+    return count
 
 
 def _start(slice_backward: Any) -> int:
@@ -368,10 +482,9 @@ def has_compiler(device: torch.device) -> bool:
 def compile_with_inductor(module: GraphModule, example_inputs: Sequence[Tensor]) -> Run:
     """Compiles a graph; it draws the same random numbers as the graph itself."""
     on_cuda = any(tensor.is_cuda for tensor in example_inputs)
-    options: dict[str, Any] = {"fallback_random": True}
-    options.update({"triton.cudagraphs": True} if on_cuda else {"cpp_wrapper": True})
+    config = {"fallback_random": True, **({"triton.cudagraphs": True} if on_cuda else {"cpp_wrapper": True})}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch._inductor.standalone_compile(
-            module, list(example_inputs), dynamic_shapes="from_example_inputs", options=options
+            module, list(example_inputs), dynamic_shapes="from_example_inputs", options={"config_patches": config}
         )

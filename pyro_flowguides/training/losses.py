@@ -21,6 +21,7 @@ from pyro.infer.elbo import ELBO
 from pyro.infer.util import get_dependent_plate_dims, torch_sum
 from torch import Tensor
 
+from ..amortized import AmortizedFlow
 from ..guides import AutoFlow
 
 # The Jit variants replace these methods by compiled ones; what they compute is that of their parents.
@@ -176,16 +177,19 @@ def _weigh_gradients(guide_trace: poutine.Trace, weights: Tensor) -> None:
             value.register_hook(functools.partial(torch.mul, factor))
 
 
-def flow_guides(guide: Callable) -> list[AutoFlow]:
+FLOW_GUIDES = (AutoFlow, AmortizedFlow)
+
+
+def flow_guides(guide: Callable) -> list[AutoFlow | AmortizedFlow]:
     """The flow guides in a guide, which is one of them, a list of guides, or none."""
     modules = guide.modules() if isinstance(guide, torch.nn.Module) else ()
-    return [module for module in modules if isinstance(module, AutoFlow)]
+    return [module for module in modules if isinstance(module, FLOW_GUIDES)]
 
 
 def has_path_gradient(guide: Callable) -> bool:
     """Whether every part of a guide is a flow guide."""
     parts = list(guide) if isinstance(guide, AutoGuideList) else [guide]
-    return all(isinstance(part, AutoFlow) for part in parts)
+    return all(isinstance(part, FLOW_GUIDES) for part in parts)
 
 
 @contextlib.contextmanager

@@ -35,8 +35,8 @@ MAX_WASTED = 5
 # Losses are looked at, errors raised and explosions taken back once in so many steps.
 CHECK_EVERY = 50
 MAX_SKIPPED = 50
-# Compiling takes so many seconds, and so many more for each node; a compiled step takes this part of a replayed one.
-COMPILE_SECONDS, COMPILE_SECONDS_PER_NODE, COMPILED_PART = 5.0, 0.02, 0.6
+# Compiling takes so many seconds, and so many more for each node; a compiled step saves this part of a replayed one.
+COMPILE_SECONDS, COMPILE_SECONDS_PER_NODE, SAVED_PART = 10.0, 0.05, 0.5
 
 
 @dataclass
@@ -536,7 +536,7 @@ class CompiledSVI(SVI):
                 return
             seconds = float(np.median(captured.seconds))
             cost = COMPILE_SECONDS + COMPILE_SECONDS_PER_NODE * len(captured.module.graph.nodes)
-            if steps_left * seconds * COMPILED_PART < cost:
+            if steps_left * seconds * SAVED_PART < cost:
                 return
         captured.compiled = True
         example = [*self._bound().tensors(self._learning_rate()), *inputs]

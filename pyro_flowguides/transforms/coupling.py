@@ -62,7 +62,8 @@ class Coupling(FlowTransform):
         self.register_buffer("order", order)
         self.register_buffer("order_back", order.argsort())
         # Two slices are views; an index is a copy.
-        self.already_ordered = bool((order == torch.arange(dim)).all())
+        self.kept_first = bool(kept[: self.num_kept].all())
+        self.kept_last = bool(kept[self.num_changed :].all())
         out_features = self.num_changed * univariate.num_parameters
         self.conditioner: nn.Module
         if self.num_kept:
@@ -71,13 +72,17 @@ class Coupling(FlowTransform):
             self.conditioner = FreeParameters(torch.zeros(out_features), context_dim, hidden_dims)
 
     def _split(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.already_ordered:
+        if self.kept_last:
+            return value[..., self.num_changed :], value[..., : self.num_changed]
+        if not self.kept_first:
             value = value.index_select(-1, self.order)
         return value[..., : self.num_kept], value[..., self.num_kept :]
 
     def _join(self, kept: Tensor, changed: Tensor) -> Tensor:
+        if self.kept_last:
+            return torch.cat([changed, kept], -1)
         value = torch.cat([kept, changed], -1)
-        return value if self.already_ordered else value.index_select(-1, self.order_back)
+        return value if self.kept_first else value.index_select(-1, self.order_back)
 
     def _univariate_parameters(self, kept: Tensor, context: Tensor | None) -> Tensor:
         if not self.num_kept:

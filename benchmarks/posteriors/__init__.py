@@ -1,0 +1,1 @@
+"""Real posteriors as a benchmark: Pyro models, reference draws, and how close the guides come to them."""

@@ -1,0 +1,147 @@
+"""How close the guides come to real posteriors.
+
+    python -m benchmarks.posteriors check  --database PATH [--sonar CSV] --out benchmarks/results/posteriors_check.json
+    python -m benchmarks.posteriors run    --database PATH [--sonar CSV] --guides default,mvn --seeds 0,1,2 --out DIR
+    python -m benchmarks.posteriors report --out DIR
+
+PATH is the folder ``posterior_database`` of a checkout of posteriordb; without it only the targets with a known evidence remain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..common import describe, environment, markdown_table, write_results
+from .check import Check, check
+from .database import posteriors
+from .posterior import Posterior
+from .report import report
+from .run import GUIDES, read, run
+from .targets import targets
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parse(arguments)
+    # The condition numbers of some of the posteriors leave nothing of single precision.
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    return options.command(options)
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.posteriors", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    sources = argparse.ArgumentParser(add_help=False)
+    sources.add_argument("--database", type=Path, help="the folder posterior_database of a checkout of posteriordb")
+    sources.add_argument("--sonar", type=Path, help="the sonar data: a CSV with the columns x1, ..., x60, label")
+    sources.add_argument("--only", type=_words, help="posteriors, by name, separated by commas")
+
+    checking = commands.add_parser("check", parents=[sources], help="compare every model with its reference draws")
+    checking.add_argument("--out", type=Path, required=True, help="a JSON file; its table is put beside it")
+    checking.set_defaults(command=_check)
+
+    running = commands.add_parser("run", parents=[sources], help="fit the guides and score their draws")
+    running.add_argument("--guides", type=_words, default=["default"], help=f"some of {', '.join(GUIDES)}")
+    running.add_argument("--seeds", type=_numbers, default=[0, 1, 2], help="numbers separated by commas")
+    running.add_argument("--steps", type=int, help="instead of the default number of steps")
+    running.add_argument("--particles", type=int, help="instead of the default number of particles")
+    running.add_argument(
+        "--out", type=Path, required=True, help="the folder of the results; what is there is not repeated"
+    )
+    running.set_defaults(command=_run)
+
+    reporting = commands.add_parser("report", help="make the tables of a run")
+    reporting.add_argument("--out", type=Path, required=True, help="the folder of the results")
+    reporting.set_defaults(command=_report)
+
+    options = parser.parse_args(arguments)
+    unknown = set(getattr(options, "guides", [])) - set(GUIDES)
+    if unknown:
+        parser.error(f"unknown guides {', '.join(sorted(unknown))}; known are {', '.join(GUIDES)}")
+    if options.command is not _report:
+        options.posteriors = _chosen(options, parser)
+    return options
+
+
+def _chosen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Callable[[], Posterior]]:
+    found = posteriors(options.database) if options.database else {}
+    found |= targets(options.sonar)
+    if options.only is None:
+        return found
+    missing = set(options.only) - set(found)
+    if missing:
+        parser.error(f"unknown posteriors {', '.join(sorted(missing))}; there are {', '.join(found)}")
+    return {name: found[name] for name in options.only}
+
+
+def _check(options: argparse.Namespace) -> int:
+    """0 if every model that has reference draws passed."""
+    checks: dict[str, Check] = {}
+    for name, load in options.posteriors.items():
+        posterior = load()
+        if posterior.latents is not None:
+            checks[name] = check(posterior)
+            print(f"{name}: {'passed' if checks[name].passed else 'FAILED'}", flush=True)
+    machine = environment("pyro-ppl")
+    results = {name: {**dataclasses.asdict(one), "passed": one.passed} for name, one in checks.items()}
+    markdown = _check_table(checks) + f"\n\n{describe(machine)}"
+    write_results(options.out, {"environment": machine, "results": results}, markdown)
+    print(markdown)
+    return 0 if all(one.passed for one in checks.values()) else 1
+
+
+def _check_table(checks: dict[str, Check]) -> str:
+    header = ["posterior", "D", "draws", "E[s] = 0", "E[s xᵀ] = −I", "bound", "alone", "passed"]
+    rows = [
+        [
+            name,
+            str(one.dim),
+            str(one.num_draws),
+            f"{one.worst_mean:.2f}",
+            f"{one.worst_product:.2f}",
+            f"{one.bound:.2f}",
+            f"{one.worst_alone:.1e}",
+            "yes" if one.passed else "NO",
+        ]
+        for name, one in checks.items()
+    ]
+    passed = sum(one.passed for one in checks.values())
+    return "\n\n".join(
+        [
+            "# Posteriors: the models against their reference draws",
+            f"{passed} of {len(checks)} pass. s is the gradient of the model's log-density in unconstrained space; the columns "
+            "of Stein's identity hold the largest |z| of its statistics, the bound what it stays below but for one time in a "
+            "thousand if the model is right. Alone: the largest difference, in nats, between the density of a draw among others "
+            "and alone.",
+            markdown_table(header, rows),
+        ]
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    run(options.posteriors, options.guides, options.seeds, options.out, options.steps, options.particles)
+    return _report(options)
+
+
+def _report(options: argparse.Namespace) -> int:
+    markdown = report(read(options.out / "runs.jsonl"))
+    (options.out / "report.md").write_text(markdown + "\n")
+    print(markdown)
+    return 0
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in _words(text)]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,122 @@
+r"""Hidden Markov models and GARCH, as scans of logarithmic depth instead of loops over time."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from .posterior import flat
+
+# --- hidden Markov models ----------------------------------------------------------------------------------------------
+
+
+# States come first and the time last: the other order has inner loops over two states, and takes three times as long.
+
+
+def log_matrix_product(logs: Tensor) -> Tensor:
+    """The logarithm of the product of T matrices, given by their logarithms: shape ``(K, K, …, T)`` to ``(K, K, …)``.
+
+    Neighbours are multiplied in pairs, log₂ T times.
+    """
+    while logs.shape[-1] > 1:
+        paired = logs.shape[-1] // 2 * 2
+        left, right, last = logs[..., 0:paired:2], logs[..., 1:paired:2], logs[..., paired:]
+        products = (left.unsqueeze(2) + right.unsqueeze(0)).logsumexp(1)
+        logs = torch.cat([products, last], -1)
+    return logs.squeeze(-1)
+
+
+def forward_log_likelihood(transition: Tensor, log_emission: Tensor) -> Tensor:
+    """log p(y) of a hidden Markov chain whose first state has weight 1 everywhere.
+
+    Arguments:
+        transition: The probabilities from state to state, shape ``(K, K, …)``.
+        log_emission: log p(y_t | state), shape ``(K, …, T)``.
+    """
+    steps = transition.log().unsqueeze(-1) + log_emission[..., 1:]
+    return (log_emission[..., 0].unsqueeze(1) + log_matrix_product(steps)).flatten(0, 1).logsumexp(0)
+
+
+def _states_first(values: Tensor) -> Tensor:
+    return values.movedim(-1, 0).contiguous()
+
+
+def _transition(first: Tensor, second: Tensor) -> Tensor:
+    """The matrix of two states, from the priors of its rows."""
+    rows = [pyro.sample(f"theta{i}", dist.Dirichlet(prior)) for i, prior in enumerate((first, second), start=1)]
+    return torch.stack([_states_first(row) for row in rows])
+
+
+def _positive_ordered(name: str, loc: Tensor) -> Tensor:
+    """0 < x_1 < x_2 < …, with the density of N(loc, 1) there: positive increments, whose map has determinant 1."""
+    increments = pyro.sample(f"{name}_increments", flat(dist.HalfNormal(torch.ones_like(loc)).to_event(1)))
+    values = pyro.deterministic(name, increments.cumsum(-1), event_dim=1)
+    pyro.factor(f"{name}_prior", dist.Normal(loc, 1.0).log_prob(values).sum(-1))
+    return values
+
+
+def increment_latents(
+    reference: dict[str, Tensor], data: dict[str, Tensor], names: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """The ordered vectors of those names become increments."""
+    latents = {name: value for name, value in reference.items() if name not in names}
+    for name in names:
+        value = reference[name]
+        latents[f"{name}_increments"] = value.diff(dim=-1, prepend=torch.zeros_like(value[..., :1]))
+    return latents
+
+
+def gaussian_hmm(y: Tensor) -> None:
+    """Two states with emissions N(μ_k, 1), flat rows, μ_1 ~ N(3, 1), μ_2 ~ N(10, 1)."""
+    transition = _transition(y.new_ones(2), y.new_ones(2))
+    mu = _positive_ordered("mu", y.new_tensor([3.0, 10.0]))
+    log_emission = dist.Normal(_states_first(mu).unsqueeze(-1), 1.0).log_prob(y)
+    pyro.factor("y", forward_log_likelihood(transition, log_emission))
+
+
+def exponential_hmm(u: Tensor, v: Tensor, alpha: Tensor) -> None:
+    """Two states with emissions u ~ Exp(φ_k) and v ~ Exp(λ_k), rows ~ Dirichlet; φ_k, λ_k ~ N((0, 3)_k, 1)."""
+    transition = _transition(alpha[0], alpha[1])
+    log_emission = 0.0
+    for name, values in (("phi", u), ("lambda", v)):
+        rate = _states_first(_positive_ordered(name, u.new_tensor([0.0, 3.0]))).unsqueeze(-1)
+        log_emission = log_emission + rate.log() - rate * values
+    pyro.factor("uv", forward_log_likelihood(transition, log_emission))
+
+
+# --- GARCH -------------------------------------------------------------------------------------------------------------
+
+
+def linear_recursion(inputs: Tensor, decay: Tensor) -> Tensor:
+    """h_1 = x_1, h_t = x_t + decay · h_{t−1}, along the last dimension of x, in log₂ T doublings."""
+    shift, result, factor = 1, inputs, decay.unsqueeze(-1)
+    while shift < inputs.shape[-1]:
+        earlier = torch.nn.functional.pad(result[..., :-shift], (shift, 0))
+        result, factor, shift = result + factor * earlier, factor * factor, 2 * shift
+    return result
+
+
+def garch11(y: Tensor, sigma1: Tensor) -> None:
+    """σ_t² = α0 + α1 (y_{t−1} − μ)² + β1 σ_{t−1}², all four flat, β1 on (0, 1 − α1).
+
+    β1 is 1 − α1 times a fraction of (0, 1), so that no support depends on a latent: guides take supports as constant.
+    """
+    zero = y.new_zeros(())
+    mu = pyro.sample("mu", flat(dist.Normal(zero, 1.0)))
+    alpha0 = pyro.sample("alpha0", flat(dist.HalfNormal(zero + 1.0)))
+    alpha1 = pyro.sample("alpha1", dist.Uniform(zero, 1.0))
+    fraction = pyro.sample("beta1_fraction", dist.Uniform(zero, 1.0))
+    beta1 = pyro.deterministic("beta1", (1 - alpha1) * fraction)
+    pyro.factor("beta1_jacobian", torch.log1p(-alpha1))
+    residual = y - mu.unsqueeze(-1)
+    inputs = alpha0.unsqueeze(-1) + alpha1.unsqueeze(-1) * residual[..., :-1].square()
+    first = sigma1.square().expand(*inputs.shape[:-1], 1)
+    variance = linear_recursion(torch.cat([first, inputs], -1), beta1)
+    pyro.sample("y", dist.Normal(mu.unsqueeze(-1), variance.sqrt()).to_event(1), obs=y)
+
+
+def garch11_latents(reference: dict[str, Tensor], data: dict[str, Tensor]) -> dict[str, Tensor]:
+    latents = {name: reference[name] for name in ("mu", "alpha0", "alpha1")}
+    return {**latents, "beta1_fraction": reference["beta1"] / (1 - reference["alpha1"])}

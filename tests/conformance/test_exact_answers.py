@@ -1,0 +1,127 @@
+"""The guides on targets whose log Z is known: never above it, and there where the family holds the answer."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from guide_cases import Y, every_guide, every_normal_guide, small, train
+from models import conjugate, conjugate_answer, funnel
+from pyro.infer import Trace_ELBO
+from transform_cases import perturb
+
+import pyro_flowguides as fg
+
+
+@pytest.mark.slow
+@every_guide
+def test_finds_a_conjugate_posterior(Guide):
+    y = torch.tensor(Y, dtype=torch.float64)
+    guide = Guide(conjugate, gradient="path", init_scale=0.3)
+    train(conjugate, guide, y, steps=500, decay=0.03)
+    mean, sd, log_evidence = conjugate_answer(y)
+    draws = fg.draw(conjugate, guide, y, num_samples=20_000)
+    # The family holds the posterior: four standard errors of 20,000 draws, plus what 600 steps leave.
+    assert abs(float(draws.values["mu"].mean()) - mean) < 4 * sd / 20_000**0.5 + 0.02 * sd
+    assert abs(float(draws.values["mu"].std()) / sd - 1) < 4 / 40_000**0.5 + 0.03
+    elbo = draws.elbo()
+    assert elbo.value < log_evidence + 4 * elbo.se + 1e-9
+    assert elbo.value > log_evidence - 0.01
+
+
+def correlated_normal():
+    """Ten dimensions with a correlation of 0.9 between neighbours; log Z = 0."""
+    index = torch.arange(10.0)
+    pyro.sample("x", dist.MultivariateNormal(index / 5, 0.9 ** (index.unsqueeze(-1) - index).abs()))
+
+
+PREDICTORS, RESPONSE = (
+    torch.linspace(-1, 1, 8, dtype=torch.float64, device="cpu"),
+    [0.1, -0.4, 0.6, 0.2, 1.1, 0.9, 1.8, 1.2],
+)
+
+
+def regression():
+    """Intercept and slope with normal priors and known noise: the posterior is normal."""
+    x = PREDICTORS.to(torch.zeros(()))
+    intercept = pyro.sample("intercept", dist.Normal(0.0, 2.0))
+    slope = pyro.sample("slope", dist.Normal(0.0, 2.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(intercept + slope * x, 0.5), obs=torch.tensor(RESPONSE))
+
+
+def regression_log_evidence():
+    x = PREDICTORS.to(torch.zeros(()))
+    covariance = 4 + 4 * torch.outer(x, x) + 0.25 * torch.eye(len(x))
+    return float(dist.MultivariateNormal(torch.zeros(len(x)), covariance).log_prob(torch.tensor(RESPONSE)))
+
+
+TARGETS = {
+    "correlated": (correlated_normal, lambda: 0.0),
+    "regression": (regression, regression_log_evidence),
+    "funnel": (funnel, lambda: 0.0),
+}
+every_target = pytest.mark.parametrize(("model", "log_evidence"), TARGETS.values(), ids=TARGETS)
+
+
+def evidence_check(model, guide, log_evidence, num_draws=2000):
+    """log Z is the log of the mean of p/q, of which the ELBO is a lower bound for any flow and parameters."""
+    loss = Trace_ELBO(num_particles=num_draws, vectorize_particles=True)
+    elbos = torch.tensor([-loss.loss(model, guide) for _ in range(5)])
+    standard_error = float(elbos.std() / 5**0.5)
+    # With five values the standard error itself is known to 35%.
+    assert float(elbos.mean()) < log_evidence + 6 * standard_error + 1e-9
+    return float(elbos.mean())
+
+
+@every_guide
+@every_target
+def test_loss_is_never_below_minus_log_evidence(Guide, model, log_evidence):
+    """At parameters far from the start, where a wrong log-determinant shows, and after training has looked for one."""
+    guide = small(Guide)(model).whiten(method="batch_and_match")
+    perturb(guide.flow, 1.0)
+    evidence_check(model, guide, log_evidence())
+    train(model, guide, steps=100, lr=0.01)
+    evidence_check(model, guide, log_evidence())
+
+
+@every_guide
+@every_target
+def test_mean_ratio_is_the_evidence(Guide, model, log_evidence):
+    r"""E_q[p/q] = Z, where the expectation has a variance: a wrong log-determinant of either sign shows.
+
+    A perturbation of the fit that is small enough for a finite variance, and heavier tails than the target's on the funnel.
+    """
+    guide = small(Guide)(model).whiten(method="batch_and_match")
+    perturb(guide.flow.transforms[0], 0.15)
+    with torch.no_grad():
+        guide._whitening.scale.mul_(1.3)
+    draws = fg.draw(model, guide, num_samples=20_000, seed=0)
+    ratios = (draws.log_p - draws.log_q - log_evidence()).exp()
+    tolerance = 4 * float(ratios.std()) / 20_000**0.5
+    if model is funnel:
+        # The variance is not finite in the neck.
+        assert 0.3 < float(ratios.mean()) < 1.5
+        return
+    assert tolerance < 0.5
+    assert float(ratios.mean()) == pytest.approx(1.0, abs=tolerance)
+
+
+@every_normal_guide
+@pytest.mark.parametrize(("model", "log_evidence"), list(TARGETS.values())[:2], ids=list(TARGETS)[:2])
+def test_reaches_the_exact_answer(Guide, model, log_evidence):
+    """The affine map holds a normal posterior whatever the flow; whitening finds it, and training stays there."""
+    guide = small(Guide)(model, gradient="path").whiten(method="batch_and_match")
+    elbo = evidence_check(model, guide, log_evidence())
+    assert elbo == pytest.approx(log_evidence(), abs=1e-3)
+    train(model, guide, steps=30, lr=0.001)
+    assert evidence_check(model, guide, log_evidence()) == pytest.approx(log_evidence(), abs=5e-3)
+
+
+@pytest.mark.slow
+@every_normal_guide
+@pytest.mark.parametrize(("model", "log_evidence"), list(TARGETS.values())[:2], ids=list(TARGETS)[:2])
+def test_trains_to_the_exact_answer(Guide, model, log_evidence):
+    """Without whitening, from the prior's median."""
+    guide = Guide(model, gradient="path", init_scale=0.3)
+    train(model, guide, steps=1500, lr=0.02, decay=0.01)
+    assert evidence_check(model, guide, log_evidence()) == pytest.approx(log_evidence(), abs=0.02)
