@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 import os
-import random
 import sys
 import threading
 import traceback
@@ -43,6 +42,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..tracing import unchanged_random_state
 
 # Recording takes about a millisecond for each operation, with its gradient: beyond this number, eager steps are done sooner.
 MAX_OPERATIONS = 8_000
@@ -87,19 +88,6 @@ class Parameters:
         known = {id(leaf) for leaf in self.leaves}
         new = [pair for pair in zip(other.names, other.leaves, strict=True) if id(pair[1]) not in known]
         return Parameters(self.names + tuple(name for name, _ in new), self.leaves + tuple(leaf for _, leaf in new))
-
-
-@contextmanager
-def unchanged_random_state() -> Iterator[None]:
-    """Whatever is drawn within leaves no trace in the generators of torch, numpy and Python."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            random.setstate(state)
-            np.random.set_state(numpy_state)
 
 
 class _RememberWrites(TorchDispatchMode):

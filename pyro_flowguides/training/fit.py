@@ -24,9 +24,8 @@ from tqdm.auto import tqdm
 
 from ..diagnostics.draws import draw_traced
 from ..guides import AutoFlow
-from ..tracing import Tracer, observed_sites, site_without_density
+from ..tracing import Tracer, observed_sites, site_without_density, unchanged_random_state
 from . import checkpoint as checkpoints
-from .capture import unchanged_random_state
 from .losses import path_gradient
 from .notices import warn
 from .result import FlowFit

@@ -18,7 +18,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..tracing import site_without_density
+from ..tracing import site_without_density, unchanged_random_state
 from . import capture, graph
 from .binding import Binding, OptimizerFactory, StepResult, optimizer_factory
 from .capture import CaptureError, Parameters, Surroundings
@@ -507,7 +507,7 @@ class CompiledSVI(SVI):
                 for vectors in binding.state.vectors:
                     vectors[0].add_(move * torch.randn_like(vectors[0]))
                 random_state = torch.random.get_rng_state()
-                with capture.unchanged_random_state(), torch.inference_mode():
+                with unchanged_random_state(), torch.inference_mode():
                     result = binding.read(run(*binding.tensors(0.0), *inputs))
                 torch.random.set_rng_state(random_state)
                 with capture.no_waiting():
