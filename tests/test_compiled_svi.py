@@ -801,3 +801,25 @@ def test_captures_take_a_bounded_amount_of_memory(y):
     assert len(svi._captures) == svi_module.MAX_CAPTURES
     # torch.jit.trace never gives back some megabytes of each trace.
     assert sizes[-1] - sizes[9] < 20 * 8
+
+
+def test_other_arguments_may_use_other_parameters():
+    def model(y, shifted):
+        loc = pyro.param("loc", torch.tensor(0.0))
+        scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(loc if shifted else 0.0, scale), obs=y)
+
+    def guide(y, shifted):
+        pass
+
+    y = torch.tensor([1.0, 2.0, 4.0])
+    svi = CompiledSVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO(), backend="replay")
+    for step in range(4):
+        for shifted in (False, True):
+            expected = Trace_ELBO().loss(model, guide, y, shifted)
+            assert svi.step(y, shifted) == pytest.approx(expected, rel=1e-5)
+            if step and shifted:
+                assert svi.loss_and_gradients(y, True)[1]["loc"] != 0
+                assert svi.loss_and_gradients(y, False)[1]["loc"] == 0
+    assert sum(captured is not None for captured in svi._captures.values()) == 2

@@ -335,10 +335,8 @@ def loss_and_gradients(
     points = [value.detach().requires_grad_() for value in values]
     with torch.enable_grad(), substituted(parameters, points, modules), no_waiting(), _branches_for_tracing():
         value = run()
-        gradients = torch.autograd.grad(value, points, allow_unused=True)
-    for name, gradient in zip(parameters.names, gradients, strict=True):
-        if gradient is None:
-            raise CaptureError(f"parameter '{name}' reaches the loss by a way that cannot be followed")
+        # Other arguments may use other parameters.
+        gradients = torch.autograd.grad(value, points, allow_unused=True, materialize_grads=True)
     return value.detach(), list(gradients)
 
 
