@@ -284,10 +284,6 @@ def rebound_buffer():
     return module, lambda: module.register_buffer("scale", torch.tensor(3.0))
 
 
-def default_dtype():
-    return scaled(lambda: 1.0), lambda: torch.set_default_dtype(torch.float64)
-
-
 CHANGES = [
     closure_float,
     closure_list,
@@ -400,10 +396,8 @@ def test_captures_are_bounded_and_what_keeps_changing_runs_eagerly():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         losses = [svi.step(scale) for scale in scales]
-    assert [str(warning.message) for warning in caught if "eagerly" in str(warning.message)] == [
-        warning for warning in [str(caught[0].message)] if "keeps changing" in warning
-    ]
     assert len(caught) == 1
+    assert "keeps changing" in str(caught[0].message)
     assert caught[0].filename == __file__
     assert len(svi._captures) <= svi_module.MAX_CAPTURES
     assert losses == pytest.approx(
@@ -663,7 +657,7 @@ def test_wrong_options(kind, y):
             svi.step()
 
 
-def test_parameters_on_several_devices(monkeypatch, y):
+def test_parameters_on_several_devices():
     if not torch.cuda.is_available():
         pytest.skip("needs two devices")
 
