@@ -37,6 +37,8 @@ CHECK_EVERY = 50
 MAX_SKIPPED = 50
 # Compiling takes so many seconds, and so many more for each node; a compiled step saves this part of a replayed one.
 COMPILE_SECONDS, COMPILE_SECONDS_PER_NODE, SAVED_PART = 10.0, 0.05, 0.5
+# These are rough: compiling has to repay itself so many times over.
+PAYBACK = 3.0
 
 
 @dataclass
@@ -535,7 +537,7 @@ class CompiledSVI(SVI):
                 return
             seconds = float(np.median(captured.seconds))
             cost = COMPILE_SECONDS + COMPILE_SECONDS_PER_NODE * len(captured.module.graph.nodes)
-            if steps_left * seconds * SAVED_PART < cost:
+            if steps_left * seconds * SAVED_PART < PAYBACK * cost:
                 return
         captured.compiled = True
         example = [*self._bound().tensors(self._learning_rate()), *inputs]
