@@ -163,7 +163,7 @@ class Sigmoid(FlowTransform):
     a sum that is finite and precise wherever z is. It has no parameters. O(D) in both directions. Where rounding would
     put x on the boundary it is kept inside, as a distribution on the open cube requires; the inverse does the same with
     points on the boundary or outside. The score :math:`(s - 1 + 2x)/(x(1 - x))` grows like :math:`e^{|z|}`, beyond the
-    range of float32 from |z| = 88 on.
+    range of float32 from :math:`|z| = 88` on.
 
     Arguments:
         dim: The number D of coordinates.
