@@ -4,9 +4,12 @@ __version__ = "0.1.0"
 
 from . import bases, flows, transforms
 from .amortized import AmortizedFlow
-from .diagnostics import Draws, Estimate, draw
+from .calibration import Calibration, calibration
+from .compare import compare
+from .diagnostics import Draws, Estimate, draw, plot_elbo, plot_flow, plot_marginals, plot_weights
 from .flows import NormalizingFlow
 from .guides import AutoCoupling, AutoFlow, AutoIAF, AutoPlanar, AutoRadial, AutoResidual, AutoSpline, AutoSylvester
+from .posteriors import to_arviz
 from .training import IWELBO, CompiledSVI, FlowFit, fit
 
 __all__ = [
@@ -19,6 +22,7 @@ __all__ = [
     "AutoResidual",
     "AutoSpline",
     "AutoSylvester",
+    "Calibration",
     "CompiledSVI",
     "Draws",
     "Estimate",
@@ -27,8 +31,15 @@ __all__ = [
     "NormalizingFlow",
     "__version__",
     "bases",
+    "calibration",
+    "compare",
     "draw",
     "fit",
     "flows",
+    "plot_elbo",
+    "plot_flow",
+    "plot_marginals",
+    "plot_weights",
+    "to_arviz",
     "transforms",
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``flowguides list`` and ``flowguides fit``."""
+"""The command line: ``flowguides list``, ``flowguides fit`` and ``flowguides compare``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ import torch
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
 
 from . import __version__
-from .diagnostics.summary import scalar_labels, summarise
+from .compare import Compared, compared_from_tree, comparison_table
+from .diagnostics import plot_marginals
+from .diagnostics.summary import scalars, summarise
 from .examples import EXAMPLES, Example
 from .guides import AutoCoupling, AutoIAF, AutoPlanar, AutoRadial, AutoResidual, AutoSpline, AutoSylvester
 from .training import FlowFit, fit
@@ -79,6 +81,11 @@ def _parser() -> argparse.ArgumentParser:
     fitting.add_argument("--num-particles", type=int, metavar="N", help="draws per step (default: that of fit)")
     fitting.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
     fitting.add_argument("--no-progress", action="store_true", help="show no progress bar")
+
+    comparing = commands.add_parser("compare", help="compare posteriors that fit has written, or any of the same data")
+    comparing.set_defaults(run=_compare)
+    comparing.add_argument("files", nargs="+", type=Path, metavar="FILE.nc", help="netCDF files with a posterior")
+    comparing.add_argument("--reference", metavar="NAME", help="the file, without .nc, that moments are compared with")
     return parser
 
 
@@ -108,9 +115,11 @@ def _fit(options: argparse.Namespace) -> None:
 
     fits = {name: _fit_one(example, name, options) for name in names}
     reference = example.reference() if example.reference else None
-    print(comparison_table(fits, example, reference))
+    print(moments_table(fits, example, reference))
     for name, result in fits.items():
         print(f"{name}: {result.verdict}")
+        if not result.draws.no_weights:
+            print(f"  {result.draws.weights.meaning()}")
     if options.out is not None:
         for path in _write(options.out, fits, example, reference):
             print(f"wrote {path}")
@@ -133,6 +142,37 @@ def _fit_one(example: Example, name: str, options: argparse.Namespace) -> FlowFi
     except (ValueError, RuntimeError, NotImplementedError, TypeError, IndexError) as error:
         message = " ".join(str(error).split())
         raise UserError(f"{options.model} with guide '{name}': {message[:500]}") from error
+
+
+def _compare(options: argparse.Namespace) -> None:
+    stems = [path.stem for path in options.files]
+    names = [path.stem if stems.count(path.stem) == 1 else str(path) for path in options.files]
+    compared = {name: _read_posterior(path) for name, path in zip(names, options.files, strict=True)}
+    try:
+        table = comparison_table(compared, options.reference)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    # One posterior is a row of numbers of different sizes: by columns they line up.
+    print(table.T.to_string(float_format=lambda number: f"{number:.3f}", na_rep="–"))
+    for name, one in compared.items():
+        if one.weights is not None:
+            print(f"{name}: {one.weights.verdict()}")
+            print(f"  {one.weights.meaning()}")
+
+
+def _read_posterior(path: Path) -> Compared:
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    with _quiet_arviz():
+        import arviz as az
+
+        try:
+            tree = az.from_netcdf(str(path))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read as netCDF: {' '.join(str(error).split())[:200]}") from error
+    if "posterior" not in tree:
+        raise UserError(f"{path} has no group 'posterior'")
+    return compared_from_tree(tree)
 
 
 # --- models and data of the user ----------------------------------------------------------------------------------------
@@ -232,7 +272,7 @@ def _check_arguments(model: Callable, arguments: Mapping[str, Any], data: Path |
 # --- results ------------------------------------------------------------------------------------------------------------
 
 
-def comparison_table(fits: Mapping[str, FlowFit], example: Example, reference: Mapping[str, np.ndarray] | None) -> str:
+def moments_table(fits: Mapping[str, FlowFit], example: Example, reference: Mapping[str, np.ndarray] | None) -> str:
     """ELBO, k-hat, and every reported scalar's mean and sd under each guide, next to the reference."""
     columns: dict[str, dict[str, str]] = {}
     for name, result in fits.items():
@@ -273,37 +313,20 @@ def _write(
     path = directory / f"{example.name}_marginals.png"
     try:
         import matplotlib.pyplot as plt
-
-        from .diagnostics.plots import plot_marginals
     except ImportError:
         print("no picture: pip install 'pyro-flowguides[plots]'", file=sys.stderr)
         return written
     first = next(iter(fits.values()))
     dims = first.draws.dims
-    posteriors = {name: _columns(result.draws.posterior(), dims, example.coords) for name, result in fits.items()}
+    posteriors = {name: scalars(result.draws.posterior(), dims, example.coords) for name, result in fits.items()}
     if reference is not None:
-        posteriors = {"NUTS": _columns(reference, dims, example.coords)} | posteriors
+        posteriors = {"NUTS": scalars(reference, dims, example.coords)} | posteriors
     shown = list(_moments(first.summary(coords=example.coords, quantiles=()), example.report))
     axes = plot_marginals(posteriors, shown[:MAX_PLOTTED], reference="NUTS" if reference is not None else None)
     with _whole_file(path) as part:
-        axes.ravel()[0].figure.savefig(part, dpi=120)
-    plt.close(axes.ravel()[0].figure)
+        axes[0].figure.savefig(part, dpi=120)
+    plt.close(axes[0].figure)
     return [*written, path]
-
-
-def _columns(
-    values: Mapping[str, np.ndarray], dims: Mapping[str, Sequence[str]], coords: Mapping[str, Sequence[str]]
-) -> dict[str, np.ndarray]:
-    """Every scalar's draws by its label."""
-    return {
-        label: column
-        for name, draws in values.items()
-        for label, column in zip(
-            scalar_labels(name, draws.shape[1:], dims.get(name, ()), coords),
-            draws.reshape(len(draws), -1).T,
-            strict=True,
-        )
-    }
 
 
 @contextlib.contextmanager

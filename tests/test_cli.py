@@ -7,10 +7,13 @@ import sys
 
 import numpy as np
 import pandas as pd
+import pyro.distributions as dist
 import pytest
 import torch
 
+import pyro_flowguides as fg
 from pyro_flowguides.cli import main, read_data
+from pyro_flowguides.diagnostics.arviz import Group, to_tree
 
 FAST = ["--num-steps", "5", "--num-particles", "4", "--no-progress"]
 MODEL = """
@@ -70,6 +73,7 @@ def test_main_job(tmp_path, capsys):
         assert label in labels
     assert "log Z = -31.311" in printed
     assert "coupling: " in printed
+    assert printed.count("  k-hat is the shape of the upper tail of p / q.") == 2
     assert "normal: " in printed
     files = {path.name for path in out.iterdir()}
     assert files == {"eight_schools_coupling.nc", "eight_schools_normal.nc", "eight_schools_marginals.png"}
@@ -77,6 +81,66 @@ def test_main_job(tmp_path, capsys):
     az = pytest.importorskip("arviz")
     posterior = az.from_netcdf(str(out / "eight_schools_normal.nc"))["posterior"]
     assert posterior["theta"].shape == (1, 4000, 8)
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Two files of posteriors of the same data, and one of other data."""
+    pytest.importorskip("arviz")
+    rng = np.random.default_rng(0)
+    for name, scale, y in (("exact", 0.5**0.5, 1.0), ("narrow", 0.4, 1.0), ("other", 0.7, 2.0)):
+        values = torch.as_tensor(rng.normal(0.5, scale, size=1000))
+        y, scale, zero, one = torch.tensor([y, scale, 0.0, 1.0], dtype=torch.float64)
+        draws = fg.Draws(
+            values={"mu": values},
+            unconstrained={"mu": values},
+            deterministic={},
+            log_p=dist.Normal(zero, one).log_prob(values) + dist.Normal(values, one).log_prob(y),
+            log_q=dist.Normal(one / 2, scale).log_prob(values),
+            log_likelihood={"y": dist.Normal(values, 1.0).log_prob(y)},
+            observed={"y": y},
+            dims={"mu": [], "y": []},
+        )
+        draws.to_arviz().to_netcdf(str(tmp_path / f"{name}.nc"))
+    return tmp_path
+
+
+def test_compare(written, capsys):
+    files = [str(written / f"{name}.nc") for name in ("exact", "narrow")]
+    assert main(["compare", *files, "--reference", "exact"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["exact", "narrow"]
+    table = {row.split()[0]: row.split()[1:] for row in rows}
+    # log N(1; 0, 2) for the exact one, and −0.4 / 0.707 of its sd too narrow for the other, in 1000 draws.
+    assert float(table["elbo"][0]) == pytest.approx(
+        float(dist.Normal(0.0, 2**0.5).log_prob(torch.tensor(1.0))), abs=1e-3
+    )
+    assert float(table["sd_error"][1]) == pytest.approx(0.4 / 0.5**0.5 - 1, abs=0.1)
+    assert table["khat"][0] == "–"
+    assert rows[-4].startswith("exact: exact: every draw has the same weight")
+    assert "cannot be estimated" in rows[-3]
+    assert rows[-2].startswith("narrow: ")
+    assert rows[-1].startswith("  k-hat is the shape")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["exact.nc", "missing.nc"], "there is no file .*missing.nc"),
+        (["exact.nc", "other.nc"], "'other' is a fit of another model or of other data than 'exact': site 'y'"),
+        (["exact.nc", "text.nc"], "text.nc cannot be read as netCDF"),
+        (["empty.nc"], "empty.nc has no group 'posterior'"),
+        (["exact.nc", "--reference", "nuts"], "the reference 'nuts' is not among exact"),
+    ],
+)
+def test_compare_what_cannot_be_compared(files, message, written, capsys):
+    (written / "text.nc").write_text("no netCDF")
+    to_tree({"observed_data": Group({"y": np.zeros(2)}, sample_dims=())}).to_netcdf(str(written / "empty.nc"))
+    assert main(["compare", *(str(written / name) if name.endswith(".nc") else name for name in files)]) == 2
+    printed = capsys.readouterr()
+    assert re.search(message, printed.err), printed.err
+    assert len(printed.err.strip().splitlines()) == 1
+    assert printed.out == ""
 
 
 def test_centred_eight_schools(capsys):

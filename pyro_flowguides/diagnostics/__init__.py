@@ -2,5 +2,6 @@
 
 from .draws import Draws, draw
 from .importance import Estimate
+from .plots import plot_elbo, plot_flow, plot_marginals, plot_weights
 
-__all__ = ["Draws", "Estimate", "draw"]
+__all__ = ["Draws", "Estimate", "draw", "plot_elbo", "plot_flow", "plot_marginals", "plot_weights"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import biject_to
 
-from .. import __version__
 from ..tracing import (
     Tracer,
     deterministic_sites,
@@ -28,17 +28,16 @@ from ..tracing import (
     subsampled_plate,
     tensor_sites,
 )
-from .arviz import to_tree
-from .importance import NUM_BOOTSTRAP, Estimate, psis, verdict, weights_are_constant
-from .summary import summarise
+from . import moments
+from .arviz import Coords, Dims
+from .export import export
+from .importance import Estimate, ImportanceWeights, elbo
+from .summary import diagnose, scalars, summarise
 
 # The largest site of a batch of draws has so many elements, which bounds its memory.
 MAX_BATCH_ELEMENTS = 2**24
 # So many minibatches of subsampled data, to see how much they differ.
 NUM_MINIBATCHES = 100
-
-Coords = Mapping[str, Sequence[Any]]
-Dims = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,8 @@ class Draws:
     """Draws from a guide. Made by :func:`draw`; every tensor has the draws as its first dimension.
 
     Attributes:
-        values: The latent sites of the model, in their own (constrained) space.
+        values: The latent sites of the model, in their own (constrained) space; without those in a subsampled plate, of which
+            every minibatch has others.
         unconstrained: The same in unconstrained space.
         deterministic: The deterministic sites.
         log_p: The log joint density of model and data, shape (S,).
@@ -57,7 +57,9 @@ class Draws:
         no_weights: Why these draws have no importance weights, or None if they have: the guide's log-density is a random
             estimate (as that of a residual flow with ``log_det="hutchinson"``), a latent is a single point, or the data are
             subsampled. Only :meth:`elbo` is to be had then; k-hat, weights, ESS and verdict raise ValueError.
+        no_elbo: Why there is not even an ELBO, or None if there is: the draws have been resampled, or come from MCMC.
         minibatch_size: How many draws in a row share one minibatch of subsampled data; None where nothing is subsampled.
+        non_finite_site: The site of model or guide that has no finite density in the first draw whose weight is not finite.
     """
 
     values: dict[str, Tensor]
@@ -69,7 +71,9 @@ class Draws:
     observed: dict[str, Tensor]
     dims: dict[str, list[str]]
     no_weights: str | None = None
+    no_elbo: str | None = None
     minibatch_size: int | None = None
+    non_finite_site: str = ""
 
     def __len__(self) -> int:
         return len(self.log_p)
@@ -80,116 +84,173 @@ class Draws:
         return self.log_p - self.log_q
 
     @functools.cached_property
-    def _log_ratios(self) -> np.ndarray:
-        return _numpy(self.log_weights).astype(np.float64)
+    def weights(self) -> ImportanceWeights:
+        """The importance weights.
 
-    @functools.cached_property
-    def _psis(self) -> tuple[np.ndarray, float]:
-        if self.no_weights:
-            raise ValueError(f"These draws have no importance weights, k-hat, ESS or verdict: {self.no_weights}")
-        if weights_are_constant(_numpy(self.log_p), _numpy(self.log_q), torch.finfo(self.log_p.dtype).eps):
-            return np.full(len(self), -np.log(len(self))), float("nan")
-        return psis(self._log_ratios)
+        Raises:
+            ValueError: if these draws have none, with the reason.
+        """
+        reason = self.no_elbo or self.no_weights
+        if reason:
+            raise ValueError(f"These draws have no importance weights, k-hat, ESS or verdict: {reason}")
+        return ImportanceWeights(_numpy(self.log_p), _numpy(self.log_q), self.non_finite_site)
 
     @property
     def smoothed_log_weights(self) -> np.ndarray:
         """Pareto-smoothed log weights that add up to 1."""
-        return self._psis[0]
+        return self.weights.smoothed_log_weights
 
     def elbo(self) -> Estimate:
-        """The evidence lower bound, the mean of the log weights, in nats."""
-        # Draws that share a minibatch share its noise: what varies is the mean over them.
-        values = self._log_ratios
-        if self.minibatch_size is not None:
-            values = values[: len(values) // self.minibatch_size * self.minibatch_size]
-            values = values.reshape(-1, self.minibatch_size).mean(-1)
-        se = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
-        return Estimate(float(self._log_ratios.mean()), float(se))
+        """The evidence lower bound, the mean of the log weights, in nats.
+
+        Raises:
+            ValueError: if the draws have been resampled, or come from MCMC.
+        """
+        if self.no_elbo:
+            raise ValueError(f"These draws have no ELBO: {self.no_elbo}")
+        return elbo(_numpy(self.log_weights).astype(np.float64), self.minibatch_size)
+
+    def iw_elbo(self, num_weights: int = 10) -> Estimate:
+        """The importance-weighted bound with so many weights; see :func:`pyro_flowguides.diagnostics.importance.iw_elbo`."""
+        return self.weights.iw_elbo(num_weights)
 
     def khat(self) -> Estimate:
         """The Pareto shape of the weights' tail, with a bootstrap standard error; NaN where all weights are equal."""
-        khat = self._psis[1]
-        if np.isnan(khat):
-            return Estimate(khat, float("nan"))
-        rng = np.random.default_rng(0)
-        repeats = [psis(rng.choice(self._log_ratios, len(self)))[1] for _ in range(NUM_BOOTSTRAP)]
-        return Estimate(khat, float(np.std(repeats, ddof=1)))
+        return self.weights.khat()
 
     def ess(self) -> Estimate:
         """The effective number of draws, ``1 / Σ w²`` of the smoothed weights, with a bootstrap standard error."""
-        weights = np.exp(self.smoothed_log_weights)
-        rng = np.random.default_rng(0)
-        resampled = rng.choice(weights, (NUM_BOOTSTRAP, len(self)))
-        repeats = resampled.sum(-1) ** 2 / (resampled**2).sum(-1)
-        return Estimate(float(1 / (weights**2).sum()), float(np.std(repeats, ddof=1)))
+        return self.weights.ess()
 
     def verdict(self) -> str:
         """What the weights say about the guide, in words; see :func:`pyro_flowguides.diagnostics.importance.verdict`."""
-        return verdict(self._psis[1], self.ess().value / len(self), len(self))
+        return self.weights.verdict()
+
+    def resample(self, num_samples: int, *, replace: bool = True, seed: int | None = None) -> Draws:
+        """Draws of the posterior with equal weights: these, taken with their smoothed weights as probabilities.
+
+        With replacement their moments are those of the weighted draws, up to noise; without, no draw is there twice, and the
+        fewer are taken the nearer they are to the posterior. Trustworthy where the verdict is good.
+
+        Arguments:
+            num_samples: How many to take.
+            replace: Whether a draw may be taken more than once.
+            seed: Of the choice; by default it follows Pyro's own seed.
+
+        Raises:
+            ValueError: if there are no weights, or more draws are asked for than can be had without replacement.
+        """
+        rng = np.random.default_rng(int(torch.randint(2**31, ())) if seed is None else seed)
+        index = torch.as_tensor(self.weights.resample(num_samples, replace, rng), device=self.log_p.device)
+        reason = "they have been resampled by their weights, and have equal weights now"
+        return dataclasses.replace(self[index], no_elbo=reason)
 
     def posterior(self) -> dict[str, np.ndarray]:
         """The latent and the deterministic sites as numpy arrays."""
         return {name: _numpy(value) for name, value in {**self.values, **self.deterministic}.items()}
 
-    def summary(
-        self, *, quantiles: Sequence[float] = (0.05, 0.5, 0.95), coords: Coords | None = None, dims: Dims | None = None
-    ) -> pd.DataFrame:
-        """Mean, standard deviation and quantiles of every latent and deterministic scalar, as a pandas table.
+    def mean(self, *, weighted: bool = True) -> dict[str, np.ndarray]:
+        """The posterior mean of every site, by the smoothed importance weights or of the guide's draws as they are."""
+        return {name: moments.mean(draws, self._weights(weighted)) for name, draws in self.posterior().items()}
+
+    def sd(self, *, weighted: bool = True) -> dict[str, np.ndarray]:
+        """The posterior standard deviation of every site, weighted or not as in :meth:`mean`."""
+        return {name: moments.sd(draws, self._weights(weighted)) for name, draws in self.posterior().items()}
+
+    def quantiles(self, levels: Sequence[float], *, weighted: bool = True) -> dict[str, np.ndarray]:
+        """The posterior quantiles of every site, ``(len(levels),) + shape``, weighted or not as in :meth:`mean`."""
+        return {
+            name: moments.quantiles(draws, levels, self._weights(weighted)) for name, draws in self.posterior().items()
+        }
+
+    def _weights(self, weighted: bool) -> np.ndarray | None:
+        return self.weights.weights if weighted else None
+
+    def to_dataframe(self, *, coords: Coords | None = None, dims: Dims | None = None) -> pd.DataFrame:
+        """The draws as a pandas table: a row per draw, a column per latent and deterministic scalar.
+
+        Then follow ``log_p``, ``log_q`` and, where there are weights, ``log_weight``, the smoothed and normalised one.
 
         Arguments:
-            quantiles: Numbers between 0 and 1.
             coords: Labels along a dimension, by the name of its plate.
             dims: Names of dimensions, by site, where the plates do not give them.
-        """
-        return summarise(self.posterior(), {**self.dims, **(dims or {})}, coords or {}, quantiles)
 
-    def to_arviz(
+        Raises:
+            ValueError: if labels do not fit, or a site has the name of one of these columns.
+        """
+        columns = scalars(self.posterior(), {**self.dims, **(dims or {})}, coords or {})
+        densities = {name: _numpy(getattr(self, name)) for name in ("log_p", "log_q")}
+        if not (self.no_elbo or self.no_weights):
+            densities["log_weight"] = self.smoothed_log_weights
+        for name in densities:
+            if name in columns:
+                raise ValueError(
+                    f"to_dataframe: a site is called '{name}', as a column of the table is; rename the site"
+                )
+        return pd.DataFrame({**columns, **densities})
+
+    def summary(
         self,
         *,
+        kind: str = "stats",
+        quantiles: Sequence[float] = (0.05, 0.5, 0.95),
+        weighted: bool = False,
         coords: Coords | None = None,
         dims: Dims | None = None,
-        variational_fit: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """The draws as ArviZ's ``InferenceData`` (0.x) or ``DataTree`` (1.x), with one chain.
+    ) -> pd.DataFrame:
+        """A pandas table with one row per latent or deterministic scalar.
 
-        Groups: posterior, unconstrained_posterior, sample_stats (lp, log_q and, unless log_q is a random estimate, the
-        smoothed log_weight), log_likelihood where it was computed, observed_data, and variational_fit where given.
+        Arguments:
+            kind: ``"stats"``: mean, standard deviation and quantiles; ``"diagnostics"``: what the importance weights say about
+                the mean, see :func:`pyro_flowguides.diagnostics.summary.diagnose`; ``"all"``: both.
+            quantiles: Numbers between 0 and 1.
+            weighted: Whether mean, standard deviation and quantiles are those of the weighted draws.
+            coords: Labels along a dimension, by the name of its plate.
+            dims: Names of dimensions, by site, where the plates do not give them.
+
+        Raises:
+            ValueError: if the kind is unknown; if weights are asked for that the draws have not; if labels do not fit.
+        """
+        if kind not in ("stats", "diagnostics", "all"):
+            raise ValueError(f'summary: kind must be "stats", "diagnostics" or "all", got {kind!r}')
+        posterior, names, labels = self.posterior(), {**self.dims, **(dims or {})}, coords or {}
+        tables = []
+        if kind != "diagnostics":
+            tables.append(summarise(posterior, names, labels, quantiles, self._weights(weighted)))
+        if kind != "stats":
+            tables.append(diagnose(posterior, names, labels, self.weights))
+        return pd.concat(tables, axis=1)
+
+    def __getitem__(self, index: slice | Tensor) -> Draws:
+        """Some of the draws."""
+
+        def taken(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: value[index] for name, value in values.items()}
+
+        return dataclasses.replace(
+            self,
+            values=taken(self.values),
+            unconstrained=taken(self.unconstrained),
+            deterministic=taken(self.deterministic),
+            log_p=self.log_p[index],
+            log_q=self.log_q[index],
+            log_likelihood=taken(self.log_likelihood),
+        )
+
+    def to_arviz(self, *, coords: Coords | None = None, dims: Dims | None = None) -> Any:
+        """These draws alone as ArviZ's ``InferenceData`` (0.x) or ``DataTree`` (1.x), with one chain.
+
+        Groups: posterior, unconstrained_posterior, sample_stats, log_likelihood where it was computed, observed_data. With
+        :func:`pyro_flowguides.to_arviz` and the model come the predictive groups, the prior and the model's arguments.
 
         Arguments:
             coords: Labels along a dimension, by the name of its plate.
             dims: Names of dimensions, by site, where the plates do not give them.
-            variational_fit: Arrays along the steps of a fit.
+
+        Raises:
+            ValueError: if names clash or labels do not fit.
         """
-
-        def one_chain(values: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-            return {name: _numpy(value)[None] for name, value in values.items()}
-
-        groups: dict[str, dict[str, np.ndarray]] = {
-            "posterior": one_chain({**self.values, **self.deterministic}),
-            "unconstrained_posterior": one_chain(self.unconstrained),
-            "sample_stats": one_chain({"lp": self.log_p, "log_q": self.log_q}),
-        }
-        if not self.no_weights:
-            groups["sample_stats"]["log_weight"] = self.smoothed_log_weights[None]
-        if self.log_likelihood:
-            groups["log_likelihood"] = one_chain(self.log_likelihood)
-        if self.observed:
-            groups["observed_data"] = {name: _numpy(value) for name, value in self.observed.items()}
-        if variational_fit:
-            groups["variational_fit"] = {name: np.asarray(value)[None] for name, value in variational_fit.items()}
-        along_steps = {name: ["chain", "step"] for name in variational_fit or {}}
-        return to_tree(
-            groups,
-            coords=coords,
-            dims={**self.dims, **(dims or {}), **along_steps},
-            sample_dims={"variational_fit": []},
-            attrs={
-                "inference_library": "pyro-ppl",
-                "inference_library_version": pyro.__version__,
-                "modeling_interface": "pyro_flowguides",
-                "modeling_interface_version": __version__,
-            },
-        )
+        return export([self], coords=coords, dims=dims)
 
 
 @torch.no_grad()
@@ -235,8 +296,7 @@ def draw(
 def draw_traced(tracer: Tracer, num_samples: int, batch_size: int = 10_000, log_likelihood: bool = False) -> Draws:
     """Draws by a tracer that is at hand, see :func:`draw`."""
     subsampled = subsampled_plate(tracer.model_prototype)
-    largest = max(site["value"].numel() for _, site in tensor_sites(tracer.model_prototype))
-    batch_size = max(1, min(batch_size, MAX_BATCH_ELEMENTS // max(1, largest)))
+    batch_size = batch_size_within_memory(tracer, batch_size)
     if subsampled:
         # Every batch has a minibatch of its own.
         batch_size = max(1, min(batch_size, num_samples // NUM_MINIBATCHES))
@@ -246,7 +306,7 @@ def draw_traced(tracer: Tracer, num_samples: int, batch_size: int = 10_000, log_
         for guide_trace, model_trace, count in tracer.traces(min(batch_size, num_samples - start)):
             parts.append(_extract(guide_trace, model_trace, tracer.model_prototype, count, log_likelihood))
     prototype = tracer.model_prototype
-    values = {
+    values: dict[str, Any] = {
         key: {name: torch.cat([part[key][name] for part in parts]) for name in parts[0][key]}
         for key in ("values", "unconstrained", "deterministic", "log_likelihood")
     }
@@ -254,11 +314,18 @@ def draw_traced(tracer: Tracer, num_samples: int, batch_size: int = 10_000, log_
         **values,
         log_p=torch.cat([part["log_p"] for part in parts]),
         log_q=torch.cat([part["log_q"] for part in parts]),
+        non_finite_site=next(filter(None, (part["non_finite_site"] for part in parts)), ""),
         observed={} if subsampled else {name: site["value"] for name, site in observed_sites(prototype)},
         dims={name: _dimension_names(name, site) for name, site in tensor_sites(prototype)},
         no_weights=_why_no_weights(tracer.guide_prototype, subsampled, values["unconstrained"]),
         minibatch_size=batch_size if subsampled else None,
     )
+
+
+def batch_size_within_memory(tracer: Tracer, batch_size: int) -> int:
+    """The size of a batch of draws whose largest site still fits into the memory allowed."""
+    largest = max(site["value"].numel() for _, site in tensor_sites(tracer.model_prototype))
+    return max(1, min(batch_size, MAX_BATCH_ELEMENTS // max(1, largest)))
 
 
 def _why_no_weights(guide_prototype: Trace, subsampled: str | None, unconstrained: Mapping[str, Tensor]) -> str | None:
@@ -292,6 +359,8 @@ def _extract(
 
     values, unconstrained = {}, {}
     for name, site in latent_sites(model_trace):
+        if _in_subsampled_plate(site):
+            continue
         values[name] = at_draws(name, site["value"])
         if not site["fn"].support.is_discrete:
             transform = biject_to(site["fn"].support)
@@ -305,7 +374,7 @@ def _extract(
             if isinstance(site["mask"], Tensor):
                 log_prob = torch.where(site["mask"], log_prob, 0.0)
             likelihoods[name] = per_draw(log_prob, originals[name]["fn"].batch_shape, count)
-    log_q = log_prob_per_draw(guide_trace, count)
+    log_p, log_q = log_prob_per_draw(model_trace, count), log_prob_per_draw(guide_trace, count)
     for name, site in latent_sites(model_trace):
         # A site that the guide leaves out is drawn from its prior, which thereby is part of the guide.
         if name not in guide_trace.nodes:
@@ -313,11 +382,34 @@ def _extract(
     return {
         "values": values,
         "unconstrained": unconstrained,
-        "deterministic": {name: at_draws(name, site["value"]) for name, site in deterministic_sites(model_trace)},
+        "deterministic": {
+            name: at_draws(name, site["value"])
+            for name, site in deterministic_sites(model_trace)
+            if not _in_subsampled_plate(site)
+        },
         "log_likelihood": likelihoods,
-        "log_p": log_prob_per_draw(model_trace, count),
+        "log_p": log_p,
         "log_q": log_q,
+        "non_finite_site": _non_finite_site(guide_trace, model_trace, log_p - log_q, count),
     }
+
+
+def _non_finite_site(guide_trace: Trace, model_trace: Trace, log_ratios: Tensor, count: int) -> str:
+    """The first site without a finite density in the first draw whose weight is NaN or infinite."""
+    wrong = log_ratios.isnan() | log_ratios.isposinf()
+    if not wrong.any():
+        return ""
+    first = int(wrong.int().argmax())
+    for owner, trace in (("model", model_trace), ("guide", guide_trace)):
+        for name, site in tensor_sites(trace):
+            if not site["log_prob"].reshape(count, -1)[first].isfinite().all():
+                return f"site '{name}' of the {owner}"
+    return ""
+
+
+def _in_subsampled_plate(site: Any) -> bool:
+    """Whether a site stands in a plate that takes a part of its elements, and has other elements at every run."""
+    return any(frame.full_size not in (None, frame.size) for frame in site["cond_indep_stack"])
 
 
 def _dimension_names(name: str, site: Any) -> list[str]:

@@ -9,6 +9,7 @@ This module works on numpy arrays and needs no torch.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import math
 from dataclasses import dataclass
@@ -51,45 +52,188 @@ def arviz_generation() -> int:
     return min(1, int(importlib.metadata.version("arviz").split(".")[0]))
 
 
-def psis(log_ratios: np.ndarray) -> tuple[np.ndarray, float]:
-    """Pareto-smoothed, normalised log weights and the shape of the tail, by ArviZ.
+def psis(log_ratios: np.ndarray, where: str = "") -> tuple[np.ndarray, np.ndarray]:
+    """Pareto-smoothed, normalised log weights and the shape of their tail, by ArviZ.
 
     Arguments:
-        log_ratios: log p − log q of every draw, shape (S,).
+        log_ratios: log p − log q of every draw, shape ``(..., S)``.
+        where: The site that has no finite density in the first draw that is wrong, for the message.
+
+    Returns:
+        The log weights, shape ``(..., S)``, and the shapes, ``(...)``.
 
     Raises:
         ValueError: if there are too few draws, or a ratio is NaN or +inf.
     """
     log_ratios = np.asarray(log_ratios, dtype=np.float64)
-    if log_ratios.size < MIN_DRAWS:
-        raise ValueError(
-            f"PSIS needs at least {MIN_DRAWS} draws to fit the tail of their weights, got {log_ratios.size}"
-        )
-    wrong = np.isnan(log_ratios) | np.isposinf(log_ratios)
+    num_draws = log_ratios.shape[-1]
+    if num_draws < MIN_DRAWS:
+        raise ValueError(f"PSIS needs at least {MIN_DRAWS} draws to fit the tail of their weights, got {num_draws}")
+    wrong = (np.isnan(log_ratios) | np.isposinf(log_ratios)).reshape(-1, num_draws).any(0)
     if wrong.any():
         raise ValueError(
-            f"{wrong.sum()} of {log_ratios.size} draws have a log weight that is NaN or infinite (the first is draw "
-            f"{int(wrong.argmax())}); the model or the guide gives no finite log-probability there"
+            f"{wrong.sum()} of {num_draws} draws have a log weight that is NaN or infinite (the first is draw "
+            f"{int(wrong.argmax())}{where and ', at ' + where}); the model or the guide gives no finite log-probability there"
         )
     # A draw without probability has weight 0; the smoother wants a finite logarithm.
     finite = np.where(np.isneginf(log_ratios), -1e30, log_ratios)
     if arviz_generation() == 0:
         import arviz as az
 
-        log_weights, khat = az.psislw(finite.copy())
+        log_weights, khat = az.psislw(finite)
     else:
         from arviz_stats.base import array_stats
 
         # This generation takes log-likelihoods to leave out, the opposite sign.
         log_weights, khat = array_stats.psislw(-finite)
-    return np.asarray(log_weights), float(khat)
+    return np.asarray(log_weights), np.asarray(khat, dtype=np.float64)
 
 
-def weights_are_constant(log_p: np.ndarray, log_q: np.ndarray, eps: float) -> bool:
-    """Whether log p − log q varies by no more than rounding in numbers of its size."""
-    log_ratios = log_p - log_q
-    size = max(1.0, float(np.abs(log_p).max()), float(np.abs(log_q).max()))
-    return bool(np.ptp(log_ratios) <= 50 * eps * size)
+class ImportanceWeights:
+    r"""The weights :math:`w \propto p / q` of draws, Pareto-smoothed; everything is computed when it is first asked for.
+
+    Arguments:
+        log_p: The log-density of the target at every draw, up to a constant, shape (S,).
+        log_q: The log-density of the distribution that they were drawn from, shape (S,).
+        where: The site that has no finite density in the first draw that is wrong, for the message of an error.
+    """
+
+    def __init__(self, log_p: np.ndarray, log_q: np.ndarray, where: str = "") -> None:
+        self.log_ratios = (log_p - log_q).astype(np.float64)
+        self.where = where
+        # Rounding in numbers of this size is all the spread that the weights of an exact guide have.
+        size = max(1.0, float(np.abs(log_p).max()), float(np.abs(log_q).max()))
+        spread = np.ptp(self.log_ratios) if np.isfinite(self.log_ratios).all() else np.inf
+        self.are_constant = math.isfinite(size) and bool(spread <= 50 * np.finfo(log_p.dtype).eps * size)
+
+    def __len__(self) -> int:
+        return len(self.log_ratios)
+
+    @functools.cached_property
+    def _psis(self) -> tuple[np.ndarray, float]:
+        if self.are_constant:
+            return np.full(len(self), -np.log(len(self))), float("nan")
+        log_weights, khat = psis(self.log_ratios, self.where)
+        return log_weights, float(khat)
+
+    @property
+    def smoothed_log_weights(self) -> np.ndarray:
+        """Their logarithms; the weights add up to 1."""
+        return self._psis[0]
+
+    @functools.cached_property
+    def weights(self) -> np.ndarray:
+        """The smoothed weights, which add up to 1."""
+        return np.exp(self.smoothed_log_weights)
+
+    def khat(self) -> Estimate:
+        """The Pareto shape of the tail, with a bootstrap standard error; NaN where all weights are equal."""
+        return self._khat
+
+    @functools.cached_property
+    def _khat(self) -> Estimate:
+        khat = self._psis[1]
+        if np.isnan(khat):
+            return Estimate(khat, float("nan"))
+        rng = np.random.default_rng(0)
+        repeats = [psis(rng.choice(self.log_ratios, len(self)))[1] for _ in range(NUM_BOOTSTRAP)]
+        return Estimate(khat, float(np.std(repeats, ddof=1)))
+
+    def ess(self) -> Estimate:
+        """The effective number of draws, ``1 / Σ w²``, with a bootstrap standard error."""
+        rng = np.random.default_rng(0)
+        repeats = [_effective_number(rng.choice(self.weights, len(self))) for _ in range(NUM_BOOTSTRAP)]
+        return Estimate(_effective_number(self.weights), float(np.std(repeats, ddof=1)))
+
+    def iw_elbo(self, num_weights: int) -> Estimate:
+        """See :func:`iw_elbo`."""
+        return iw_elbo(self.log_ratios, num_weights)
+
+    def khat_of_mean(self, values: np.ndarray) -> float:
+        r"""The Pareto shape that decides on the weighted mean of one scalar.
+
+        The larger of that of the weights and that of :math:`|h - \bar h| w`, of which the error of the mean is made: Vehtari
+        et al. (2024), *Pareto smoothed importance sampling*, arXiv:1507.02646, section 3. NaN where all weights are equal.
+
+        Arguments:
+            values: The scalar at every draw, shape (S,).
+        """
+        if self.are_constant:
+            return float("nan")
+        if np.ptp(values) == 0:
+            return self._psis[1]
+        with np.errstate(divide="ignore"):
+            distance = np.log(np.abs(values - self.weights @ values))
+        return max(self._psis[1], float(psis(distance + self.log_ratios)[1]))
+
+    def verdict(self) -> str:
+        """See :func:`verdict`."""
+        return verdict(self._psis[1], _effective_number(self.weights) / len(self), len(self))
+
+    def meaning(self) -> str:
+        """See :func:`khat_in_words`."""
+        return khat_in_words(self._psis[1], len(self))
+
+    def resample(self, num_samples: int, replace: bool, rng: np.random.Generator) -> np.ndarray:
+        """The indices of draws that are taken with their weights as probabilities, shape (num_samples,).
+
+        Raises:
+            ValueError: without replacement, if more are asked for than there are draws with a weight above 0.
+        """
+        if num_samples < 1:
+            raise ValueError(f"resample: num_samples must be at least 1, got {num_samples}")
+        available = int((self.weights > 0).sum())
+        if not replace and num_samples > available:
+            raise ValueError(
+                f"resample: {num_samples} draws without replacement, of {available} that have a weight; ask for fewer, or "
+                "resample with replacement"
+            )
+        return rng.choice(len(self), num_samples, replace=replace, p=self.weights / self.weights.sum())
+
+
+def _effective_number(weights: np.ndarray) -> float:
+    return float(weights.sum() ** 2 / (weights**2).sum())
+
+
+def elbo(log_ratios: np.ndarray, minibatch_size: int | None = None) -> Estimate:
+    """The evidence lower bound, the mean of the log ratios, in nats.
+
+    Arguments:
+        log_ratios: log p − log q of every draw, shape (S,).
+        minibatch_size: How many draws in a row share the noise of one minibatch of data, if they do: what varies is the mean
+            over them.
+    """
+    values = log_ratios
+    if minibatch_size is not None:
+        values = values[: len(values) // minibatch_size * minibatch_size].reshape(-1, minibatch_size).mean(-1)
+    return Estimate(float(log_ratios.mean()), _standard_error(values))
+
+
+def iw_elbo(log_ratios: np.ndarray, num_weights: int) -> Estimate:
+    r"""The importance-weighted bound :math:`\mathbb E \log \frac1K \sum_{k=1}^K w_k`, between ELBO (K = 1) and log evidence.
+
+    Burda, Grosse and Salakhutdinov (2016), *Importance weighted autoencoders*, arXiv:1509.00519. The mean over S // K disjoint
+    groups of draws, so that it is without bias and its standard error is that of a mean.
+
+    Arguments:
+        log_ratios: log p − log q of every draw, shape (S,).
+        num_weights: The number K of draws in a group.
+
+    Raises:
+        ValueError: if ``num_weights`` is smaller than 1 or leaves fewer than two groups.
+    """
+    num_groups = len(log_ratios) // max(1, num_weights)
+    if num_weights < 1 or num_groups < 2:
+        raise ValueError(
+            f"iw_elbo: num_weights must be between 1 and half of the {len(log_ratios)} draws, got {num_weights}"
+        )
+    groups = log_ratios[: num_groups * num_weights].reshape(num_groups, num_weights)
+    values = np.logaddexp.reduce(groups, axis=-1) - np.log(num_weights)
+    return Estimate(float(values.mean()), _standard_error(values))
+
+
+def _standard_error(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
 
 
 def khat_threshold(num_draws: int) -> float:
@@ -129,3 +273,30 @@ def verdict(khat: float, ess_fraction: float, num_draws: int) -> str:
         "draws nor weights can be trusted there. Try a flow with more layers, more steps, or another parameterisation of the "
         "model (non-centred for weak data), and compare with NUTS."
     )
+
+
+def khat_in_words(khat: float, num_draws: int) -> str:
+    r"""What k-hat says here, in words.
+
+    Weights of Pareto shape k are reliable from about :math:`10^{1 / (1 - \max(0, k))}` draws on: Vehtari et al. (2024), *Pareto
+    smoothed importance sampling*, arXiv:1507.02646.
+
+    Arguments:
+        khat: The Pareto shape; NaN where the weights are constant.
+        num_draws: The number S of draws.
+
+    Example:
+        >>> print(khat_in_words(0.75, 10_000))
+        k-hat is the shape of the upper tail of p / q. At 0.75, weights would be reliable from about 10,000 draws on; there are
+        10,000.
+        >>> print(khat_in_words(1.2, 10_000))
+        k-hat is the shape of the upper tail of p / q. From 1 on, as here, no number of draws makes the weights reliable.
+    """
+    if math.isnan(khat):
+        return "k-hat, the shape of the upper tail of p / q, cannot be estimated where p / q is the same at every draw."
+    start = "k-hat is the shape of the upper tail of p / q."
+    if khat >= 1:
+        return f"{start} From 1 on, as here, no number of draws makes the weights reliable."
+    exponent = 1 / (1 - max(0.0, khat))
+    needed = f"about {round(10**exponent, 1 - math.floor(exponent)):,.0f}" if exponent < 12 else f"10^{exponent:.0f}"
+    return f"{start} At {khat:.2f}, weights would be reliable from {needed} draws on; there are {num_draws:,}."

@@ -2,12 +2,228 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+
+from ..flows import NormalizingFlow
+from ..transforms import Compose, FlowTransform
+from .importance import ImportanceWeights
 
 _NUM_GRID = 200
+# The smoothed curve of an ELBO is the mean over this fraction of its steps.
+_SMOOTHING = 0.02
+
+
+def plot_elbo(losses: Mapping[str, np.ndarray], *, log_evidence: float | None = None, ax: Any = None) -> Any:
+    """The ELBO of every step, pale, with a smoothed curve, for one fit or several.
+
+    The axis leaves out the first tenth of the steps where those would flatten the rest.
+
+    Arguments:
+        losses: Name of the fit to its losses, ``fit.losses``; those of skipped steps may be NaN.
+        log_evidence: log Z, which no ELBO exceeds but by noise; drawn as a line if given.
+        ax: The matplotlib Axes to draw on; made if not given.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: if a fit has no finite loss.
+    """
+    ax = _one_axes(ax)
+    shown = []
+    for i, (name, values) in enumerate(losses.items()):
+        elbo = -np.asarray(values, dtype=np.float64)
+        if not np.isfinite(elbo).any():
+            raise ValueError(f"plot_elbo: fit '{name}' has no finite loss")
+        smooth = smoothed(elbo, max(1, round(_SMOOTHING * len(elbo))))
+        ax.plot(elbo, color=f"C{i}", alpha=0.25, linewidth=0.5)
+        ax.plot(smooth, color=f"C{i}", label=name)
+        shown.append(elbo[len(elbo) // 10 :])
+    if log_evidence is not None:
+        ax.axhline(log_evidence, color="0.4", linestyle="--", linewidth=1, label="log Z")
+        shown.append(np.array([log_evidence]))
+    visible = np.concatenate(shown)
+    visible = visible[np.isfinite(visible)]
+    if visible.size:
+        low, high = np.quantile(visible, 0.005), visible.max()
+        margin = 0.05 * (high - low) or 1.0
+        ax.set_ylim(low - margin, high + margin)
+    ax.set_xlabel("step")
+    ax.set_ylabel("ELBO")
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def smoothed(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean over a centred window, shorter at the ends; over what is finite in it, NaN where nothing is."""
+    finite = np.isfinite(values)
+    kernel = np.ones(window)
+
+    def windowed(summands: np.ndarray) -> np.ndarray:
+        # A window may be longer than the values.
+        full = np.convolve(summands, kernel)
+        start = (window - 1) // 2
+        return full[start : start + len(values)]
+
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return windowed(np.where(finite, values, 0.0)) / np.round(windowed(finite.astype(np.float64)))
+
+
+def plot_weights(weights: ImportanceWeights, *, ax: Any = None) -> Any:
+    """The upper tail of the importance weights, with the Pareto tail that was fitted to it and k-hat, on double logarithmic axes.
+
+    For every weight the fraction of the draws that have a larger one. A straight decay is a power law, and the flatter it is
+    the larger is k-hat.
+
+    Arguments:
+        weights: ``draws.weights``.
+        ax: The matplotlib Axes to draw on; made if not given.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: if all weights are equal, so that there is no tail.
+    """
+    if weights.are_constant:
+        raise ValueError(
+            "plot_weights: all weights are equal, up to rounding: the guide is exact, and there is no tail"
+        )
+    ax = _one_axes(ax)
+    order = np.argsort(weights.log_ratios)
+    smooth = weights.smoothed_log_weights[order]
+    # The bodies of raw and smoothed weights differ by normalisation alone.
+    raw = weights.log_ratios[order] + np.median(smooth - weights.log_ratios[order])
+    num_draws = len(weights)
+    above = (num_draws - np.arange(num_draws)) / num_draws
+    tail = slice(-min(num_draws // 2, 10 * int(num_draws**0.5)), None)
+    khat = weights.khat()
+    relative = np.log(num_draws)
+    ax.loglog(np.exp(raw[tail] + relative), above[tail], ".", color="0.5", markersize=3, label="weights")
+    ax.loglog(np.exp(smooth[tail] + relative), above[tail], color="C1", label="Pareto-smoothed")
+    ax.set_xlabel("weight / mean weight")
+    ax.set_ylabel("fraction of draws above")
+    ax.set_title(f"k-hat {khat.value:.2f} ± {khat.se:.2f}", fontsize="medium")
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def plot_flow(
+    flow: NormalizingFlow,
+    *,
+    layers: Sequence[int] | None = None,
+    extent: float = 3.5,
+    num_grid: int = 150,
+    axes: Any = None,
+) -> Any:
+    r"""The density of a flow in two dimensions, from its base through every layer to the end, a panel each.
+
+    A grid of base points z is pushed forward, and the density of every point after l layers is
+    :math:`\log q_0(z) - \sum_{i \le l} \log\left|\det\right|_i`: exact, and without any inverse.
+
+    Arguments:
+        flow: The distribution, such as ``guide.get_posterior()``.
+        layers: The panels to show: 0 for the base, l for the density after l layers; negative from the end. All by default.
+        extent: The grid goes from −extent to extent in both coordinates of z.
+        num_grid: Its points along each.
+        axes: An array of as many matplotlib Axes as there are panels; made if not given.
+
+    Returns:
+        The Axes, a flat array.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: if the flow is not of two dimensions, its log-determinant is a random estimate, a layer does not exist,
+            or there are not enough Axes.
+
+    Example:
+        >>> import pyro.distributions as dist, pyro_flowguides as fg
+        >>> base = dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1)
+        >>> axes = fg.plot_flow(NormalizingFlow(base, fg.flows.planar(2, num_layers=4)), layers=[0, -1])
+        >>> [ax.get_title() for ax in axes.ravel()]
+        ['base', '4: Planar']
+    """
+    if tuple(flow.event_shape) != (2,) or flow.batch_shape:
+        raise ValueError(
+            f"plot_flow: a flow over vectors of 2 elements is needed, got one of shape {tuple(flow.shape())}"
+        )
+    if flow.transform.stochastic_log_det:
+        raise ValueError(
+            "plot_flow: the log-determinant of this flow is a random estimate, and so would its density be"
+        )
+    parts = list(_parts(flow.transform))
+    shown = list(range(len(parts) + 1))
+    if layers is not None:
+        for layer in layers:
+            if not -len(shown) <= layer < len(shown):
+                raise ValueError(f"plot_flow: there is no layer {layer}; the flow has {len(parts)}")
+        shown = [shown[layer] for layer in layers]
+    panels = _panels(axes, len(shown), "plot_flow", "layers")
+    with torch.no_grad():
+        # From the base's own tensors, for their dtype and device.
+        example = flow.base_dist.sample()
+        line = torch.linspace(-extent, extent, num_grid, dtype=example.dtype, device=example.device)
+        x = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)
+        log_density = flow.base_dist.log_prob(x)
+        steps = [("base", x, log_density)]
+        for i, part in enumerate(parts, 1):
+            x, log_det = part.forward_and_log_det(x)
+            log_density = log_density - log_det
+            # In a guide every module is of a Pyro subclass of its own class.
+            steps.append((f"{i}: {type(part).__name__.removeprefix('Pyro')}", x, log_density))
+    for panel, index in zip(panels, shown, strict=False):
+        title, points, logs = steps[index]
+        first, second = points.unbind(-1)
+        mesh = panel.pcolormesh(
+            *(value.cpu().numpy() for value in (first, second, logs.exp())), shading="gouraud", rasterized=True
+        )
+        # Beyond the grid the density is next to nothing.
+        panel.set_facecolor(mesh.get_cmap()(0.0))
+        panel.set_title(title, fontsize="medium")
+    return panels
+
+
+def _parts(transform: FlowTransform) -> Iterator[FlowTransform]:
+    """The layers of a stack of stacks, in the order of sampling."""
+    if isinstance(transform, Compose):
+        for part in transform.transforms:
+            yield from _parts(part)
+    else:
+        yield transform
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'pyro-flowguides[plots]'") from error
+    return plt
+
+
+def _one_axes(ax: Any) -> Any:
+    plt = _pyplot()
+    return plt.subplots(figsize=(5, 3.2), layout="constrained")[1] if ax is None else ax
+
+
+def _panels(axes: Any, number: int, function: str, of_what: str) -> np.ndarray:
+    """The Axes given, or new ones in rows of four, as a flat array; those too many are hidden."""
+    plt = _pyplot()
+    if axes is None:
+        columns = min(4, number)
+        rows = -(-number // columns)
+        _, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.6 * rows), layout="constrained", squeeze=False)
+    panels = np.asarray(axes).ravel()
+    if len(panels) < number:
+        raise ValueError(f"{function}: {number} {of_what} need as many Axes, got {len(panels)}")
+    for panel in panels[number:]:
+        panel.set_visible(False)
+    return panels
 
 
 def plot_marginals(
@@ -20,31 +236,21 @@ def plot_marginals(
     """The marginal densities of several posteriors, one panel per scalar, over each other.
 
     Arguments:
-        posteriors: Name of the posterior, to label of the scalar, to its draws, 1-D.
+        posteriors: Name of the posterior, to label of the scalar, to its draws, 1-D, such as :meth:`Draws.to_dataframe`.
         labels: The scalars to show.
         reference: The posterior that the others are compared with: drawn as a grey area behind them.
         axes: An array of at least ``len(labels)`` matplotlib Axes to draw on; made if not given.
 
     Returns:
-        The array of Axes.
+        The Axes, a flat array.
 
     Raises:
         ImportError: without matplotlib.
         ValueError: if there are not enough Axes, or a posterior has no draws of a scalar.
     """
-    try:
-        import matplotlib.pyplot as plt
-        from scipy.stats import gaussian_kde
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'pyro-flowguides[plots]'") from error
+    from scipy.stats import gaussian_kde
 
-    if axes is None:
-        columns = min(4, len(labels))
-        rows = -(-len(labels) // columns)
-        _, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.6 * rows), layout="constrained", squeeze=False)
-    panels = np.asarray(axes).ravel()
-    if len(panels) < len(labels):
-        raise ValueError(f"plot_marginals: {len(labels)} scalars need as many Axes, got {len(panels)}")
+    panels = _panels(axes, len(labels), "plot_marginals", "scalars")
     for panel, label in zip(panels, labels, strict=False):
         for name, draws in posteriors.items():
             if label not in draws:
@@ -61,7 +267,5 @@ def plot_marginals(
         panel.set_title(label, fontsize="medium")
         panel.set_yticks([])
         panel.spines[["left", "right", "top"]].set_visible(False)
-    for panel in panels[len(labels) :]:
-        panel.set_visible(False)
     panels[0].legend(frameon=False, fontsize="small")
-    return axes
+    return panels

@@ -1,4 +1,4 @@
-"""A table of posterior moments and quantiles, one row per scalar, with labels. Numpy and pandas alone."""
+"""Tables with one labelled row per scalar: moments and quantiles, diagnostics. Numpy and pandas alone."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from . import moments
+from .importance import ImportanceWeights
+
 
 def summarise(
     values: Mapping[str, np.ndarray],
     dims: Mapping[str, Sequence[str]],
     coords: Mapping[str, Sequence[Any]],
     quantiles: Sequence[float],
+    weights: np.ndarray | None = None,
 ) -> pd.DataFrame:
     """Mean, standard deviation and quantiles of every scalar.
 
@@ -23,28 +27,92 @@ def summarise(
         dims: The names of the dimensions of each shape.
         coords: The labels along a dimension; a dimension without labels is numbered.
         quantiles: Numbers between 0 and 1.
+        weights: Of the draws, adding up to 1; equal if not given.
 
     Returns:
         A data frame indexed by labels such as ``theta[Choate]``, with columns ``mean``, ``sd`` and one per quantile (``5%``).
     """
-    rows = {}
-    for name, draws in values.items():
-        draws = draws.astype(np.float64) if draws.dtype == bool else draws
-        labels = scalar_labels(name, draws.shape[1:], dims.get(name, ()), coords)
-        for label, column in zip(labels, draws.reshape(len(draws), -1).T, strict=True):
-            rows[label] = [column.mean(), column.std(ddof=1), *np.quantile(column, list(quantiles))]
+    statistics = {
+        name: np.stack(
+            [moments.mean(draws, weights), moments.sd(draws, weights), *moments.quantiles(draws, quantiles, weights)],
+            -1,
+        )
+        for name, draws in values.items()
+    }
+    rows = {
+        label: row
+        for name, table in statistics.items()
+        for label, row in zip(
+            scalar_labels(name, table.shape[:-1], dims.get(name, ()), coords),
+            table.reshape(-1, table.shape[-1]),
+            strict=True,
+        )
+    }
     columns = ["mean", "sd", *(f"{100 * q:g}%" for q in quantiles)]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+
+
+def diagnose(
+    values: Mapping[str, np.ndarray],
+    dims: Mapping[str, Sequence[str]],
+    coords: Mapping[str, Sequence[Any]],
+    weights: ImportanceWeights,
+) -> pd.DataFrame:
+    """What the importance weights say about every scalar.
+
+    Arguments:
+        values: Draws by name, shape ``(num_draws,) + shape``.
+        dims: The names of the dimensions of each shape.
+        coords: The labels along a dimension; a dimension without labels is numbered.
+        weights: Of the draws.
+
+    Returns:
+        A data frame indexed like that of :func:`summarise`, with columns ``khat`` (see
+        :meth:`ImportanceWeights.khat_of_mean`), ``shift`` (by how many standard deviations the weights move the mean), ``ess``
+        (how many draws of the posterior would estimate the mean as well as the weighted draws) and ``mcse_mean`` (the standard
+        error of the weighted mean).
+    """
+    rows = {}
+    for label, column in scalars(values, dims, coords).items():
+        plain, weighted = moments.mean(column), moments.mean(column, weights.weights)
+        sd = moments.sd(column, weights.weights)
+        mcse = np.sqrt((weights.weights**2 * (column - weighted) ** 2).sum())
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rows[label] = [weights.khat_of_mean(column), (weighted - plain) / sd, (sd / mcse) ** 2, mcse]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["khat", "shift", "ess", "mcse_mean"])
+
+
+def scalars(
+    values: Mapping[str, np.ndarray], dims: Mapping[str, Sequence[str]], coords: Mapping[str, Sequence[Any]]
+) -> dict[str, np.ndarray]:
+    """Every scalar's draws by its label."""
+    return {
+        label: column
+        for name, draws in values.items()
+        for label, column in zip(
+            scalar_labels(name, draws.shape[1:], dims.get(name, ()), coords),
+            draws.reshape(len(draws), -1).T,
+            strict=True,
+        )
+    }
 
 
 def scalar_labels(
     name: str, shape: Sequence[int], dims: Sequence[str], coords: Mapping[str, Sequence[Any]]
 ) -> list[str]:
-    """The labels of a variable's scalars in row-major order: ``["theta[Choate]", …]``, or the name alone for a scalar."""
+    """The labels of a variable's scalars in row-major order: ``["theta[Choate]", …]``, or the name alone for a scalar.
+
+    Raises:
+        ValueError: if there are more names than dimensions, or a dimension has another number of labels than elements.
+    """
+    if len(dims) > len(shape):
+        raise ValueError(f"'{name}' has {len(shape)} dimensions, and {len(dims)} names for them: {', '.join(dims)}")
     if not shape:
         return [name]
-    axes = [
-        [str(label) for label in coords[dim]] if dim in coords else [str(i) for i in range(size)]
-        for size, dim in itertools.zip_longest(shape, dims)
-    ]
+    axes = []
+    for size, dim in itertools.zip_longest(shape, dims):
+        labels = [str(label) for label in coords.get(dim, range(size))]
+        if len(labels) != size:
+            raise ValueError(f"dimension '{dim}' of '{name}' has {size} elements and {len(labels)} labels in coords")
+        axes.append(labels)
     return [f"{name}[{', '.join(labels)}]" for labels in itertools.product(*axes)]

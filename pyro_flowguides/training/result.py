@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..diagnostics import Draws, draw
-from ..diagnostics.draws import Coords, Dims
+from ..diagnostics.arviz import Coords, Dims, Group
+from ..diagnostics.draws import Draws, draw
+from ..diagnostics.export import export
+from ..diagnostics.importance import Estimate
+from ..diagnostics.predictive import Conditioned, model_groups
 
 
 @dataclass
@@ -73,25 +76,92 @@ class FlowFit:
         return f"unknown: {self.draws.no_weights}." if self.draws.no_weights else self.draws.verdict()
 
     def summary(
-        self, *, quantiles: Sequence[float] = (0.05, 0.5, 0.95), coords: Coords | None = None, dims: Dims | None = None
+        self,
+        *,
+        kind: str = "stats",
+        quantiles: Sequence[float] = (0.05, 0.5, 0.95),
+        weighted: bool = False,
+        coords: Coords | None = None,
+        dims: Dims | None = None,
     ) -> pd.DataFrame:
-        """Mean, sd and quantiles of every scalar, see :meth:`pyro_flowguides.Draws.summary`."""
-        return self.draws.summary(quantiles=quantiles, coords=coords, dims=dims)
+        """One row per scalar: mean, sd and quantiles, diagnostics, or both; see :meth:`pyro_flowguides.Draws.summary`."""
+        return self.draws.summary(kind=kind, quantiles=quantiles, weighted=weighted, coords=coords, dims=dims)
 
-    def to_arviz(self, num_samples: int = 4000, *, coords: Coords | None = None, dims: Dims | None = None) -> Any:
-        """Fresh draws with their log-likelihoods as an ArviZ container, see :meth:`pyro_flowguides.Draws.to_arviz`.
+    def chains(self, num_samples: int = 4000) -> list[Draws]:
+        """Draws with log-likelihoods of every independent fit: up to so many of each restart, or fresh ones of the only fit."""
+        if self.restarts:
+            number = min(num_samples, *map(len, self.restarts))
+            return [draws[:number] for draws in self.restarts]
+        return [
+            draw(
+                self.model,
+                self.guide,
+                *self.args,
+                model_kwargs=self.model_kwargs,
+                num_samples=num_samples,
+                log_likelihood=True,
+            )
+        ]
+
+    def to_arviz(
+        self,
+        num_samples: int = 4000,
+        *,
+        predictive: bool = True,
+        prior: bool = True,
+        coords: Coords | None = None,
+        dims: Dims | None = None,
+    ) -> Any:
+        """The fit as ArviZ's ``InferenceData`` (0.x) or ``DataTree`` (1.x), with a chain per independent fit.
+
+        Groups: posterior, unconstrained_posterior, sample_stats (``lp``, ``log_q``, ``log_weight``), log_likelihood,
+        posterior_predictive, prior, prior_predictive, observed_data, constant_data and variational_fit (the ELBO of every
+        step, ``num_skipped`` steps, how often it was taken back, ``wall_time`` in seconds, k-hat and final ELBO of every chain).
 
         Arguments:
-            num_samples: The number of draws.
+            num_samples: The number of draws in a chain.
+            predictive: Whether to sample new data at every draw.
+            prior: Whether to sample from the prior as well.
             coords: Labels along a dimension, by the name of its plate.
             dims: Names of dimensions, by site, where the plates do not give them.
+
+        Raises:
+            ValueError: if names clash or labels do not fit, see :func:`pyro_flowguides.diagnostics.arviz.to_tree`.
         """
-        draws = draw(
-            self.model,
-            self.guide,
-            *self.args,
-            model_kwargs=self.model_kwargs,
-            num_samples=num_samples,
-            log_likelihood=True,
+        conditioned = Conditioned(self.model, self.args, self.model_kwargs)
+        chains = self.chains(num_samples)
+        return export(
+            chains,
+            more_groups={
+                **model_groups(conditioned, chains, predictive=predictive, prior=prior),
+                "variational_fit": self._variational_fit(),
+            },
+            coords=coords,
+            dims=dims,
+            attrs={"name": conditioned.name, "guide": type(self.guide).__name__},
         )
-        return draws.to_arviz(coords=coords, dims=dims, variational_fit={"elbo": -self.losses})
+
+    def _variational_fit(self) -> Group:
+        # The draws that were judged, not those that are exported: they are more.
+        judged = self.restarts or (self.draws,)
+        khats = [Estimate(math.nan, math.nan) if draws.no_weights else draws.khat() for draws in judged]
+        elbos = [draws.elbo() for draws in judged]
+        return Group(
+            {
+                "elbo": -self.losses,
+                "num_skipped": np.asarray(self.num_skipped),
+                "num_rolled_back": np.asarray(self.num_rolled_back),
+                "wall_time": np.asarray(self.wall_time),
+                **{
+                    name: np.array([getattr(estimate, part) for estimate in estimates])
+                    for name, estimates, part in (
+                        ("khat", khats, "value"),
+                        ("khat_se", khats, "se"),
+                        ("final_elbo", elbos, "value"),
+                        ("final_elbo_se", elbos, "se"),
+                    )
+                },
+            },
+            {"elbo": ["step"], **{name: ["chain"] for name in ("khat", "khat_se", "final_elbo", "final_elbo_se")}},
+            (),
+        )

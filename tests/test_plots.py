@@ -1,0 +1,123 @@
+"""Plots: what is drawn, on given Axes and on new ones."""
+
+import numpy as np
+import pandas as pd
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_flowguides as fg
+from pyro_flowguides import transforms as T
+from pyro_flowguides.diagnostics.importance import ImportanceWeights
+from pyro_flowguides.diagnostics.plots import smoothed
+
+plt = pytest.importorskip("matplotlib.pyplot")
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def test_smoothing_is_a_mean_over_a_window():
+    values = np.arange(10.0)
+    np.testing.assert_allclose(smoothed(values, 3), [0.5, *range(1, 9), 8.5])
+    np.testing.assert_array_equal(smoothed(values, 1), values)
+    np.testing.assert_allclose(smoothed(values[:3], 50), 1.0)
+    values[4] = np.nan
+    np.testing.assert_allclose(smoothed(values, 3)[3:6], [2.5, 4, 5.5])
+    assert np.isnan(smoothed(np.full(4, np.inf), 1)).all()
+
+
+def test_plot_elbo():
+    steps = np.arange(1000)
+    losses = {"flow": 30 + 1e4 * np.exp(-steps / 5), "normal": np.where(steps % 7, 31.0, np.nan)}
+    _, ax = plt.subplots()
+    assert fg.plot_elbo(losses, log_evidence=-29.5, ax=ax) is ax
+    raw, smooth, *_ = ax.get_lines()
+    np.testing.assert_allclose(raw.get_ydata(), -losses["flow"])
+    np.testing.assert_allclose(smooth.get_ydata(), smoothed(-losses["flow"], 20))
+    assert ax.get_legend_handles_labels()[1] == ["flow", "normal", "log Z"]
+    # The first steps are far below what is worth seeing, and nothing else is cut.
+    low, high = ax.get_ylim()
+    assert -40 < low < -31
+    assert high > -29.5
+    with pytest.raises(ValueError, match="fit 'b' has no finite loss"):
+        fg.plot_elbo({"b": np.full(5, np.nan)})
+
+
+def test_plot_weights():
+    x = np.random.default_rng(0).normal(size=4000)
+    weights = ImportanceWeights(-0.5 * x**2 / 4, -0.5 * x**2)
+    _, ax = plt.subplots()
+    assert fg.plot_weights(weights, ax=ax) is ax
+    raw, smooth = ax.get_lines()
+    # Relative to the mean: smoothed weights have the mean 1, by their sum.
+    assert smooth.get_xdata()[-1] == pytest.approx(weights.weights.max() * 4000)
+    assert (np.diff(raw.get_ydata()) < 0).all()
+    assert raw.get_ydata()[-1] == 1 / 4000
+    # Below the fitted tail, 190 draws long, both are the same.
+    np.testing.assert_allclose(raw.get_xdata()[:-200], smooth.get_xdata()[:-200])
+    assert ax.get_title() == f"k-hat {weights.khat().value:.2f} ± {weights.khat().se:.2f}"
+    with pytest.raises(ValueError, match="all weights are equal"):
+        fg.plot_weights(ImportanceWeights(np.zeros(50), np.zeros(50)))
+
+
+def test_plot_marginals():
+    rng = np.random.default_rng(0)
+    posteriors = {name: {"a": rng.normal(size=200), "b": rng.normal(size=200)} for name in ("NUTS", "flow", "normal")}
+    posteriors["flow"] = pd.DataFrame(posteriors["flow"])
+    first, second = fg.plot_marginals(posteriors, ["a", "b"], reference="NUTS")
+    assert first.get_title() == "a"
+    assert second.get_title() == "b"
+    assert [line.get_label() for line in first.get_lines()] == ["flow", "normal"]
+    assert len(first.collections) == 1
+    _, given = plt.subplots(1, 2)
+    assert list(fg.plot_marginals(posteriors, ["a"], axes=given)) == list(given)
+    assert not given[1].get_visible()
+    with pytest.raises(ValueError, match="plot_marginals: 3 scalars need as many Axes, got 2"):
+        fg.plot_marginals(posteriors, ["a", "b", "a"], axes=given)
+    with pytest.raises(ValueError, match="posterior 'NUTS' has no draws of 'c'"):
+        fg.plot_marginals(posteriors, ["c"])
+
+
+def flow_of(dim=2):
+    base = dist.Normal(torch.zeros(dim), torch.ones(dim)).to_event(1)
+    flow = fg.flows.coupling(dim, num_layers=2, hidden_dims=[8])
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return fg.NormalizingFlow(base, T.Compose([flow, T.FixedAffine(torch.ones(dim), 2 * torch.eye(dim))]))
+
+
+def test_plot_flow_shows_the_density_of_every_layer():
+    flow = flow_of()
+    panels = fg.plot_flow(flow, num_grid=60, extent=5.0)
+    titles = [panel.get_title() for panel in panels if panel.get_visible()]
+    assert titles[0] == "base"
+    assert titles[-1] == f"{len(titles) - 1}: FixedAffine"
+    for panel in panels[: len(titles)]:
+        (mesh,) = panel.collections
+        points, density = mesh.get_coordinates(), mesh.get_array().reshape(60, 60)
+        # The mass of the cells, each a quadrangle with its area by the shoelace formula; 5 sds leave 1e-6 outside.
+        a, b, c, d = points[:-1, :-1], points[:-1, 1:], points[1:, 1:], points[1:, :-1]
+        diagonals = (c - a), (d - b)
+        area = 0.5 * np.abs(diagonals[0][..., 0] * diagonals[1][..., 1] - diagonals[0][..., 1] * diagonals[1][..., 0])
+        centre = (density[:-1, :-1] + density[:-1, 1:] + density[1:, 1:] + density[1:, :-1]) / 4
+        assert (area * centre).sum() == pytest.approx(1, abs=0.02)
+    np.testing.assert_allclose(
+        density, flow.log_prob(torch.as_tensor(points)).exp().detach().cpu(), rtol=1e-3, atol=1e-6
+    )
+
+
+def test_plot_flow_that_cannot_be():
+    with pytest.raises(ValueError, match=r"vectors of 2 elements is needed, got one of shape \(3,\)"):
+        fg.plot_flow(flow_of(3))
+    with pytest.raises(ValueError, match="there is no layer 9"):
+        fg.plot_flow(flow_of(), layers=[9])
+    with pytest.raises(ValueError, match="plot_flow: 2 layers need as many Axes, got 1"):
+        fg.plot_flow(flow_of(), layers=[0, -1], axes=plt.subplots()[1])
+    base = dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1)
+    with pytest.raises(ValueError, match="a random estimate, and so would its density be"):
+        fg.plot_flow(fg.NormalizingFlow(base, T.Residual(2, log_det="hutchinson")))
