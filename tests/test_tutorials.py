@@ -5,6 +5,7 @@ import importlib
 import re
 from pathlib import Path
 
+import pyro
 import pytest
 import torch
 
@@ -42,7 +43,8 @@ def reduced(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
     dtype = torch.get_default_dtype()
-    yield
+    with pyro.settings.context(module_local_params=False):
+        yield
     torch.set_default_dtype(dtype)
     plt.close("all")
 
