@@ -132,9 +132,10 @@ class NormalizingFlow(dist.TransformedDistribution):
         with torch.no_grad():
             (score,) = pull_back(torch.ones_like(log_base))
         x, log_det, score = self.transform.forward_with_score(self._as_rows(z), self._as_rows(score))
-        path = ((x - x.detach()) * score).sum(-1)
-        log_prob = (log_base - log_det.reshape(log_base.shape)).detach()
-        return x.reshape(z.shape), log_prob + path.reshape(log_base.shape)
+        # From the very tensor that is returned: what flows back into a draw can then be weighed there, as IWELBO does it.
+        x = x.reshape(z.shape)
+        path = ((x - x.detach()) * score.reshape(z.shape)).sum(-1)
+        return x, (log_base - log_det.reshape(log_base.shape)).detach() + path
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         self._last_draw = self.rsample_and_log_prob(sample_shape)

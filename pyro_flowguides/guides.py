@@ -32,7 +32,14 @@ from torch.distributions import biject_to, register_kl
 from . import bases, flows, plates, whitening
 from . import transforms as T
 from .stored_guide import StoredGuide
-from .tracing import PLATE_NAME, log_prob_per_draw, max_plate_nesting, per_draw, quiet_trace
+from .tracing import (
+    PLATE_NAME,
+    log_prob_per_draw,
+    max_plate_nesting,
+    per_draw,
+    quiet_trace,
+    unchanged_random_state,
+)
 
 BASES: dict[str, Callable[[int], bases.Base]] = {
     "normal": bases.StandardNormal,
@@ -288,7 +295,8 @@ class AutoFlow(StoredGuide, AutoContinuous):
             if len(self._known_frames) >= MAX_SIGNATURES:
                 return
             try:
-                with quiet_trace():
+                # A guide that has seen such arguments and one that has not must draw the same.
+                with quiet_trace(), unchanged_random_state():
                     model = poutine.block(self.model, self._prototype_hide_fn)
                     trace = poutine.trace(model).get_trace(*args, **kwargs)
             except Exception:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -96,6 +98,19 @@ def quiet_trace() -> Iterator[None]:
     """Runs a model for inspection: without graph, and without leaving anything in the handlers outside."""
     with torch.no_grad(), poutine.block():
         yield
+
+
+@contextmanager
+def unchanged_random_state() -> Iterator[None]:
+    """Whatever is drawn within leaves no trace in the generators of torch, numpy and Python."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            np.random.set_state(numpy_state)
 
 
 class Tracer:

@@ -13,12 +13,15 @@ from pyro.infer.autoguide import AutoNormal
 
 import pyro_flowguides as fg
 from pyro_flowguides.examples import EIGHT_SCHOOLS
+from pyro_flowguides.training.schedules import Progress, find_schedule
 
 Y = [0.3, 1.4, 2.2, 0.7, 1.9]
 
 
 def quick(model, guide, *args, **options):
-    return fg.fit(model, guide, *args, **{"num_steps": 20, "num_particles": 8, "seed": 0, "progress": False, **options})
+    """A short fit, without a captured step where that is not what is tested."""
+    defaults = {"num_steps": 20, "num_particles": 8, "seed": 0, "progress": False, "backend": "eager"}
+    return fg.fit(model, guide, *args, **{**defaults, **options})
 
 
 @pytest.mark.parametrize("Guide", [fg.AutoFlow, fg.AutoCoupling, fg.AutoPlanar])
@@ -162,29 +165,28 @@ def test_an_interrupt_returns_what_was_reached():
     assert np.isfinite(fit.elbo)
 
 
-class Faulty:
-    """A model whose likelihood is NaN at some of its calls."""
+def faulty(broken):
+    """A model whose likelihood is NaN while a tensor says so."""
 
-    def __init__(self, wrong):
-        self.calls, self.wrong = 0, wrong
-
-    def __call__(self, y):
+    def model(y):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        self.calls += 1
-        pyro.factor("broken", torch.nan * mu if self.wrong(self.calls) else -((mu - 1) ** 2))
+        pyro.factor("broken", torch.where(broken, torch.nan, -1.0) * (mu - 1) ** 2)
+
+    return model
 
 
-def test_a_step_that_is_not_finite_changes_nothing():
-    y = torch.tensor(Y)
-    model = Faulty(lambda call: False)
-    guide = fg.AutoCoupling(model)
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_a_step_that_is_not_finite_changes_nothing(backend):
+    y, broken = torch.tensor(Y), torch.tensor(False)
+    model = faulty(broken)
+    guide = fg.AutoCoupling(model, num_layers=2)
     before = {}
 
     def break_third_step(step, loss):
         before[step] = [parameter.clone() for parameter in guide.parameters()]
-        model.wrong = lambda call: step == 2
+        broken.fill_(step == 2)
 
-    fit = quick(model, guide, y, num_steps=6, callbacks=[break_third_step])
+    fit = quick(model, guide, y, num_steps=6, callbacks=[break_third_step], backend=backend)
     assert fit.num_skipped == 1
     assert np.isnan(fit.losses[3])
     assert np.isfinite(np.delete(fit.losses, 3)).all()
@@ -193,14 +195,39 @@ def test_a_step_that_is_not_finite_changes_nothing():
     assert np.isfinite(fit.elbo)
 
 
-def test_too_many_skipped_steps_end_with_the_site():
-    model = Faulty(lambda call: False)
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_too_many_skipped_steps_end_with_the_site(backend):
+    broken = torch.tensor(False)
+    model = faulty(broken)
 
     def break_model(step, loss):
-        model.wrong = lambda call: True
+        broken.fill_(True)
 
-    with pytest.raises(RuntimeError, match="3 steps in a row .* site 'broken' of the model has log-probability nan"):
-        quick(model, fg.AutoCoupling(model), torch.tensor(Y), max_skipped=3, callbacks=[break_model])
+    with pytest.raises(RuntimeError, match="steps in a row .* site 'broken' of the model has log-probability nan"):
+        quick(
+            model,
+            fg.AutoPlanar(model, num_layers=1),
+            torch.tensor(Y),
+            max_skipped=3,
+            callbacks=[break_model],
+            backend=backend,
+        )
+
+
+def test_an_exploding_learning_rate_is_taken_back():
+    fit = quick(
+        conjugate,
+        fg.AutoPlanar(conjugate),
+        torch.tensor(Y),
+        num_steps=300,
+        optim=lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
+        schedule=lambda progress: 1e4 if 0.4 <= progress < 0.5 else 1.0,
+        backend="auto",
+        whiten="init",
+    )
+    assert fit.num_rolled_back >= 1
+    assert np.isfinite(fit.losses[-50:]).all()
+    assert fit.losses[-50:].mean() < fit.losses[:50].mean() + 1.0
 
 
 def test_a_model_that_does_not_vectorise_is_looped_over():
@@ -215,6 +242,219 @@ def test_a_model_that_does_not_vectorise_is_looped_over():
         fit = quick(model, fg.AutoPlanar(model), x, y, num_steps=3, num_particles=2, whiten="init")
     assert len(fit.draws) == 1000
     assert fit.draws.values["slope"].shape == (1000, 2)
+
+
+# --- schedules and the end -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [1, 1, 1, 1, 1]),
+        ("cosine", [1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0]),
+        ("step", [1, 1, 0.1, 0.01, 0.01]),
+        ("warm_up", [0, *(0.5 * (1 + np.cos(np.pi * (p - 0.05) / 0.95)) for p in (0.25, 0.5, 0.75)), 0]),
+    ],
+)
+def test_schedules(schedule, expected):
+    function = find_schedule(schedule)
+    assert [function(progress) for progress in (0.0, 0.25, 0.5, 0.75, 1.0)] == pytest.approx(expected, abs=1e-12)
+    if schedule == "warm_up":
+        assert function(0.025) == pytest.approx(0.5)
+
+
+def test_what_is_left_of_a_converged_fit_goes_by_faster():
+    progress = Progress(1000)
+    assert [progress.fraction(step) for step in (0, 500)] == [0, 0.5]
+    progress.converged_at = 400
+    assert progress.end == 500
+    assert progress.fraction(400) == 0.4
+    assert progress.fraction(450) == pytest.approx(0.7)
+    assert progress.fraction(500) == pytest.approx(1.0)
+    progress.converged_at = 950
+    assert progress.end == 1000
+
+
+def test_a_fit_that_has_converged_ends_early():
+    fit = quick(conjugate, fg.AutoPlanar(conjugate, num_layers=1), torch.tensor(Y), num_steps=2000, tolerance=1e-3)
+    assert len(fit.losses) == 300
+
+
+def test_a_fit_that_still_improves_goes_on():
+    """Without whitening, at a small learning rate, the bound rises for long."""
+    fit = quick(
+        conjugate,
+        AutoNormal(conjugate, init_scale=0.01),
+        100 + torch.tensor(Y),
+        num_steps=400,
+        tolerance=1e-3,
+        schedule="constant",
+        num_particles=16,
+    )
+    assert len(fit.losses) == 400
+
+
+def test_the_average_of_the_parameters_is_returned():
+    y = torch.tensor(Y)
+    visited = []
+    guide = AutoNormal(conjugate)
+    quick(
+        conjugate,
+        guide,
+        y,
+        num_steps=10,
+        average=0.99,
+        callbacks=[lambda *_: visited.append(pyro.param("AutoNormal.locs.mu").item())],
+    )
+    # So long a memory is the plain mean of so few steps.
+    assert pyro.param("AutoNormal.locs.mu").item() == pytest.approx(np.mean(visited), rel=1e-5)
+
+
+# --- minibatches ------------------------------------------------------------------------------------------------------
+
+
+def minibatch_model(y, size=40):
+    mu = pyro.sample("mu", dist.Normal(y.new_tensor(0.0), 2.0))
+    with pyro.plate("data", size, subsample_size=len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def test_minibatches_give_the_answer_of_the_full_data(dtype):
+    y = torch.linspace(-1.0, 3.0, 40, dtype=dtype)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(y), batch_size=10, shuffle=True)
+    guide = fg.AutoFlow(minibatch_model, lambda dim: fg.transforms.Affine(dim), affine=None)
+    fit = quick(
+        minibatch_model,
+        guide,
+        y,
+        batches=loader,
+        num_steps=1500,
+        num_particles=16,
+        optim=lambda parameters: torch.optim.Adam(parameters, lr=0.1),
+        whiten=None,
+        backend="auto",
+    )
+    precision = 1 / 4 + 40
+    mean, sd = float(y.sum()) / precision, precision**-0.5
+    summary = fit.summary()
+    assert abs(summary.loc["mu", "mean"] - mean) < 0.25 * sd
+    assert abs(summary.loc["mu", "sd"] / sd - 1) < 0.15
+    assert len(fit.losses) == 1500
+
+
+@pytest.mark.parametrize("kind", ["tuples", "dicts", "tensors"])
+def test_batches_are_arguments(kind):
+    y = torch.tensor(Y)
+    sizes = []
+
+    def model(y):
+        sizes.append(len(y))
+        conjugate(y)
+
+    parts = [y[:3], y[3:]]
+    batches = {"tuples": [(part,) for part in parts], "dicts": [{"y": part} for part in parts], "tensors": parts}[kind]
+    fit = quick(model, fg.AutoPlanar(model, num_layers=1), batches=batches, num_steps=4, whiten=None)
+    assert len(fit.losses) == 4
+    assert set(sizes) == {3, 2}
+
+
+def test_batches_that_cannot_be_repeated():
+    y = torch.tensor(Y)
+    with pytest.raises(ValueError, match="give a list or a DataLoader, not a generator"):
+        quick(conjugate, fg.AutoPlanar(conjugate, num_layers=1), y, batches=((y,) for _ in range(3)), whiten=None)
+
+
+# --- restarts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "Guide", [lambda model: fg.AutoPlanar(model, num_layers=2), AutoNormal], ids=["flow", "normal"]
+)
+def test_the_best_of_several_restarts_is_kept(Guide):
+    y = torch.tensor(Y)
+    guide = Guide(conjugate)
+    options = {"whiten": None} if isinstance(guide, fg.AutoFlow) else {}
+    fit = quick(conjugate, guide, y, num_restarts=3, num_steps=15, **options)
+    assert fit.guide is guide
+    elbos = [draws.elbo().value for draws in fit.restarts]
+    assert len(elbos) == 3
+    assert len({round(elbo, 9) for elbo in elbos}) == 3
+    assert fit.elbo == max(elbos)
+    # The guide itself is the best one.
+    again = fg.draw(conjugate, guide, y, num_samples=10_000).elbo()
+    assert abs(again.value - fit.elbo) < 4 * (again.se**2 + fit.elbo_se**2) ** 0.5 + 1e-6
+    assert abs(again.value - min(elbos)) > abs(again.value - fit.elbo)
+    # And what Pyro's store holds is what the guide holds.
+    stored = pyro.get_param_store()._params
+    for name, leaf in guide.named_parameters():
+        assert stored[f"{type(guide).__name__}.{name.removesuffix('_unconstrained')}"] is leaf
+
+
+def test_a_restart_is_the_fit_of_its_seed():
+    y = torch.tensor(Y)
+    several = quick(conjugate, fg.AutoPlanar(conjugate, num_layers=2), y, num_restarts=2, seed=5, whiten=None)
+    for index in (0, 1):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(77)  # What was drawn before does not matter.
+        single = quick(conjugate, fg.AutoPlanar(conjugate, num_layers=2), y, seed=5 + index, whiten=None)
+        torch.testing.assert_close(several.restarts[index].values["mu"], single.draws.values["mu"])
+
+
+def test_restarts_of_a_model_with_a_network():
+    torch.manual_seed(0)
+    network = torch.nn.Linear(1, 1)
+
+    def model(y):
+        pyro.module("network", network)
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(network(mu.unsqueeze(-1)).squeeze(-1), 1.0), obs=y)
+
+    y = torch.tensor(Y)
+    guide = fg.AutoPlanar(model, num_layers=1)
+    fit = quick(model, guide, y, num_restarts=2, whiten=None, num_steps=60)
+    again = fg.draw(model, guide, y, num_samples=10_000).elbo()
+    assert abs(again.value - fit.elbo) < 4 * (again.se**2 + fit.elbo_se**2) ** 0.5 + 1e-6
+    for name, leaf in network.named_parameters():
+        assert torch.equal(pyro.param(f"network$$${name}"), leaf)
+
+
+def test_an_interrupt_ends_the_restarts():
+    calls = []
+
+    def interrupt(step, loss):
+        calls.append(step)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+
+    with pytest.warns(UserWarning, match="interrupted after 3 of 5 steps"):
+        fit = quick(
+            conjugate, AutoNormal(conjugate), torch.tensor(Y), num_steps=5, num_restarts=4, callbacks=[interrupt]
+        )
+    assert len(fit.restarts) == 2
+
+
+def test_a_restart_that_fails_is_left_out():
+    broken = torch.tensor(False)
+    model = faulty(broken)
+    steps = []
+
+    def break_second(step, loss):
+        steps.append(step)
+        broken.fill_(7 <= len(steps) < 11)
+
+    with pytest.warns(UserWarning, match="restart 1 of 3 failed: .* in a row") as caught:
+        fit = quick(
+            model,
+            AutoNormal(model),
+            torch.tensor(Y),
+            num_steps=6,
+            num_restarts=3,
+            max_skipped=3,
+            callbacks=[break_second],
+        )
+    assert len(fit.restarts) == 2
+    assert caught[0].filename == __file__
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -254,10 +494,13 @@ def test_no_finite_elbo_at_the_start(Guide):
         ({"optim": pyro.optim.Adam({"lr": 1.0}), "schedule": "cosine"}, ValueError, "has its own schedulers"),
         ({"optim": "adam"}, TypeError, "optim must be a Pyro optimiser or a function"),
         ({"whiten": "mode"}, ValueError, "method must be"),
-        ({"num_restarts": 3}, NotImplementedError, "num_restarts is not available yet"),
-        ({"checkpoint": "here"}, NotImplementedError, "not available yet"),
-        ({"checkpoint_every": 10}, NotImplementedError, "not available yet"),
-        ({"resume": True}, NotImplementedError, "not available yet"),
+        ({"num_restarts": 0}, ValueError, "num_restarts must be at least 1, got 0"),
+        ({"checkpoint": "no/such/directory/file"}, ValueError, "the directory of checkpoint .* does not exist"),
+        ({"checkpoint_every": 10}, ValueError, "need a file, checkpoint="),
+        ({"resume": True}, ValueError, "need a file, checkpoint="),
+        ({"tolerance": -1.0}, ValueError, "tolerance must be at least 0, got -1.0"),
+        ({"average": 2.0}, ValueError, "average must be between 0 and 1, got 2.0"),
+        ({"backend": "jit"}, ValueError, "backend must be one of"),
     ],
 )
 def test_options_that_are_wrong(options, error, message):
@@ -275,3 +518,12 @@ def test_shows_a_progress_bar(capsys):
         warnings.simplefilter("ignore")  # of tqdm without its notebook widgets
         quick(conjugate, fg.AutoCoupling(conjugate), torch.tensor(Y), progress=True)
     assert "AutoCoupling" in capsys.readouterr().err
+
+
+def test_parameters_that_are_local_to_modules_are_trained_too():
+    with pyro.settings.context(module_local_params=True):
+        first, second = (quick(correlated, fg.AutoCoupling(correlated), whiten=None) for _ in range(2))
+    assert not pyro.get_param_store()
+    # The second guide starts anew, and not where the first has ended; and both learn.
+    assert np.array_equal(first.losses, second.losses)
+    assert first.losses[-5:].mean() < first.losses[:5].mean()

@@ -17,12 +17,12 @@ from Python's own random numbers, or counts, shows there.
 from __future__ import annotations
 
 import functools
-import random
+import os
 import sys
 import threading
 import traceback
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +40,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..tracing import unchanged_random_state
 
 # Recording takes about a millisecond for each operation, with its gradient: beyond this number, eager steps are done sooner.
 MAX_OPERATIONS = 8_000
@@ -87,17 +90,73 @@ class Parameters:
         return Parameters(self.names + tuple(name for name, _ in new), self.leaves + tuple(leaf for _, leaf in new))
 
 
+class _RememberWrites(TorchDispatchMode):
+    """Remembers what tensors from outside held before they were first written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        self._made_within: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for tensor in _written_arguments(function, args, kwargs):
+            if _storage(tensor) not in self._made_within and id(tensor) not in self.before:
+                self.before[id(tensor)] = tensor, tensor.clone()
+        result = function(*args, **kwargs)
+        given = {_storage(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        made = {_storage(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)}
+        self._made_within |= made - given
+        return result
+
+
+# They write to the running mean and variance, which their schemas do not say.
+_BATCH_NORM = {
+    torch.ops.aten.native_batch_norm.default: (3, 4),
+    torch.ops.aten.cudnn_batch_norm.default: (3, 4),
+    torch.ops.aten.miopen_batch_norm.default: (3, 4),
+}
+
+
+def _written_arguments(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    if function in _BATCH_NORM:
+        written = [args[place] for place in _BATCH_NORM[function]]
+    elif function._schema.is_mutable:
+        given = {argument.name: value for argument, value in zip(function._schema.arguments, args, strict=False)}
+        given.update(kwargs)
+        written = [
+            given.get(argument.name)
+            for argument in function._schema.arguments
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+    else:
+        written = []
+    return [leaf for leaf in pytree.tree_leaves(written) if isinstance(leaf, Tensor)]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
+
+
 @contextmanager
-def unchanged_random_state() -> Iterator[None]:
-    """Whatever is drawn within leaves no trace in the generators of torch, numpy and Python."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices):
-        try:
+def without_side_effects(first: Callable[[], Any]) -> Iterator[None]:
+    """Runs a function, then what is within; neither leaves a trace in random generators, or in tensors that the function writes.
+
+    The running means of BatchNorm are such tensors; those that the function makes itself keep what they hold.
+
+    Arguments:
+        first: The function.
+    """
+    remember = _RememberWrites()
+    try:
+        with unchanged_random_state():
+            with remember:
+                first()
             yield
-        finally:
-            random.setstate(state)
-            np.random.set_state(numpy_state)
+    finally:
+        with torch.no_grad():
+            for tensor, value in remember.before.values():
+                tensor.copy_(value)
 
 
 def find_parameters(run: Callable[[], Tensor]) -> tuple[Tensor, Parameters]:
@@ -107,14 +166,16 @@ def find_parameters(run: Callable[[], Tensor]) -> tuple[Tensor, Parameters]:
         run: Computes the loss.
     """
     with poutine.trace(param_only=True) as capture:
-        value = run()
+        loss = run()
     sites: list[Any] = sorted(capture.trace.nodes.values(), key=lambda site: site["name"])
     leaves: dict[int, tuple[str, Tensor]] = {}
     for site in sites:
-        leaf = site["value"].unconstrained()
+        value = site["value"]
+        # Parameters that a module keeps to itself (the setting module_local_params) are bare.
+        leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
         if leaf.requires_grad:
             leaves.setdefault(id(leaf), (site["name"], leaf))
-    return value, Parameters(tuple(name for name, _ in leaves.values()), tuple(leaf for _, leaf in leaves.values()))
+    return loss, Parameters(tuple(name for name, _ in leaves.values()), tuple(leaf for _, leaf in leaves.values()))
 
 
 def with_gradient(value: Tensor, parameters: Parameters) -> tuple[Parameters, list[Tensor]]:
@@ -259,10 +320,11 @@ def check_size(run: Callable[[], Any]) -> None:
         run()
     if counter.count > MAX_OPERATIONS:
         ends = [count for count, _ in marks[1:]] + [counter.count]
-        size, name = max((end - start, name) for end, (start, name) in zip(ends, marks, strict=True))
+        steps = [(end - start, name) for end, (start, name) in zip(ends, marks, strict=False)]
+        where = "{} of them after sample site '{}'".format(*max(steps)) if steps else "and has no sample site"
         raise CaptureError(
-            f"its loss takes {counter.count} operations, {size} of them after sample site '{name}': a loop in Python? Capturing "
-            f"takes longer than it saves above {MAX_OPERATIONS}; write the loop with vectorised operations"
+            f"its loss takes {counter.count} operations, {where}: a loop in Python? Capturing takes longer than it saves above "
+            f"{MAX_OPERATIONS}; write the loop with vectorised operations"
         )
 
 
@@ -273,10 +335,8 @@ def loss_and_gradients(
     points = [value.detach().requires_grad_() for value in values]
     with torch.enable_grad(), substituted(parameters, points, modules), no_waiting(), _branches_for_tracing():
         value = run()
-        gradients = torch.autograd.grad(value, points, allow_unused=True)
-    for name, gradient in zip(parameters.names, gradients, strict=True):
-        if gradient is None:
-            raise CaptureError(f"parameter '{name}' reaches the loss by a way that cannot be followed")
+        # Other arguments may use other parameters.
+        gradients = torch.autograd.grad(value, points, allow_unused=True, materialize_grads=True)
     return value.detach(), list(gradients)
 
 
@@ -303,7 +363,7 @@ def _explain(error: BaseException, site: str | None) -> str:
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
     frames = traceback.extract_tb(error.__traceback__)
-    library = (*torch.__path__, *pyro.__path__, __file__)
+    library = (*torch.__path__, *pyro.__path__, os.path.dirname(__file__))
     own = [frame for frame in frames if not frame.filename.startswith(library)]
     where = f"after sample site '{site}'" if site else "before the first sample site"
     line = f", {own[-1].filename}, line {own[-1].lineno}: {own[-1].line}" if own else ""
@@ -320,7 +380,10 @@ def _refuse_dynamic_shapes(graph: GraphModule) -> None:
         random_numbers = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         if node.op == "placeholder" or random_numbers or any(source in varying for source in node.all_input_nodes):
             varying.add(node)
-        if node.target is torch.ops.aten.nonzero.default and node in varying:
+        selects = node.target is torch.ops.aten.nonzero.default and node in varying
+        if node.target is torch.ops.aten.index.Tensor:
+            selects = any(index in varying and index.meta["val"].dtype == torch.bool for index in node.args[1] if index)
+        if selects:
             raise CaptureError(
                 "it selects elements by a condition, so that shapes depend on values; use torch.where or a mask"
             )
@@ -334,17 +397,13 @@ def compare(captured: tuple[Tensor, Sequence[Tensor]], eager: tuple[Tensor, Sequ
     ]:
         first, second = (torch.cat([part.reshape(-1).double() for part in parts]) for parts in (ours, theirs))
         both = first.isfinite() & second.isfinite()
+        if not torch.equal(first.isfinite(), second.isfinite()):
+            return what
         tolerance = max(CHECK_TOLERANCE.get(part.dtype, 1e-3) for part in theirs)
         scale = second[both].abs().max() if both.any() else 1.0
         if bool(((first - second)[both].abs() > tolerance * (scale + tolerance)).any()):
             return what
     return None
-
-
-def still_in_place(parameters: Parameters) -> bool:
-    """Whether Pyro's store still holds these very parameters, under their names, as far as it did."""
-    store = pyro.get_param_store()._params
-    return all(store.get(name, leaf) is leaf for name, leaf in zip(parameters.names, parameters.leaves, strict=True))
 
 
 class Surroundings:
@@ -353,27 +412,41 @@ class Surroundings:
     A graph has them baked in; :meth:`difference` tells whether they are what they were.
 
     Arguments:
-        functions: Model and guide.
+        values: Model, guide, ELBO, and whatever else a step is computed from.
         constants: The tensors that a graph holds, which must not have been written to.
     """
 
-    def __init__(self, functions: Iterable[Any], constants: Iterable[Tensor]) -> None:
+    def __init__(self, values: Iterable[Any], constants: Iterable[Tensor]) -> None:
         self._cells: list[tuple[Any, Any]] = []
-        self._entries: list[tuple[dict[Any, Any], Any, Any]] = []
+        self._entries: list[tuple[Mapping[Any, Any], Any, Any]] = []
+        self._lists: list[tuple[list[Any], list[Any]]] = []
+        self._arrays: list[tuple[np.ndarray, np.ndarray]] = []
+        self._flags: list[tuple[nn.Parameter, bool]] = []
         self._constants = [(tensor, tensor._version) for tensor in constants]
         self._seen: set[int] = set()
-        for function in functions:
-            self._visit(function, 0)
+        for value in values:
+            self._visit(value, 0)
 
     def difference(self) -> str | None:
         """What is not as it was; None if nothing is."""
         for cell, value in self._cells:
             if not _same(cell.cell_contents, value):
-                return f"a variable, {_brief(value)} when the step was captured and {_brief(cell.cell_contents)} now"
+                return (
+                    f"a variable was {_brief(value)} when the step was captured and is {_brief(cell.cell_contents)} now"
+                )
         for mapping, name, value in self._entries:
             if not _same(mapping.get(name), value):
-                return f"'{name}', {_brief(value)} when the step was captured and {_brief(mapping.get(name))} now"
-        return "a tensor that was written to" if self.changed_constants() else None
+                return f"'{name}' was {_brief(value)} when the step was captured and is {_brief(mapping.get(name))} now"
+        for values, before in self._lists:
+            if len(values) != len(before) or not all(map(_same, values, before)):
+                return "a list was changed"
+        for array, copy in self._arrays:
+            if not np.array_equal(array, copy):
+                return "an array of numpy was written to"
+        for parameter, requires_grad in self._flags:
+            if parameter.requires_grad != requires_grad:
+                return f"requires_grad of a parameter is {parameter.requires_grad}"
+        return "a tensor was written to" if self.changed_constants() else None
 
     def changed_constants(self) -> list[Tensor]:
         """The constants that have been written to."""
@@ -396,13 +469,19 @@ class Surroundings:
             for part in (value.func, *value.args, *value.keywords.values()):
                 self._visit(part, depth)
         elif isinstance(value, (list, tuple)):
+            if isinstance(value, list) and len(value) <= MAX_LENGTH:
+                self._lists.append((value, list(value)))
             for part in value[:MAX_LENGTH]:
                 self._visit(part, depth + 1)
+        elif isinstance(value, np.ndarray):
+            self._arrays.append((value, value.copy()))
         elif isinstance(value, nn.Module):
             for module in value.modules():
-                self._visit_module(module, depth)
+                self._visit_object(module, depth)
+        elif isinstance(value, dict):
+            self._visit_mapping(value, depth)
         else:
-            self._visit_mapping(value if isinstance(value, dict) else getattr(value, "__dict__", {}), depth)
+            self._visit_object(value, depth)
 
     def _visit_function(self, function: types.FunctionType, depth: int) -> None:
         for cell in function.__closure__ or ():
@@ -412,27 +491,59 @@ class Surroundings:
                 continue
             self._cells.append((cell, value))
             self._visit(value, depth + 1)
-        if (function.__module__ or "").split(".")[0] in _LIBRARIES:
+        if _is_library(function.__module__):
             return
-        for name in _global_names(function.__code__):
+        names = _global_names(function.__code__)
+        for name in names:
+            value = function.__globals__.get(name)
+            if isinstance(value, types.ModuleType) and not _is_library(value.__name__):
+                self._visit_mapping(vars(value), depth, names)
             if name in function.__globals__:
                 self._visit_entry(function.__globals__, name, depth)
 
-    def _visit_module(self, module: nn.Module, depth: int) -> None:
-        if type(module).__module__.split(".")[0] in _LIBRARIES:
-            for name in ("training", "gradient"):
-                if name in module.__dict__:
-                    self._visit_entry(module.__dict__, name, depth)
+    def _visit_object(self, value: Any, depth: int) -> None:
+        mapping = getattr(value, "__dict__", {})
+        if isinstance(value, nn.Module):
+            self._flags.extend((leaf, leaf.requires_grad) for leaf in value._parameters.values() if leaf is not None)
+        if not _is_library(type(value).__module__):
+            self._visit_mapping(mapping, depth)
+        elif isinstance(value, nn.Module):
+            self._visit_mapping(mapping, depth, ("training", "gradient"))
+            self._visit_mapping(value._parameters, depth)
+            self._visit_mapping(value._buffers, depth)
         else:
-            self._visit_mapping(module.__dict__, depth)
+            # Not what it keeps for itself, such as caches.
+            self._visit_mapping(mapping, depth, [name for name in mapping if not name.startswith("_")])
+        for kind in type(value).__mro__:
+            if not _is_library(kind.__module__):
+                self._visit_class(kind, depth)
 
-    def _visit_mapping(self, mapping: Any, depth: int) -> None:
-        for name in list(mapping)[:MAX_LENGTH]:
-            self._visit_entry(mapping, name, depth)
+    def _visit_class(self, kind: type, depth: int) -> None:
+        if id(kind) in self._seen:
+            return
+        self._seen.add(id(kind))
+        for name, value in vars(kind).items():
+            if isinstance(value, (staticmethod, classmethod)):
+                self._visit(value.__func__, depth + 1)
+            elif isinstance(value, property):
+                self._visit(value.fget, depth + 1)
+            elif isinstance(value, types.FunctionType) or not name.startswith("__"):
+                self._visit_entry(vars(kind), name, depth)
 
-    def _visit_entry(self, mapping: Any, name: Any, depth: int) -> None:
+    def _visit_mapping(self, mapping: Mapping[Any, Any], depth: int, names: Iterable[Any] | None = None) -> None:
+        for name in list(mapping)[:MAX_LENGTH] if names is None else names:
+            if name in mapping:
+                self._visit_entry(mapping, name, depth)
+
+    def _visit_entry(self, mapping: Mapping[Any, Any], name: Any, depth: int) -> None:
         self._entries.append((mapping, name, mapping[name]))
         self._visit(mapping[name], depth + 1)
+
+
+def _is_library(module: str | None) -> bool:
+    """Whether what a module of this name holds depends on its arguments alone."""
+    root = (module or "").split(".")[0]
+    return root in _LIBRARIES or (root in sys.stdlib_module_names and root != "__main__")
 
 
 def _same(now: Any, before: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,10 @@ def load(path: Path) -> dict[str, Any]:
         ValueError: if the file is damaged, or no checkpoint.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            # torch does not look at the checksums.
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"the checksum of {damaged} is wrong")
         content = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
         raise ValueError(

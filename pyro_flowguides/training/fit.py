@@ -24,9 +24,10 @@ from tqdm.auto import tqdm
 
 from ..diagnostics.draws import draw_traced
 from ..guides import AutoFlow
-from ..tracing import Tracer, observed_sites, site_without_density
+from ..tracing import Tracer, observed_sites, site_without_density, unchanged_random_state
 from . import checkpoint as checkpoints
 from .losses import path_gradient
+from .notices import warn
 from .result import FlowFit
 from .schedules import Convergence, Progress, find_schedule
 from .svi import CHECK_EVERY, MAX_SKIPPED, CompiledSVI
@@ -49,7 +50,7 @@ class _Settings:
     num_steps: int
     num_particles: int | None
     optim: PyroOptim | Callable[[list[Tensor]], torch.optim.Optimizer] | None
-    schedule: Callable[[float], float]
+    schedule: Callable[[float], float] | None
     loss: Any
     whiten: str | None
     backend: str
@@ -157,7 +158,7 @@ def fit(
         num_steps=_positive("num_steps", num_steps, NUM_STEPS),
         num_particles=num_particles,
         optim=optim,
-        schedule=find_schedule("constant" if isinstance(optim, PyroOptim) else schedule),
+        schedule=None if isinstance(optim, PyroOptim) else find_schedule(schedule),
         loss=loss,
         whiten=whiten,
         backend=backend,
@@ -174,9 +175,12 @@ def fit(
     )
     kwargs = dict(model_kwargs or {})
     if batches is not None and not args and not kwargs:
+        if seed is not None:
+            # A loader that shuffles draws.
+            pyro.set_rng_seed(seed)
         args, kwargs = _arguments(next(iter(batches)))
     if _positive("num_restarts", num_restarts, 1) == 1:
-        return _fit_once(model, guide, args, kwargs, settings)
+        return _fit_once(model, guide, args, kwargs, settings)[0]
     return _fit_repeatedly(model, guide, args, kwargs, settings, num_restarts)
 
 
@@ -188,7 +192,8 @@ def _fit_once(
     settings: _Settings,
     initial: _Values | None = None,
     log_likelihood: bool = False,
-) -> FlowFit:
+) -> tuple[FlowFit, bool]:
+    """One fit, and whether it was interrupted."""
     if settings.seed is not None:
         pyro.set_rng_seed(settings.seed)
     start = time.perf_counter()
@@ -211,7 +216,7 @@ def _fit_once(
         settings.optim or functools.partial(torch.optim.Adam, lr=LEARNING_RATE),
         settings.loss or _default_loss(tracer, settings.num_particles),
         backend=settings.backend,
-        schedule=lambda step: settings.schedule(progress.fraction(step)),
+        schedule=None if (schedule := settings.schedule) is None else lambda step: schedule(progress.fraction(step)),
         clip_factor=CLIP_FACTOR,
         average=settings.average,
         max_skipped=settings.max_skipped,
@@ -220,23 +225,24 @@ def _fit_once(
         training = _Training(svi, args, kwargs, settings, progress)
         if saved is not None:
             training.load_state_dict(saved["training"])
-        losses = training.run()
+        training.run()
     if settings.average is not None:
         svi.use_average()
     draws = draw_traced(
         tracer, NUM_FINAL_DRAWS if tracer.vectorizes else NUM_LOOPED_DRAWS, log_likelihood=log_likelihood
     )
-    return FlowFit(
+    result = FlowFit(
         model,
         guide,
         args,
         kwargs,
-        losses=losses,
+        losses=np.array(training.losses),
         num_skipped=svi.num_skipped,
         num_rolled_back=svi.num_rolled_back,
         wall_time=time.perf_counter() - start,
         draws=draws,
     )
+    return result, training.interrupted
 
 
 def _whiten(guide: Callable, args: tuple, kwargs: dict[str, Any], method: str | None, tracer: Tracer) -> None:
@@ -270,13 +276,14 @@ class _Training:
         self.settings = settings
         self.progress = progress
         self.losses: list[float] = []
+        self.interrupted = False
         # Steps whose loss has not been waited for.
         self.pending: list[Tensor] = []
         self.convergence = None if settings.tolerance is None else Convergence(settings.tolerance)
         self.batches = None if settings.batches is None else _Batches(settings.batches)
 
-    def run(self) -> np.ndarray:
-        """The losses of all steps."""
+    def run(self) -> None:
+        """Takes the steps, until the end or an interrupt from the keyboard."""
         description = type(self.svi.guide).__name__
         quiet = not self.settings.progress
         with tqdm(total=self.progress.end, disable=quiet, desc=description, mininterval=0.5) as bar:
@@ -284,28 +291,28 @@ class _Training:
             try:
                 self._take_steps(bar)
             except KeyboardInterrupt:
+                self.interrupted = True
                 self._collect(bar)
-                warnings.warn(
-                    f"fit: interrupted after {len(self.losses)} of {self.settings.num_steps} steps", stacklevel=4
-                )
-        return np.array(self.losses)
+                warn(f"fit: interrupted after {len(self.losses)} of {self.settings.num_steps} steps")
 
     def _take_steps(self, bar: tqdm) -> None:
         # What stays the same is looked at once in a while, unless a callback may change it.
         every = 1 if self.settings.callbacks or self.batches else CHECK_EVERY
-        step: Callable[[], Tensor] = _nothing_prepared
-        for number in range(len(self.losses), self.settings.num_steps):
-            if number % every == 0 or step is _nothing_prepared:
+        step: Callable[[], Tensor] | None = None
+        number = len(self.losses)
+        stopped = False
+        while number < self.progress.end and not stopped:
+            if number % every == 0 or step is None:
                 step = self.svi.prepare(*self._next_arguments(), self.progress.end - number)
             self.pending.append(step())
-            stops = [callback(number, float(self.pending[-1])) for callback in self.settings.callbacks]
-            checkpoint_due = self.settings.checkpoint is not None and (number + 1) % self.settings.checkpoint_every == 0
-            if any(stops) or checkpoint_due or len(self.pending) == CHECK_EVERY:
+            for callback in self.settings.callbacks:
+                stopped |= bool(callback(number, float(self.pending[-1])))
+            number += 1
+            checkpoint_due = self.settings.checkpoint is not None and number % self.settings.checkpoint_every == 0
+            if checkpoint_due or len(self.pending) == CHECK_EVERY:
                 self._collect(bar)
-                if checkpoint_due:
-                    self._save()
-            if any(stops) or number + 1 >= self.progress.end:
-                break
+            if checkpoint_due:
+                self._save()
         self._collect(bar)
         if self.settings.checkpoint is not None:
             self._save()
@@ -377,10 +384,6 @@ class _Training:
         checkpoints.set_random_state(state["random"])
 
 
-def _nothing_prepared() -> Tensor:
-    raise AssertionError("a step is prepared before it is taken")
-
-
 class _Batches:
     """The arguments of the steps, epoch after epoch."""
 
@@ -389,8 +392,10 @@ class _Batches:
         self._begin()
 
     def _begin(self) -> None:
-        # What a loader shuffles with.
+        # What a loader shuffles with: the generator of torch, or one of its own.
         self.random_state = checkpoints.random_state()
+        generator = getattr(self.batches, "generator", None)
+        self.generator_state = None if generator is None else generator.get_state()
         self.iterator = iter(self.batches)
         self.position = 0
 
@@ -409,10 +414,16 @@ class _Batches:
         return _arguments(batch)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"random_state": self.random_state, "position": self.position}
+        return {
+            "random_state": self.random_state,
+            "generator_state": self.generator_state,
+            "position": self.position,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         checkpoints.set_random_state(state["random_state"])
+        if state["generator_state"] is not None:
+            self.batches.generator.set_state(state["generator_state"])  # type: ignore[attr-defined]
         self._begin()
         for _ in range(state["position"]):
             next(self)
@@ -479,12 +490,15 @@ def _fit_repeatedly(
     model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any], settings: _Settings, num_restarts: int
 ) -> FlowFit:
     """The best of several fits by its ELBO."""
+    if settings.seed is not None:
+        pyro.set_rng_seed(settings.seed)
     store = pyro.get_param_store()
     # Each such guide is a copy with parameters of its own.
     starts_anew = isinstance(guide, AutoFlow) and guide.prototype_trace is None
-    initial: _Values | None = None
+    initial = _initial_values(model, guide, args, kwargs, starts_anew)
     fits: list[tuple[FlowFit, _Values, Any]] = []
     errors: list[Exception] = []
+    interrupted = False
     for index in range(num_restarts):
         one = replace(settings, seed=None if settings.seed is None else settings.seed + index)
         if settings.checkpoint is not None:
@@ -492,20 +506,15 @@ def _fit_repeatedly(
             one = replace(one, checkpoint=path.with_name(f"{path.stem}-{index}{path.suffix}"))
         with store.scope() if starts_anew else contextlib.nullcontext():
             candidate = copy.deepcopy(guide) if starts_anew else guide
-            if initial is None:
-                with warnings.catch_warnings():
-                    # It warns again where the fit itself does it.
-                    warnings.simplefilter("ignore")
-                    if isinstance(candidate, AutoFlow):
-                        candidate.setup(*args, **kwargs)
-                    Tracer(model, candidate, args, kwargs)
-                initial = _Values(model, candidate)
             try:
-                result = _fit_once(model, candidate, args, kwargs, one, initial, log_likelihood=True)
-                fits.append((result, _Values(model, candidate), store.get_state()))
-            except (RuntimeError, ValueError) as error:
-                warnings.warn(f"fit: restart {index} of {num_restarts} failed: {error}", stacklevel=3)
+                result, interrupted = _fit_once(model, candidate, args, kwargs, one, initial, log_likelihood=True)
+            except RuntimeError as error:
+                warn(f"fit: restart {index} of {num_restarts} failed: {error}")
                 errors.append(error)
+                continue
+            fits.append((result, _Values(model, candidate), store.get_state()))
+        if interrupted:
+            break
     if not fits:
         raise errors[0]
     best, values, state = max(fits, key=lambda entry: -math.inf if math.isnan(entry[0].elbo) else entry[0].elbo)
@@ -519,6 +528,24 @@ def _fit_repeatedly(
     best.restarts = tuple(result.draws for result, _, _ in fits)
     best.wall_time = sum(result.wall_time for result, _, _ in fits)
     return best
+
+
+def _initial_values(
+    model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any], starts_anew: bool
+) -> _Values:
+    """The values that every restart begins with; those of a guide that starts anew are of no use, but of its model they are."""
+    with (
+        pyro.get_param_store().scope() if starts_anew else contextlib.nullcontext(),
+        unchanged_random_state() if starts_anew else contextlib.nullcontext(),
+        warnings.catch_warnings(),
+    ):
+        # It warns again where the fit itself does it.
+        warnings.simplefilter("ignore")
+        guide = copy.deepcopy(guide) if starts_anew else guide
+        if isinstance(guide, AutoFlow):
+            guide.setup(*args, **kwargs)
+        Tracer(model, guide, args, kwargs)
+        return _Values(model, guide)
 
 
 # --- checks --------------------------------------------------------------------------------------------------------------

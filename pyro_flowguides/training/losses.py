@@ -114,7 +114,7 @@ class IWELBO(RenyiELBO):
         """The loss, with its gradient added to the parameters."""
         loss = _renyi_loss(self, model, guide, args, kwargs)
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
 
 def _renyi_loss(loss: Any, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor:

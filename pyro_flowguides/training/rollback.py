@@ -23,19 +23,18 @@ class ExplosionDetector:
     def judge(self, losses: Sequence[float]) -> str:
         """``"good"`` if no loss of a window is bad, ``"exploded"`` at ten bad ones in a row, ``"bad"`` in between.
 
-        A good window is what the next ones are judged by. Losses that are not finite do not count.
+        A good window is what the next ones are judged by. A loss that is not finite is a bad one among others, but does not spoil
+        a window by itself: its step was skipped.
         """
         values = np.asarray(losses, dtype=np.float64)
-        values = values[np.isfinite(values)]
-        any_bad = False
-        for bad in values > self.bound:
-            any_bad |= bool(bad)
+        finite = values[np.isfinite(values)]
+        for bad in ~(values <= self.bound) & np.isfinite(self.bound):
             self.num_bad_in_a_row = self.num_bad_in_a_row + 1 if bad else 0
             if self.num_bad_in_a_row == NUM_BAD_STEPS:
                 self.num_bad_in_a_row = 0
                 return "exploded"
-        if any_bad or len(values) < 2:
+        if (finite > self.bound).any() or len(finite) < 2:
             return "bad"
-        mean = float(values.mean())
-        self.bound = mean + NUM_DEVIATIONS * float(values.std()) + SLACK * (1 + abs(mean))
+        mean = float(finite.mean())
+        self.bound = mean + NUM_DEVIATIONS * float(finite.std()) + SLACK * (1 + abs(mean))
         return "good"

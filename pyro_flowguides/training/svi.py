@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import time
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,30 +18,27 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..tracing import site_without_density
+from ..tracing import site_without_density, unchanged_random_state
 from . import capture, graph
+from .binding import Binding, OptimizerFactory, StepResult, optimizer_factory
 from .capture import CaptureError, Parameters, Surroundings
 from .losses import differentiable_loss
+from .notices import warn
 from .rollback import ExplosionDetector
-from .update import Adam, Scalars, State, Update
+from .update import Scalars
 
 BACKENDS = ("auto", "replay", "inductor", "eager")
 # Captured steps are kept for so many kinds of arguments.
 MAX_CAPTURES = 8
-# After so many captures that went stale the step is run eagerly.
-MAX_STALE = 5
+# After so many that were hardly used before something changed, the step is run eagerly.
+MAX_WASTED = 5
 # Losses are looked at, errors raised and explosions taken back once in so many steps.
 CHECK_EVERY = 50
 MAX_SKIPPED = 50
-# Optimisers that treat every number alike, whatever tensor it is in: for them one vector is as good as many tensors.
-_ELEMENTWISE = {
-    *("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "SGD", "ASGD", "RMSprop", "Rprop", "Adagrad", "Adadelta"),
-    *("ClippedAdam", "AdagradRMSProp"),
-}
 # Compiling takes so many seconds, and so many more for each node; a compiled step saves this part of a replayed one.
 COMPILE_SECONDS, COMPILE_SECONDS_PER_NODE, SAVED_PART = 10.0, 0.05, 0.5
-
-OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
+# These are rough: compiling has to repay itself so many times over.
+PAYBACK = 3.0
 
 
 @dataclass
@@ -60,8 +56,8 @@ class CompiledSVI(SVI):
     """Stochastic variational inference with the whole step captured as one graph.
 
     Stands where ``pyro.infer.SVI`` stands, with the same steps: the same random numbers, losses and parameters up to rounding.
-    The first step runs model, guide, gradient and optimiser once under a recorder (about a second); every further one repeats
-    the recorded operations. Any Pyro model with a fixed structure, and any guide, can be captured.
+    The first step is Pyro's; the second runs model, guide, gradient and optimiser under a recorder (about a second); every
+    further one repeats the recorded operations. Any Pyro model with a fixed structure, and any guide, can be captured.
 
     What a step sees may change: the values of tensor arguments are inputs of the graph. New shapes, dtypes, devices, other
     arguments that are not tensors, and other values of what model and guide close over (numbers, flags such as ``training``,
@@ -137,22 +133,29 @@ class CompiledSVI(SVI):
         if average is not None and not 0 < average < 1:
             raise ValueError(f"CompiledSVI: average must be between 0 and 1, got {average}")
         is_pyro = isinstance(optim, PyroOptim)
+        self._make_optimizer = optimizer_factory(optim)
+        if schedule is not None and self._make_optimizer is None:
+            raise ValueError(
+                "CompiledSVI: a Pyro optimiser with arguments for each parameter, or with clipping, takes no schedule; use "
+                "Pyro's own, such as pyro.optim.ExponentialLR"
+            )
         super().__init__(model, guide, optim if is_pyro else PyroOptim(optim, {}), loss)
         self.elbo = loss
         self.backend = backend
         self.schedule = schedule
         self.max_skipped = max_skipped
-        self._make_optimizer = _factory(optim)
         self._options = {"clip_norm": clip_norm, "clip_factor": clip_factor, "average": average}
         self._modules = [function for function in (model, guide) if isinstance(function, nn.Module)]
-        self._binding: _Binding | None = None
-        self._captures: OrderedDict[Any, _Captured | None] = OrderedDict()
+        self._binding: Binding | None = None
+        self._captures: OrderedDict[Any, _Captured] = OrderedDict()
         self._varying: list[Tensor] = []
-        self._num_stale = 0
+        self._num_wasted = 0
         self.num_steps = 0
         self.num_rolled_back = 0
         self.learning_rate_scale = 1.0
-        self._recent: list[Tensor] = []
+        # Losses that have not been looked at, and whether their steps were finite.
+        self._recent: list[tuple[Tensor, Tensor]] = []
+        self._num_skipped_in_a_row = 0
         self._detector = ExplosionDetector()
         self._good: dict[str, Any] = {}
 
@@ -183,6 +186,19 @@ class CompiledSVI(SVI):
         """One step without waiting for its loss, which is returned as a tensor."""
         return self.prepare(args, kwargs)()
 
+    def loss_and_gradients(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a step, and the gradient to each unconstrained parameter by its name, without taking the step.
+
+        Arguments:
+            args: The positional arguments of model and guide.
+            kwargs: Their keyword arguments.
+        """
+        outputs = self._prepare(args, kwargs)()
+        binding = self._bound()
+        result = binding.read(outputs)
+        gradients = binding.split([gradient.unsqueeze(0) for gradient in result.gradients])
+        return result.loss, dict(zip(binding.parameters.names, gradients, strict=True))
+
     def prepare(self, args: tuple, kwargs: dict[str, Any], steps_left: int = 0) -> Callable[[], Tensor]:
         """What makes a step with these arguments, captured if it has to be.
 
@@ -193,37 +209,55 @@ class CompiledSVI(SVI):
             kwargs: Their keyword arguments.
             steps_left: How many steps are to be expected, for the backend ``"auto"``.
         """
-        if self._binding is not None and not capture.still_in_place(self._binding.parameters):
-            self._forget()
-        self._last_arguments = args, kwargs
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        key = (spec, *map(_describe, leaves))
-        captured = self._captures.get(key, _MISSING)
-        if captured is _MISSING or (isinstance(captured, _Captured) and self._is_stale(captured)):
-            captured = self._captures[key] = self._capture(leaves, spec)
-            if len(self._captures) > MAX_CAPTURES:
-                self._captures.popitem(last=False)
-        else:
-            self._captures.move_to_end(key)
-            self._bound().follow()
-        if captured is None:
-            return functools.partial(self._eager_step, args, kwargs)
-        assert isinstance(captured, _Captured)
-        self._choose_backend(captured, inputs, steps_left)
-        return functools.partial(self._captured_step, captured, inputs)
+        return functools.partial(self._step, self._prepare(args, kwargs, steps_left))
 
-    def _captured_step(self, captured: _Captured, inputs: Sequence[Tensor]) -> Tensor:
-        binding = self._bound()
-        start = time.perf_counter()
+    def _prepare(self, args: tuple, kwargs: dict[str, Any], steps_left: int = 0) -> Callable[[], Sequence[Tensor]]:
+        """What computes the outputs of a step."""
+        self._last_arguments = args, kwargs
+        if self._binding is not None and not self._binding.in_place():
+            self._forget()
+        if self._binding is None:
+            return self._begin(args, kwargs, steps_left)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        captured = None if self.backend == "eager" else self._find_capture(leaves, spec)
+        if captured is None:
+            return functools.partial(self._eager_outputs, args, kwargs)
+        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self._bound().follow()
+        self._choose_backend(captured, inputs, steps_left)
+        return functools.partial(self._captured_outputs, captured, inputs)
+
+    def _begin(self, args: tuple, kwargs: dict[str, Any], steps_left: int) -> Callable[[], Sequence[Tensor]]:
+        """The first step as Pyro takes it, so that a guide is set up from the same random numbers; then captured ones."""
+        compute: Callable[[], Sequence[Tensor]] | None = None
+
+        def outputs() -> Sequence[Tensor]:
+            nonlocal compute
+            if self._binding is None:
+                return self._eager_outputs(args, kwargs)
+            if compute is None:
+                compute = self._prepare(args, kwargs, steps_left)
+            return compute()
+
+        return outputs
+
+    def _step(self, compute: Callable[[], Sequence[Tensor]]) -> Tensor:
+        outputs = compute()
         with torch.inference_mode():
-            result = binding.take(captured.run(*binding.tensors(self._learning_rate()), *inputs))
-        if len(captured.seconds) < CHECK_EVERY:
-            captured.seconds.append(time.perf_counter() - start)
+            result = self._bound().take(outputs)
         return self._finish(result)
 
-    def _eager_step(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        with capture.no_waiting():
+    def _captured_outputs(self, captured: _Captured, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            outputs = captured.run(*self._bound().tensors(self._learning_rate()), *inputs)
+        if len(captured.seconds) < CHECK_EVERY:
+            captured.seconds.append(time.perf_counter() - start)
+        return outputs
+
+    def _eager_outputs(self, args: tuple, kwargs: dict[str, Any]) -> Sequence[Tensor]:
+        # The first time with Pyro's checks as the user has set them.
+        with capture.no_waiting() if self._binding is not None else nullcontext():
             value, parameters = capture.find_parameters(lambda: self._loss(args, kwargs))
         trained, gradients = capture.with_gradient(value, parameters)
         self._bind(trained)
@@ -232,34 +266,40 @@ class CompiledSVI(SVI):
         gradients = [by_id.get(id(leaf), torch.zeros_like(leaf)) for leaf in binding.parameters.leaves]
         with torch.inference_mode():
             state, rate, _ = binding.unpack(binding.tensors(self._learning_rate()))
-            result = binding.take(binding.pack(state, value.detach(), gradients, rate))
-        return self._finish(result)
+            return binding.pack(state, value.detach(), gradients, rate)
 
-    def _finish(self, result: _StepResult) -> Tensor:
+    def _finish(self, result: StepResult) -> Tensor:
         self.num_steps += 1
         binding = self._bound()
         if binding.adam is None and bool(result.finite):
             binding.step_outside(result.clipped, self._learning_rate_factor(self.num_steps - 1))
-        self._recent.append(result.loss)
+        self._recent.append((result.loss, result.finite))
         if len(self._recent) == min(CHECK_EVERY, self.max_skipped):
             self._check()
         return result.loss
 
     def _check(self) -> None:
         """Looks at the last losses: an error if nothing is finite any more, a rollback if they have exploded."""
-        losses = torch.stack(self._recent).tolist()
+        losses, finite = (torch.stack(each).tolist() for each in zip(*self._recent, strict=True))
         self._recent.clear()
-        skipped = int(self.scalars.num_skipped_in_a_row)
-        if skipped >= self.max_skipped:
-            raise RuntimeError(
-                f"{skipped} steps in a row had no finite loss or gradient, up to step {self.num_steps}; "
-                + (self._first_site_without_density() or "every site's log-probability is finite, its gradient is not")
-            )
+        for each in finite:
+            self._num_skipped_in_a_row = 0 if each else self._num_skipped_in_a_row + 1
+            if self._num_skipped_in_a_row == self.max_skipped:
+                raise RuntimeError(
+                    f"{self.max_skipped} steps in a row had no finite loss or gradient, up to step {self.num_steps}; "
+                    + (
+                        self._first_site_without_density()
+                        or "every site's log-probability is finite, its gradient is not"
+                    )
+                )
         verdict = self._detector.judge(losses)
         if verdict == "good":
             self._good = self._bound().snapshot()
         elif verdict == "exploded":
-            self._bound().restore(self._good)
+            binding = self._bound()
+            num_skipped = binding.state.scalars[_NUM_SKIPPED]
+            binding.restore(self._good)
+            binding.state.scalars[_NUM_SKIPPED] = num_skipped
             self.num_rolled_back += 1
             self.learning_rate_scale *= 0.5
 
@@ -300,7 +340,8 @@ class CompiledSVI(SVI):
             "num_steps": self.num_steps,
             "num_rolled_back": self.num_rolled_back,
             "learning_rate_scale": self.learning_rate_scale,
-            "recent": [float(loss) for loss in self._recent],
+            "recent": [(float(loss), bool(finite)) for loss, finite in self._recent],
+            "num_skipped_in_a_row": self._num_skipped_in_a_row,
             "bound": self._detector.bound,
             "num_bad_in_a_row": self._detector.num_bad_in_a_row,
             "good": self._good,
@@ -319,8 +360,8 @@ class CompiledSVI(SVI):
         Raises:
             ValueError: if the state is of other parameters.
         """
-        with capture.unchanged_random_state():
-            self._find_and_bind(args, kwargs)
+        with capture.without_side_effects(lambda: self._find_and_bind(args, kwargs)):
+            pass
         ours, theirs = self._bound().parameters.shapes(), state["parameters"]
         if ours != theirs:
             name = min(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
@@ -332,7 +373,11 @@ class CompiledSVI(SVI):
         self.num_steps, self.num_rolled_back = state["num_steps"], state["num_rolled_back"]
         self.learning_rate_scale = state["learning_rate_scale"]
         self._good = state["good"]
-        self._recent = [self._bound().state.scalars.new_tensor(loss) for loss in state["recent"]]
+        device = self._bound().state.scalars.device
+        self._recent = [
+            (torch.tensor(loss, device=device), torch.tensor(finite, device=device)) for loss, finite in state["recent"]
+        ]
+        self._num_skipped_in_a_row = state["num_skipped_in_a_row"]
         self._detector.bound = state["bound"]
         self._detector.num_bad_in_a_row = state["num_bad_in_a_row"]
 
@@ -341,7 +386,7 @@ class CompiledSVI(SVI):
     def _loss(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         return differentiable_loss(self.elbo, self.model, self.guide, args, kwargs)
 
-    def _bound(self) -> _Binding:
+    def _bound(self) -> Binding:
         assert self._binding is not None
         return self._binding
 
@@ -354,20 +399,21 @@ class CompiledSVI(SVI):
             # A graph is one of the parameters that were known when it was captured.
             self._captures.clear()
             parameters = self._binding.parameters.union(parameters)
-        self._binding = _Binding(parameters, self._make_optimizer, self.optim, self._options, self._binding)
+        elif not parameters.leaves:
+            raise ValueError(
+                "CompiledSVI: the loss has no gradient to any parameter: model and guide have none, or none that it depends on"
+            )
+        self._binding = Binding(parameters, self._make_optimizer, self.optim, self._options, self._binding)
+        self._good, self._detector = {}, ExplosionDetector()
 
     def _forget(self) -> None:
         self._binding = None
         self._captures.clear()
 
     def _find_and_bind(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        value, parameters = capture.find_parameters(lambda: self._loss(args, kwargs))
-        trained, _ = capture.with_gradient(value, parameters)
-        if not trained.leaves:
-            raise ValueError(
-                "CompiledSVI: the loss has no gradient to any parameter: model and guide have none, or none that it depends on"
-            )
-        self._bind(trained)
+        with capture.no_waiting():
+            value, parameters = capture.find_parameters(lambda: self._loss(args, kwargs))
+        self._bind(capture.with_gradient(value, parameters)[0])
 
     def _learning_rate_factor(self, step: int) -> float:
         return self.learning_rate_scale * (1.0 if self.schedule is None else self.schedule(step))
@@ -377,28 +423,58 @@ class CompiledSVI(SVI):
 
     # --- capturing -----------------------------------------------------------------------------------------------------
 
-    def _capture(self, leaves: Sequence[Any], spec: pytree.TreeSpec) -> _Captured | None:
-        """The captured step, or None, after a warning, if it cannot be captured."""
-        with capture.unchanged_random_state():
-            args, kwargs = pytree.tree_unflatten(leaves, spec)
-            # The first time with Pyro's checks as the user has set them.
-            self._find_and_bind(args, kwargs)
-            if self.backend == "eager":
-                return None
-            try:
-                return self._capture_checked(leaves, spec)
-            except CaptureError as error:
-                warnings.warn(
-                    f"CompiledSVI runs {_name(self.model)} eagerly, many times slower than a captured step, because it cannot be "
-                    f"captured: {error}",
-                    stacklevel=5,
-                )
-                return None
+    def _find_capture(self, leaves: Sequence[Any], spec: pytree.TreeSpec) -> _Captured | None:
+        """The step that was captured for arguments of this kind, or is now; None, after a warning, if it cannot be."""
+        key = (spec, torch.get_default_dtype(), *map(_describe, leaves))
+        captured = self._captures.get(key)
+        if captured is not None and (difference := captured.surroundings.difference()) is not None:
+            # From now on these are read at every step.
+            self._varying.extend(captured.surroundings.changed_constants())
+            self._discard(key, difference)
+        elif captured is not None:
+            self._captures.move_to_end(key)
+            return captured
+        elif len(self._captures) >= MAX_CAPTURES:
+            oldest = next(iter(self._captures))
+            self._discard(oldest, _difference(oldest, key))
+        return None if self.backend == "eager" else self._capture(key, leaves, spec)
 
-    def _capture_checked(self, leaves: Sequence[Any], spec: pytree.TreeSpec) -> _Captured:
-        binding = self._bound()
+    def _discard(self, key: Any, difference: str) -> None:
+        """Drops a captured step; if it happens again and again that one has hardly been used, that is the end of it."""
+        if len(self._captures.pop(key).seconds) >= CHECK_EVERY:
+            return
+        self._num_wasted += 1
+        if self._num_wasted == MAX_WASTED:
+            self._run_eagerly(
+                f"what it depends on keeps changing, each time it has to be captured anew, and now {difference}. Give what "
+                "changes to the model as an argument, as a tensor"
+            )
+
+    def _run_eagerly(self, reason: str) -> None:
+        self.backend = "eager"
+        warn(f"CompiledSVI runs {_name(self.model)} eagerly, many times slower than a captured step, because {reason}")
+
+    def _capture(self, key: Any, leaves: Sequence[Any], spec: pytree.TreeSpec) -> _Captured | None:
+        """The captured step, or None, after a warning, if it cannot be captured."""
+        try:
+            args, kwargs = pytree.tree_unflatten(leaves, spec)
+            with capture.without_side_effects(lambda: self._find_and_bind(args, kwargs)):
+                module, run, constants = self._record(leaves, spec)
+        except CaptureError as error:
+            self._run_eagerly(f"it cannot be captured: {error}")
+            return None
+        others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        surroundings = Surroundings((self.model, self.guide, self.elbo, *others), constants)
+        captured = self._captures[key] = _Captured(module, run, surroundings)
+        return captured
+
+    def _record(
+        self, leaves: Sequence[Any], spec: pytree.TreeSpec
+    ) -> tuple[torch.fx.GraphModule, graph.Run, list[Tensor]]:
+        """The graph of a step, checked, what runs it, and the tensors that it takes for constant."""
         args, kwargs = pytree.tree_unflatten(leaves, spec)
-        with capture.no_waiting(), torch.no_grad():
+        binding = self._bound()
+        with capture.no_waiting():
             capture.check_size(lambda: self._loss(args, kwargs))
         places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
@@ -417,29 +493,12 @@ class CompiledSVI(SVI):
         inputs = [leaves[place] for place in places]
         example = [*binding.tensors(self._learning_rate()), *inputs]
         module = capture.record(step, example)
+        # Some of them are gone when what is computed from them is a constant, too.
         constants = graph.constants(module, self._varying)
         graph.simplify(module, self._varying)
         run = graph.replay(module, example)
         self._check_against_eager(run, args, kwargs, inputs)
-        return _Captured(module, run, Surroundings((self.model, self.guide, self.elbo), constants))
-
-    def _is_stale(self, captured: _Captured) -> bool:
-        """Whether something that a captured step has baked in is not what it was."""
-        difference = captured.surroundings.difference()
-        if difference is None:
-            return False
-        # From now on these are read at every step.
-        self._varying.extend(captured.surroundings.changed_constants())
-        self._num_stale += 1
-        if self._num_stale == MAX_STALE:
-            self.backend = "eager"
-            warnings.warn(
-                f"CompiledSVI runs {_name(self.model)} eagerly from now on, many times slower than a captured step, because "
-                f"what it sees has changed {MAX_STALE} times, and each time it was captured anew: {difference}. Give it to the "
-                "model as an argument, as a tensor",
-                stacklevel=5,
-            )
-        return True
+        return module, run, constants
 
     def _check_against_eager(self, run: graph.Run, args: tuple, kwargs: dict[str, Any], inputs: list[Tensor]) -> None:
         """Raises CaptureError unless loss and gradients are those of the step itself, here and at moved parameters."""
@@ -450,21 +509,20 @@ class CompiledSVI(SVI):
                 for vectors in binding.state.vectors:
                     vectors[0].add_(move * torch.randn_like(vectors[0]))
                 random_state = torch.random.get_rng_state()
-                with capture.unchanged_random_state(), torch.inference_mode():
+                with unchanged_random_state(), torch.inference_mode():
                     result = binding.read(run(*binding.tensors(0.0), *inputs))
                 torch.random.set_rng_state(random_state)
                 with capture.no_waiting():
                     value, parameters = capture.find_parameters(lambda: self._loss(args, kwargs))
                 trained, gradients = capture.with_gradient(value, parameters)
-                if {id(leaf) for leaf in trained.leaves} != binding.ids:
-                    raise CaptureError("the parameters that have a gradient change from step to step")
                 by_id = {id(leaf): gradient for leaf, gradient in zip(trained.leaves, gradients, strict=True)}
-                expected = [by_id[id(leaf)] for leaf in binding.parameters.leaves]
+                expected = [by_id.get(id(leaf), torch.zeros_like(leaf)) for leaf in binding.parameters.leaves]
                 difference = capture.compare((result.loss, result.gradients), (value.detach(), expected))
                 if difference:
                     raise CaptureError(
                         f"its {difference} is not that of the captured step under the same random numbers; it depends on more "
-                        "than tensors and torch's random numbers (numpy's or Python's own, a counter)"
+                        "than tensors and torch's random numbers (numpy's or Python's own, a counter), or a parameter reaches it "
+                        "by a way that cannot be followed"
                     )
         finally:
             for vectors, values in zip(binding.state.vectors, before, strict=True):
@@ -479,229 +537,23 @@ class CompiledSVI(SVI):
                 return
             seconds = float(np.median(captured.seconds))
             cost = COMPILE_SECONDS + COMPILE_SECONDS_PER_NODE * len(captured.module.graph.nodes)
-            if steps_left * seconds * SAVED_PART < cost:
+            if steps_left * seconds * SAVED_PART < PAYBACK * cost:
                 return
         captured.compiled = True
         example = [*self._bound().tensors(self._learning_rate()), *inputs]
         if not graph.has_compiler(example[0].device):
             if self.backend == "inductor":
-                warnings.warn(
-                    "CompiledSVI: no compiler was found for inductor; the graph is replayed instead", stacklevel=5
-                )
+                warn("CompiledSVI: no compiler was found for inductor; the graph is replayed instead")
             return
         try:
             captured.run = graph.compile_with_inductor(captured.module, example)
         except Exception as error:
             message = " ".join(str(error).split())[:300]
-            warnings.warn(f"CompiledSVI: inductor failed, the graph is replayed instead: {message}", stacklevel=5)
+            warn(f"CompiledSVI: inductor failed, the graph is replayed instead: {message}")
 
 
-_MISSING = object()
-
-
-class _StepResult(NamedTuple):
-    """What a step leaves apart from its state."""
-
-    loss: Tensor
-    finite: Tensor
-    gradients: Sequence[Tensor]
-    clipped: Sequence[Tensor]
-
-
-class _Binding:
-    """Parameters as views of one vector for each dtype, with the state of their training."""
-
-    def __init__(
-        self,
-        parameters: Parameters,
-        make_optimizer: OptimizerFactory | None,
-        pyro_optim: PyroOptim,
-        options: dict[str, Any],
-        previous: _Binding | None,
-    ) -> None:
-        devices = {str(leaf.device) for leaf in parameters.leaves}
-        if len(devices) > 1:
-            raise ValueError(
-                f"CompiledSVI: the parameters are on several devices ({', '.join(sorted(devices))}); use pyro.infer.SVI, or put "
-                "them on one"
-            )
-        self.parameters = parameters
-        self.ids = {id(leaf) for leaf in parameters.leaves}
-        self.dtypes = list(dict.fromkeys(leaf.dtype for leaf in parameters.leaves))
-        self.members = [
-            [index for index, leaf in enumerate(parameters.leaves) if leaf.dtype == dtype] for dtype in self.dtypes
-        ]
-        self.shapes = [leaf.shape for leaf in parameters.leaves]
-        self.sizes = [[self.shapes[index].numel() for index in members] for members in self.members]
-        flat = self.join([leaf.detach() for leaf in parameters.leaves])
-        self._choose_optimizer(make_optimizer, pyro_optim, flat)
-        self.update = Update(self.adam, **options)
-        self.state = self.update.start(flat)
-        self.num_states = len(self.dtypes) + 1
-        # The state, the learning rate, and the parameters.
-        self.num_tensors = self.num_states + 1 + len(self.shapes)
-        if previous is not None:
-            self._inherit(previous)
-        self._point()
-
-    def _choose_optimizer(
-        self, make_optimizer: OptimizerFactory | None, pyro_optim: PyroOptim, flat: Sequence[Tensor]
-    ) -> None:
-        """Adam goes into the graph; anything else stays outside, on the vectors if it can."""
-        self.adam: Adam | None = None
-        self.outside: torch.optim.Optimizer | PyroOptim | None = pyro_optim
-        self.on_vectors = False
-        self.learning_rate = 1.0
-        if make_optimizer is None:
-            return
-        self.vector_leaves = [vector.clone().requires_grad_() for vector in flat]
-        optimizer = make_optimizer(self.vector_leaves)
-        if len(optimizer.param_groups) == 1:
-            self.learning_rate = float(optimizer.param_groups[0]["lr"])
-            self.adam = Adam.like(optimizer)
-            self.on_vectors = type(optimizer).__name__ in _ELEMENTWISE
-        self.outside = None
-        if self.adam is None:
-            self.outside = optimizer if self.on_vectors else make_optimizer(list(self.parameters.leaves))
-            self.base_rates = [group["lr"] for group in self.outside.param_groups]
-
-    # --- views ---------------------------------------------------------------------------------------------------------
-
-    def split(self, matrices: Sequence[Tensor]) -> list[Tensor]:
-        """The parameters, as views of the first rows."""
-        values: list[Tensor] = [matrices[0]] * len(self.shapes)
-        for members, sizes, matrix in zip(self.members, self.sizes, matrices, strict=True):
-            for index, part in zip(members, matrix[0].split(sizes), strict=True):
-                values[index] = part.view(self.shapes[index])
-        return values
-
-    def join(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """One vector for each dtype."""
-        return [torch.cat([values[index].reshape(-1) for index in members]) for members in self.members]
-
-    def _point(self) -> None:
-        """Makes the parameters views of the vectors."""
-        self.values = self.split(self.state.vectors)
-        for leaf, view in zip(self.parameters.leaves, self.values, strict=True):
-            leaf.data = view
-        self._pointers = [leaf.data_ptr() for leaf in self.parameters.leaves]
-
-    def follow(self) -> None:
-        """Takes over parameters that have been given other memory, by ``to`` for example."""
-        if [leaf.data_ptr() for leaf in self.parameters.leaves] == self._pointers:
-            return
-        with torch.no_grad():
-            for view, leaf in zip(self.values, self.parameters.leaves, strict=True):
-                view.copy_(leaf)
-        self._point()
-
-    def _inherit(self, previous: _Binding) -> None:
-        """Takes over what was kept for parameters that were there before."""
-        places = {id(leaf): index for index, leaf in enumerate(previous.parameters.leaves)}
-        for row in range(1, len(self.state.vectors[0])):
-            sources = previous.split([matrix[row:] for matrix in previous.state.vectors])
-            targets = self.split([matrix[row:] for matrix in self.state.vectors])
-            for leaf, target in zip(self.parameters.leaves, targets, strict=True):
-                if id(leaf) in places:
-                    target.copy_(sources[places[id(leaf)]])
-        self.state = self.state._replace(scalars=previous.state.scalars)
-
-    def snapshot(self) -> dict[str, Any]:
-        """The state, as a copy."""
-        return {
-            "vectors": [vectors.clone() for vectors in self.state.vectors],
-            "scalars": self.state.scalars.clone(),
-            "outside": self._outside_state(),
-        }
-
-    def restore(self, snapshot: dict[str, Any]) -> None:
-        """Goes back to a snapshot."""
-        with torch.no_grad():
-            for vectors, saved in zip(self.state.vectors, snapshot["vectors"], strict=True):
-                vectors.copy_(saved)
-        self.state = State(self.state.vectors, snapshot["scalars"].to(self.state.scalars).clone())
-        if isinstance(self.outside, PyroOptim):
-            self.outside.set_state(snapshot["outside"])
-            # The state is taken over by the next optimisers that are made.
-            self.outside.optim_objs.clear()
-        elif self.outside is not None:
-            self.outside.load_state_dict(copy.deepcopy(snapshot["outside"]))
-
-    # --- a step --------------------------------------------------------------------------------------------------------
-
-    def tensors(self, learning_rate: float) -> list[Tensor]:
-        """The inputs of a step that are not arguments of the model."""
-        scalars = self.state.scalars
-        return [*self.state.vectors, scalars, scalars.new_full((), learning_rate), *self.values]
-
-    def unpack(self, tensors: Sequence[Tensor]) -> tuple[State, Tensor, Sequence[Tensor]]:
-        """The state, the learning rate and the parameters from the inputs of a step."""
-        state = State(tuple(tensors[: self.num_states - 1]), tensors[self.num_states - 1])
-        return state, tensors[self.num_states], tensors[self.num_states + 1 : self.num_tensors]
-
-    def pack(
-        self, state: State, loss: Tensor, gradients: Sequence[Tensor], learning_rate: Tensor
-    ) -> tuple[Tensor, ...]:
-        """The outputs of a step."""
-        joined = self.join(gradients)
-        state, clipped, finite = self.update(state, loss, joined, learning_rate)
-        # The loss as a tensor of its own: it may be a view of something else.
-        outputs = (*state.vectors, state.scalars, loss.clone(), finite, *joined)
-        return outputs if self.adam else (*outputs, *clipped)
-
-    def read(self, outputs: Sequence[Tensor]) -> _StepResult:
-        """What the outputs of a step hold apart from the state."""
-        loss, finite, *gradients = outputs[self.num_states :]
-        count = len(self.dtypes)
-        return _StepResult(loss, finite, gradients[:count], gradients[count:])
-
-    def take(self, outputs: Sequence[Tensor]) -> _StepResult:
-        """Makes the outputs of a step the state."""
-        for vectors, new in zip(self.state.vectors, outputs, strict=False):
-            vectors.copy_(new)
-        self.state = State(self.state.vectors, outputs[self.num_states - 1])
-        return self.read(outputs)
-
-    # --- an optimiser outside of the graph -----------------------------------------------------------------------------
-
-    def step_outside(self, gradients: Sequence[Tensor], factor: float) -> None:
-        """One step of the optimiser that is not in the graph.
-
-        Arguments:
-            gradients: One vector for each dtype.
-            factor: Of the learning rate; an optimiser of Pyro has schedulers of its own.
-        """
-        leaves = self.vector_leaves if self.on_vectors else self.parameters.leaves
-        parts = gradients if self.on_vectors else self.split([gradient.unsqueeze(0) for gradient in gradients])
-        for leaf, gradient in zip(leaves, parts, strict=True):
-            # Optimisers write to it, which a tensor of inference mode would not have.
-            leaf.grad = gradient.clone()
-        if isinstance(self.outside, PyroOptim):
-            self.outside(list(leaves))
-        elif self.outside is not None:
-            for leaf, vectors in zip(leaves if self.on_vectors else (), self.state.vectors, strict=False):
-                leaf.data = vectors[0]
-            for group, rate in zip(self.outside.param_groups, self.base_rates, strict=True):
-                group["lr"] = rate * factor
-            self.outside.step()
-        for leaf in leaves:
-            leaf.grad = None
-
-    def _outside_state(self) -> Any:
-        if isinstance(self.outside, PyroOptim):
-            return copy.deepcopy(self.outside.get_state())
-        return None if self.outside is None else copy.deepcopy(self.outside.state_dict())
-
-
-def _factory(optim: PyroOptim | OptimizerFactory) -> OptimizerFactory | None:
-    """A function from parameters to a torch optimiser; None if only Pyro knows how to make it."""
-    if not isinstance(optim, PyroOptim):
-        return optim
-    plain = type(optim) is PyroOptim and isinstance(optim.pt_optim_args, dict) and not optim.pt_clip_args
-    if not plain or not isinstance(optim.pt_optim_constructor, type):
-        return None
-    options: Any = optim.pt_optim_args
-    return functools.partial(optim.pt_optim_constructor, **options)
+# What a rollback does not take back.
+_NUM_SKIPPED = Scalars._fields.index("num_skipped")
 
 
 def _describe(leaf: Any) -> Any:
@@ -713,6 +565,19 @@ def _describe(leaf: Any) -> Any:
     if isinstance(leaf, (int, float, complex, str, bytes, torch.dtype, torch.device, type(None))):
         return type(leaf), leaf
     return "object", _Identity(leaf)
+
+
+def _difference(old: tuple[Any, ...], new: tuple[Any, ...]) -> str:
+    """The first difference between the descriptions of two sets of arguments."""
+    if old[0] != new[0]:
+        return "the number or structure of its arguments is another"
+    for before, now in zip(old[1:], new[1:], strict=True):
+        if before != now:
+            what, *rest = now if isinstance(now, tuple) else (now,)
+            if what == "tensor":
+                return f"a tensor argument has shape {tuple(rest[0])} and dtype {rest[1]}"
+            return f"an argument that is no tensor is {rest[0]!r}" if rest else f"the default dtype is {what}"
+    raise AssertionError("the descriptions are equal")
 
 
 class _Identity:
