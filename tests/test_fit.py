@@ -275,3 +275,12 @@ def test_shows_a_progress_bar(capsys):
         warnings.simplefilter("ignore")  # of tqdm without its notebook widgets
         quick(conjugate, fg.AutoCoupling(conjugate), torch.tensor(Y), progress=True)
     assert "AutoCoupling" in capsys.readouterr().err
+
+
+def test_parameters_that_are_local_to_modules_are_trained_too():
+    with pyro.settings.context(module_local_params=True):
+        first, second = (quick(correlated, fg.AutoCoupling(correlated), whiten=None) for _ in range(2))
+    assert not pyro.get_param_store()
+    # The second guide starts anew, and not where the first has ended; and both learn.
+    assert np.array_equal(first.losses, second.losses)
+    assert first.losses[-5:].mean() < first.losses[:5].mean()

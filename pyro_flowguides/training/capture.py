@@ -111,7 +111,8 @@ def find_parameters(run: Callable[[], Tensor]) -> tuple[Tensor, Parameters]:
     sites: list[Any] = sorted(capture.trace.nodes.values(), key=lambda site: site["name"])
     leaves: dict[int, tuple[str, Tensor]] = {}
     for site in sites:
-        leaf = site["value"].unconstrained()
+        # Where parameters are local to modules, one without a constraint comes as it is.
+        leaf = site["value"].unconstrained() if hasattr(site["value"], "unconstrained") else site["value"]
         if leaf.requires_grad:
             leaves.setdefault(id(leaf), (site["name"], leaf))
     return value, Parameters(tuple(name for name, _ in leaves.values()), tuple(leaf for _, leaf in leaves.values()))
