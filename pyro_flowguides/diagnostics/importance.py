@@ -77,15 +77,17 @@ def psis(log_ratios: np.ndarray, where: str = "") -> tuple[np.ndarray, np.ndarra
         )
     # A draw without probability has weight 0; the smoother wants a finite logarithm.
     finite = np.where(np.isneginf(log_ratios), -1e30, log_ratios)
-    if arviz_generation() == 0:
-        import arviz as az
+    # The quantiles of a very heavy tail overflow: the smoothed weights there are then as large as the largest one was.
+    with np.errstate(over="ignore"):
+        if arviz_generation() == 0:
+            import arviz as az
 
-        log_weights, khat = az.psislw(finite)
-    else:
-        from arviz_stats.base import array_stats
+            log_weights, khat = az.psislw(finite)
+        else:
+            from arviz_stats.base import array_stats
 
-        # This generation takes log-likelihoods to leave out, the opposite sign.
-        log_weights, khat = array_stats.psislw(-finite)
+            # This generation takes log-likelihoods to leave out, the opposite sign.
+            log_weights, khat = array_stats.psislw(-finite)
     return np.asarray(log_weights), np.asarray(khat, dtype=np.float64)
 
 
