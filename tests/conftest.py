@@ -9,6 +9,9 @@ import pyro
 import pytest
 import torch
 
+# A script for another interpreter, which the search for doctests would run.
+collect_ignore = ["other_generation.py"]
+
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="the device of every tensor in the tests")
@@ -41,3 +44,13 @@ def clean_state(device):
     with torch.device(device) if device.type != "cpu" else contextlib.nullcontext():
         yield
     pyro.clear_param_store()
+
+
+@pytest.fixture(autouse=True)
+def default_dtype(request, dtype):
+    """The conformance suite runs in the dtype of the run, as Pyro's own tests run in double precision."""
+    before = torch.get_default_dtype()
+    if "conformance" in request.path.parts:
+        torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
