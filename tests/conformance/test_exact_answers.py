@@ -121,10 +121,11 @@ def test_reaches_the_exact_answer(Guide, model, log_evidence):
 @every_normal_guide
 @pytest.mark.parametrize(("model", "log_evidence"), list(TARGETS.values())[:2], ids=list(TARGETS)[:2])
 def test_trains_to_the_exact_answer(Guide, model, log_evidence):
-    """Without whitening, from the prior's median."""
+    """Without whitening, from the prior's median; but a spline is the identity outside of its box, and would stay there."""
     guide = Guide(model, init_scale=0.3)
+    whiten = "auto" if Guide is fg.AutoSpline else None
     options = {"num_steps": 1500, "num_particles": 32, "seed": 0, "progress": False}
-    result = fg.fit(model, guide, whiten=None, **options)
-    # Radial layers bend little and splines only in a box, which a start far from the posterior has to leave: slower than the rest.
-    tolerance = 0.2 if Guide in (fg.AutoRadial, fg.AutoSpline) else 0.02
+    result = fg.fit(model, guide, whiten=whiten, **options)
+    # Radial layers bend so little that they are far slower than the rest.
+    tolerance = 0.1 if Guide is fg.AutoRadial else 0.02
     assert result.elbo == pytest.approx(log_evidence(), abs=tolerance + 4 * result.elbo_se)
