@@ -27,7 +27,7 @@ GOAL = 0.02
 BEST_KNOWN = {"eight schools": -31.311, "sonar": -108.38}
 NUM_DRAWS = 20_000
 FIRST_CHECKPOINT = 100
-OUR_STEPS = [300, 1000, 3000]
+OUR_STEPS = [150, 500, 3000]
 PEER_GRID = [(particles, rate) for particles in (16, 128) for rate in (1e-2, 1e-3)]
 
 
