@@ -31,12 +31,14 @@ class Problem:
         model: The Pyro model.
         numpyro_model: The same in NumPyro.
         arguments: Arrays, the positional arguments of both.
+        hidden_dims: The hidden layers of autoregressive networks; Pyro and NumPyro need them as wide as the latent vector.
     """
 
     name: str
     model: Callable
     numpyro_model: Callable
     arguments: tuple[np.ndarray, ...]
+    hidden_dims: tuple[int, ...] = (32, 32)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return tuple(torch.as_tensor(array) for array in self.arguments)
@@ -55,7 +57,7 @@ def problems(sonar: Path) -> list[Problem]:
     """
     return [
         Problem("eight schools", eight_schools, numpyro_eight_schools, _eight_schools_data()),
-        Problem("sonar", logistic_regression, numpyro_logistic_regression, _sonar_data(sonar)),
+        Problem("sonar", logistic_regression, numpyro_logistic_regression, _sonar_data(sonar), (64, 64)),
         Problem("hierarchical", hierarchical, numpyro_hierarchical, _hierarchical_data()),
     ]
 
