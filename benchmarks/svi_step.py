@@ -10,6 +10,7 @@ compiling, which every ``svi.run`` does anew, cancel.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import time
@@ -203,17 +204,23 @@ def main() -> None:
     parser.add_argument("--no-numpyro", dest="numpyro", action="store_false")
     parser.add_argument("--numpyro-steps", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--update", action="store_true", help="keep the rows of an earlier run that this one does not measure"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "svi_step.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
 
-    rows = []
+    rows: list[dict[str, Any]] = json.loads(options.out.read_text())["rows"] if options.update else []
     machine = environment("pyro-ppl", "numpyro", "jax", "pyro_flowguides")
     for problem in problems(options.sonar):
         for guide in options.guides if problem.name in options.models else ():
             for num_particles in options.particles:
-                rows.append(measure(problem, guide, num_particles, options))
+                new = measure(problem, guide, num_particles, options)
+                rows = [row for row in rows if any(row[key] != new[key] for key in ("model", "guide", "particles"))] + [
+                    new
+                ]
                 markdown = (
                     "# Milliseconds per training step\n\n"
                     f"{describe(machine)} One thread for every side; medians of {options.rounds} rounds in turn. "

@@ -164,7 +164,8 @@ def report(runs: list[dict[str, Any]], machine: dict[str, Any], limit: float) ->
     return (
         f"# Seconds to a good posterior\n\n{describe(machine)} One thread for every side; from the first import, everything "
         f"included. Best of {len(PEER_GRID)} settings (particles, learning rate) for Pyro's and NumPyro's AutoIAFNormal "
-        f"(3 layers, each with two hidden layers of 32, for sonar of 64), of {len(OUR_STEPS)} numbers of steps for `fit`, with limits of {limit:.0f} s. "
+        f"(3 layers, each with two hidden layers of 32, for sonar of 64), of {len(OUR_STEPS)} numbers of steps for `fit`, "
+        f"with limits of {limit:.0f} s. "
         "Gaps are to log Z where it is known, else to the best ELBO of any run.\n\n" + markdown_table(header, rows)
     )
 
