@@ -1,7 +1,9 @@
 """Options and fixtures of the suite: ``pytest --device cuda --dtype float32`` runs it elsewhere."""
 
 import contextlib
+import datetime
 import os
+import zlib
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -16,6 +18,24 @@ collect_ignore = ["other_generation.py"]
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="the device of every tensor in the tests")
     parser.addoption("--dtype", default="float64", choices=["float32", "float64"], help="the dtype of the maths tests")
+
+    parser.addoption(
+        "--slow-share",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run one of N slow tests, another N-th every day (default: all)",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    share = config.getoption("--slow-share")
+    today = datetime.date.today().toordinal()
+    left_out = [
+        item for item in items if item.get_closest_marker("slow") and (zlib.crc32(item.nodeid.encode()) + today) % share
+    ]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture(scope="session")
