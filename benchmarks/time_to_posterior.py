@@ -176,6 +176,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for each run of a peer")
     parser.add_argument("--sides", nargs="*", default=["ours", "numpyro", "pyro"])
     parser.add_argument("--models", nargs="*", default=["eight schools", "sonar", "hierarchical"])
+    parser.add_argument("--update", action="store_true", help="keep the runs of an earlier call on other models")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "time_to_posterior.json")
     options = parser.parse_args()
@@ -191,7 +192,8 @@ def main() -> None:
     from .common import environment, write_results
 
     machine = environment("pyro-ppl", "numpyro", "jax", "pyro_flowguides")
-    runs: list[dict[str, Any]] = []
+    earlier = json.loads(options.out.read_text())["runs"] if options.update else []
+    runs: list[dict[str, Any]] = [run for run in earlier if run["model"] not in options.models]
     for name in options.models:
         for side in options.sides:
             settings = [[steps] for steps in OUR_STEPS] if side == "ours" else [list(pair) for pair in PEER_GRID]
