@@ -52,6 +52,8 @@ def reduced(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "path", [pytest.param(path, id=path.stem, marks=[] if path.stem in FAST else pytest.mark.slow) for path in PAGES]
 )
+# ArviZ 0.23 with the newest pandas.
+@pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame")
 # Fits of few steps are poor, and ArviZ says so.
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto distribution:UserWarning")
 def test_a_tutorial_runs(path, reduced):
