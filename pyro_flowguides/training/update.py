@@ -28,7 +28,6 @@ class Scalars(NamedTuple):
     norm: Any = 0.0
     norm_mean: Any = 0.0
     num_skipped: Any = 0.0
-    num_skipped_in_a_row: Any = 0.0
 
 
 class State(NamedTuple):
@@ -177,7 +176,6 @@ class Update:
             norm=norm,
             norm_mean=norm_mean if norm_mean is now.norm_mean else torch.where(finite, norm_mean, now.norm_mean),
             num_skipped=now.num_skipped + skipped,
-            num_skipped_in_a_row=(now.num_skipped_in_a_row + 1) * skipped,
         )
         return State(vectors, torch.stack(scalars)), gradients, finite
 
