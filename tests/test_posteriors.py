@@ -86,13 +86,25 @@ def test_every_model_carries_draws_through(name, dtype, tolerance):
 
 @pytest.mark.parametrize("length", [1, 2, 7, 32])
 def test_matrix_products_in_pairs(length, tolerance):
-    logs = torch.randn(2, 2, 3, length)
-    matrices = logs.exp().permute(3, 2, 0, 1)
-    product = torch.eye(2).expand(3, 2, 2)
-    for matrix in matrices:
-        product = product @ matrix
-    found = time_series.log_matrix_product(logs).permute(2, 0, 1)
-    torch.testing.assert_close(found, product.log(), rtol=tolerance(1e-12), atol=tolerance(1e-12))
+    matrices = torch.randn(2, 2, 3, length).exp().requires_grad_()
+    expected = torch.eye(2).expand(3, 2, 2)
+    for matrix in matrices.permute(3, 2, 0, 1):
+        expected = expected @ matrix
+    product, log_scale = time_series.matrix_product(matrices)
+    assert (product.amax((0, 1)) == 1).all()
+    found = (product * log_scale.exp()).permute(2, 0, 1)
+    torch.testing.assert_close(found, expected, rtol=tolerance(1e-12), atol=0)
+    (gradient,) = torch.autograd.grad(found.log().sum(), matrices)
+    (expected_gradient,) = torch.autograd.grad(expected.log().sum(), matrices)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=tolerance(1e-10), atol=tolerance(1e-12))
+
+
+def test_products_of_many_matrices_neither_overflow_nor_vanish():
+    matrices = torch.tensor([[3e-30, 1e-30], [2e-30, 5e-30]]).unsqueeze(-1).expand(2, 2, 1000)
+    product, log_scale = time_series.matrix_product(matrices)
+    # The larger eigenvalue of (3, 1; 2, 5) is 4 + √3.
+    assert float(log_scale) / 1000 == pytest.approx(math.log((4 + 3**0.5) * 1e-30), rel=1e-3)
+    assert product.isfinite().all()
 
 
 def test_forward_algorithm(tolerance):

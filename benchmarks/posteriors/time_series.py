@@ -15,17 +15,24 @@ from .posterior import flat
 # States come first and the time last: the other order has inner loops over two states, and takes three times as long.
 
 
-def log_matrix_product(logs: Tensor) -> Tensor:
-    """The logarithm of the product of T matrices, given by their logarithms: shape ``(K, K, …, T)`` to ``(K, K, …)``.
+def matrix_product(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """The product of T matrices of numbers ≥ 0, shape ``(K, K, …, T)``, as a matrix whose largest number is 1, and the logarithm
+    of the factor that was taken out: shapes ``(K, K, …)`` and ``(…)``.
 
     Neighbours are multiplied in pairs, log₂ T times.
     """
-    while logs.shape[-1] > 1:
-        paired = logs.shape[-1] // 2 * 2
-        left, right, last = logs[..., 0:paired:2], logs[..., 1:paired:2], logs[..., paired:]
-        products = (left.unsqueeze(2) + right.unsqueeze(0)).logsumexp(1)
-        logs = torch.cat([products, last], -1)
-    return logs.squeeze(-1)
+    log_scale = matrices.new_zeros(())
+    while True:
+        # The value does not depend on the factors, so that no gradient goes through them.
+        factor = matrices.detach().amax((0, 1))
+        matrices, log_scale = matrices / factor, log_scale + factor.log().sum(-1)
+        if matrices.shape[-1] == 1:
+            return matrices.squeeze(-1), log_scale
+        odd = matrices.shape[-1] % 2
+        # Splitting and unbinding have cheaper gradients than slices.
+        pairs, last = matrices.split([matrices.shape[-1] - odd, odd], -1)
+        left, right = pairs.unflatten(-1, (-1, 2)).unbind(-1)
+        matrices = torch.cat([(left.unsqueeze(2) * right.unsqueeze(0)).sum(1), last], -1)
 
 
 def forward_log_likelihood(transition: Tensor, log_emission: Tensor) -> Tensor:
@@ -35,8 +42,10 @@ def forward_log_likelihood(transition: Tensor, log_emission: Tensor) -> Tensor:
         transition: The probabilities from state to state, shape ``(K, K, …)``.
         log_emission: log p(y_t | state), shape ``(K, …, T)``.
     """
-    steps = transition.log().unsqueeze(-1) + log_emission[..., 1:]
-    return (log_emission[..., 0].unsqueeze(1) + log_matrix_product(steps)).flatten(0, 1).logsumexp(0)
+    top = log_emission.detach().amax(0)
+    emission = (log_emission - top).exp()
+    product, log_scale = matrix_product(transition.unsqueeze(-1) * emission[..., 1:])
+    return (emission[..., 0].unsqueeze(1) * product).sum((0, 1)).log() + log_scale + top.sum(-1)
 
 
 def _states_first(values: Tensor) -> Tensor:
