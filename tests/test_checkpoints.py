@@ -347,4 +347,4 @@ def test_a_checkpoint_holds_no_code(case, tmp_path):
     path = tmp_path / "fit.pt"
     run(case, path, num_steps=7)
     content = torch.load(path, weights_only=True)
-    assert set(content) == {"format", "modules", "training"}
+    assert set(content) == {"format", "modules", "num_steps", "history", "training"}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-FORMAT = 1
+FORMAT = 2
 
 
 def random_state() -> dict[str, Any]:
