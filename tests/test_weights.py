@@ -129,6 +129,12 @@ def test_iw_elbo_needs_two_groups(number):
         importance.iw_elbo(np.zeros(20), number)
 
 
+def test_elbo_of_a_draw_without_density():
+    estimate = importance.elbo(np.array([-np.inf, 0.0, 1.0]))
+    assert estimate.value == -np.inf
+    assert np.isnan(estimate.se)
+
+
 def test_iw_elbo_is_between_elbo_and_evidence(off):
     draws, *_ = off
     *_, log_evidence = conjugate_answer(torch.tensor(Y))

@@ -20,8 +20,9 @@ from ..common import describe, environment, markdown_table, write_results
 from .check import Check, check
 from .database import posteriors
 from .posterior import Posterior
+from .recipes import RECIPES
 from .report import report
-from .run import GUIDES, read, run
+from .run import read, run
 from .targets import targets
 
 
@@ -46,7 +47,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     checking.set_defaults(command=_check)
 
     running = commands.add_parser("run", parents=[sources], help="fit the guides and score their draws")
-    running.add_argument("--guides", type=_words, default=["default"], help=f"some of {', '.join(GUIDES)}")
+    running.add_argument("--guides", type=_words, default=["default"], help=f"some of {', '.join(RECIPES)}")
     running.add_argument("--seeds", type=_numbers, default=[0, 1, 2], help="numbers separated by commas")
     running.add_argument("--steps", type=int, help="instead of the default number of steps")
     running.add_argument("--particles", type=int, help="instead of the default number of particles")
@@ -60,9 +61,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     reporting.set_defaults(command=_report)
 
     options = parser.parse_args(arguments)
-    unknown = set(getattr(options, "guides", [])) - set(GUIDES)
+    unknown = set(getattr(options, "guides", [])) - set(RECIPES)
     if unknown:
-        parser.error(f"unknown guides {', '.join(sorted(unknown))}; known are {', '.join(GUIDES)}")
+        parser.error(f"unknown guides {', '.join(sorted(unknown))}; known are {', '.join(RECIPES)}")
     if options.command is not _report:
         options.posteriors = _chosen(options, parser)
     return options

@@ -80,6 +80,8 @@ def report(records: Records) -> str:
         raise ValueError("report: there are no results yet; run the benchmark first")
     configurations = list(dict.fromkeys(_configuration(record) for record in records))
     parts = ["# Posteriors: how close the guides come", NOTE, _summary(records, configurations)]
+    if len(configurations) > 1:
+        parts += ["## Gap", _gaps(records, configurations)]
     for configuration in configurations:
         chosen = [record for record in records if _configuration(record) == configuration]
         parts += [f"## {configuration}", _table(chosen)]
@@ -102,6 +104,23 @@ def _summary(records: Records, configurations: Sequence[str]) -> str:
         counts = [str(len(_by_posterior(chosen))), str(len(chosen) - len(fitted)), f"{good} of {len(fitted)}"]
         rows.append([configuration, *counts, *(_median_and_worst(column, fitted) for column in columns)])
     return markdown_table(["guide", "posteriors", "failed", "good", *(column.title for column in columns)], rows)
+
+
+def _gaps(records: Records, configurations: Sequence[str]) -> str:
+    """One row for each posterior whose evidence is known, one column for each guide."""
+    gap = next(column for column in COLUMNS if column.title == "gap")
+    by_posterior = _by_posterior([record for record in records if "gap" in record])
+    rows = [
+        [
+            name,
+            *(
+                gap.cell(_median(gap, [record for record in some if _configuration(record) == configuration]))
+                for configuration in configurations
+            ),
+        ]
+        for name, some in by_posterior.items()
+    ]
+    return markdown_table(["posterior", *configurations], rows)
 
 
 def _median_and_worst(column: Column, records: Records) -> str:

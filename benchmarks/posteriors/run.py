@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pyro
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 import pyro_flowguides as fg
 
 from ..common import environment
 from .posterior import Posterior
+from .recipes import RECIPES
 from .scores import scores
 
 NUM_DRAWS = 100_000
-
-GUIDES: dict[str, Callable] = {
-    "default": fg.AutoFlow,
-    "coupling": fg.AutoCoupling,
-    "iaf": fg.AutoIAF,
-    "planar": fg.AutoPlanar,
-    "radial": fg.AutoRadial,
-    "residual": fg.AutoResidual,
-    "spline": fg.AutoSpline,
-    "student_t": functools.partial(fg.AutoFlow, base="student_t"),
-    "sylvester": fg.AutoSylvester,
-    "normal": AutoNormal,
-    "mvn": AutoMultivariateNormal,
-}
 
 
 def run(
@@ -71,8 +56,9 @@ def fit_and_score(posterior: Posterior, guide_name: str, seed: int, **options: i
     pyro.clear_param_store()
     given = {name: value for name, value in options.items() if value is not None}
     start = time.perf_counter()
-    guide = GUIDES[guide_name](posterior.model)
-    fit = fg.fit(posterior.model, guide, *posterior.args, seed=seed, progress=False, **given)
+    recipe = RECIPES[guide_name]
+    guide = recipe.guide(posterior.model)
+    fit = fg.fit(posterior.model, guide, *posterior.args, seed=seed, progress=False, **{**recipe.options, **given})
     seconds = time.perf_counter() - start
     draws = fg.draw(posterior.model, guide, *posterior.args, num_samples=NUM_DRAWS, seed=seed)
     return {
@@ -87,8 +73,9 @@ def fit_and_score(posterior: Posterior, guide_name: str, seed: int, **options: i
 def _whitening_seconds(posterior: Posterior, guide_name: str, seed: int) -> float | None:
     """How long whitening alone takes, on a guide of its own; it is part of the seconds of the fit too."""
     pyro.clear_param_store()
-    guide = GUIDES[guide_name](posterior.model)
-    if not isinstance(guide, fg.AutoFlow):
+    recipe = RECIPES[guide_name]
+    guide = recipe.guide(posterior.model)
+    if not isinstance(guide, fg.AutoFlow) or recipe.options.get("whiten", "auto") is None:
         return None
     pyro.set_rng_seed(seed)
     guide.setup(*posterior.args)

@@ -235,7 +235,9 @@ def iw_elbo(log_ratios: np.ndarray, num_weights: int) -> Estimate:
 
 
 def _standard_error(values: np.ndarray) -> float:
-    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+    # A draw without density has a log weight of −inf, and then there is no standard error.
+    with np.errstate(invalid="ignore"):
+        return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
 
 
 def khat_threshold(num_draws: int) -> float:
