@@ -476,6 +476,17 @@ def test_nan_in_the_data(Guide):
             quick(conjugate, Guide(conjugate), y)
 
 
+def test_some_draws_at_the_start_may_have_no_density():
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.factor("wall", torch.where(mu < 0, -torch.inf, 0.0))
+
+    for seed in range(5):
+        pyro.clear_param_store()
+        fit = quick(model, AutoNormal(model, init_scale=1.0), num_steps=5, num_particles=1, seed=seed)
+        assert len(fit.losses) == 5
+
+
 @pytest.mark.parametrize("Guide", [fg.AutoCoupling, AutoNormal])
 def test_no_finite_elbo_at_the_start(Guide):
     with pytest.raises(ValueError, match="not finite at the start: site 'wall' of the model has log-probability -inf"):

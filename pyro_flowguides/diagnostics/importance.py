@@ -267,15 +267,17 @@ def verdict(khat: float, ess_fraction: float, num_draws: int) -> str:
             f"weight. {unseen}"
         )
     if khat < threshold:
-        weighted = "" if ess_fraction > WELL_FITTED_ESS else "Weight the draws: unweighted they are off. "
+        weighted = "" if ess_fraction > WELL_FITTED_ESS else "Weight or resample the draws: as they are, they are off. "
         return (
             f"good: k-hat {khat:.2f} is below {threshold:.2f} and {ess_fraction:.0%} of the draws are effective. "
             f"{weighted}{unseen}"
         )
+    small = f", a small one: {ess_fraction:.0%} of the draws are effective" if ess_fraction > WELL_FITTED_ESS else ""
     return (
-        f"doubtful: k-hat {khat:.2f} is not below {threshold:.2f}: the guide misses part of the posterior, and neither its "
-        "draws nor weights can be trusted there. Try a flow with more layers, more steps, or another parameterisation of the "
-        "model (non-centred for weak data), and compare with NUTS."
+        f"doubtful: k-hat {khat:.2f} is not below {threshold:.2f}: the guide misses part of the posterior{small}. Neither its "
+        "draws nor weights can be trusted there. Try, in this order, another parameterisation of the model (non-centred for "
+        "weak data), base='student_t' for heavy tails, a flow with more layers, more steps, and NUTS in the space of the flow "
+        "(NeuTra)."
     )
 
 
