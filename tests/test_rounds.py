@@ -56,7 +56,7 @@ def test_rounds_double():
 @pytest.mark.parametrize(
     ("standings", "expected"),
     [
-        ([Standing(-3.0, 0.01, 0.02)], False),
+        ([Standing(-3.0, 0.01, 0.04)], False),
         ([Standing(-3.0, 0.01, 0.2)], True),
         ([Standing(-3.0, 0.01, 0.2), Standing(-2.9, 0.01, 0.1)], True),
         ([Standing(-3.0, 0.01, 0.2), Standing(-2.9, 0.01, 0.01)], False),

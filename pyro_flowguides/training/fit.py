@@ -97,7 +97,7 @@ def fit(
 
     The defaults: whiten the guide, then a round of 1000 steps of Adam at learning rate 1e-2 with a cosine to 0, on the path
     gradient of ``Trace_ELBO`` with 256 vectorised particles, gradients clipped at twice their running norm. Then 10,000 draws
-    are weighted. If the standard deviation s of the log weights is above 0.03 (near a perfect fit KL(q, p) is s² / 2, and no
+    are weighted. If the standard deviation s of the log weights is above 0.05 (near a perfect fit KL(q, p) is s² / 2, and no
     mean is off by more than about s standard deviations), another round follows with twice the steps and twice the particles,
     and a third one, doubled again, if the second has made the ELBO rise by more than its standard error.
 

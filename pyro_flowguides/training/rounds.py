@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 NUM_ROUNDS = 3
 FIRST_NUM_STEPS = 1000
-# The standard deviation s of the log weights below which nothing is left to learn. Near a perfect fit KL(q, p) is s² / 2, and
-# as much as when the mean in some direction is off by s standard deviations.
-NEAR_PERFECT_SPREAD = 0.03
+# The standard deviation s of the log weights below which little is left to learn. Near a perfect fit KL(q, p) is s² / 2, as much
+# as when the mean in some direction is off by s standard deviations, and 1 − s² of the draws are effective.
+NEAR_PERFECT_SPREAD = 0.05
 
 
 class Round(NamedTuple):
