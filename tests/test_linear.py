@@ -59,6 +59,17 @@ def test_householder_is_an_exact_reflection_whatever_the_size_of_its_vector(size
     assert not transform.parameters_of.value.grad.isnan().any()
 
 
+def test_the_scale_of_a_triangular_map_multiplies_all_of_it(dtype, tolerance):
+    """Its location and correlations are in units of its scale, so that a step of one size is as good for any scale."""
+    transform = perturb(T.LowerTriangularAffine(4).to(dtype))
+    z = torch.randn(5, 4, dtype=dtype)
+    scale = torch.tensor([0.01, 1.0, 7.0, 100.0], dtype=dtype)
+    expected = scale * transform(z)
+    with torch.no_grad():
+        transform.parameters_of.value[4:8] += scale.log()
+    torch.testing.assert_close(transform(z), expected, rtol=tolerance(1e-12), atol=0)
+
+
 def test_lu_maps_many_points_as_it_maps_each(dtype, tolerance):
     transform = perturb(T.LULinear(4).to(dtype))
     z = torch.randn(50, 4, dtype=dtype)

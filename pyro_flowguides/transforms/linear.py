@@ -66,11 +66,15 @@ class Reverse(Permutation):
 class LowerTriangularAffine(FlowTransform):
     r"""A trainable affine map :math:`x = Lz + t` with a lower triangular L; starts at x = z.
 
-    .. math:: L = \operatorname{diag}(e^{d}) + S / \sqrt{D}, \qquad \log|\det J| = \sum_i d_i
+    .. math:: L = \operatorname{diag}(e^{d}) (I + S / \sqrt{D}), \qquad t = e^{d} \odot \tau, \qquad
+        \log|\det J| = \sum_i d_i
 
-    with a free vector d and a free strictly lower triangular S; the factor makes a step of one size in every entry of S a
-    step of that size in Lz, whatever D. The push-forward of a standard normal is any multivariate normal: a flow that ends
-    with it has its location and covariance free. O(D²) in both directions and for the score.
+    with free vectors d and :math:`\tau` and a free strictly lower triangular S. The scales multiply whole rows, so that
+    location and correlations are free in units of the current scale: a step of one size, such as Adam's, suits a wide
+    target and a narrow one, and a map that starts narrow takes longer strides as it widens. The factor makes a step of one
+    size in every entry of S a step of that size in Lz, whatever D. The push-forward of a standard normal is any
+    multivariate normal: a flow that ends with it has its location and covariance free. O(D²) in both directions and for
+    the score.
 
     Arguments:
         dim: The number D of coordinates.
@@ -88,9 +92,10 @@ class LowerTriangularAffine(FlowTransform):
 
     def _loc_scale_tril_log_det(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         dim = self.dim
-        loc, log_diagonal, below = self.parameters_of(context).split([dim, dim, self.num_below], -1)
-        scale_tril = _strictly_lower(below / dim**0.5, self.below_diagonal, dim)
-        return loc, scale_tril + torch.diag_embed(log_diagonal.exp()), log_diagonal.sum(-1)
+        relative_loc, log_scale, below = self.parameters_of(context).split([dim, dim, self.num_below], -1)
+        scale = log_scale.exp()
+        below_diagonal = _strictly_lower(below / dim**0.5, self.below_diagonal, dim)
+        return scale * relative_loc, scale.unsqueeze(-1) * below_diagonal + torch.diag_embed(scale), log_scale.sum(-1)
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, context = self.check_input(z, context)
