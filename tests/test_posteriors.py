@@ -583,6 +583,9 @@ def test_command_line(tmp_path, small_database, capsys):
     assert main(arguments) == 0
     assert read(out / "runs.jsonl")[0]["seed"] == 3
     assert "funnel_2" in (out / "report.md").read_text()
+    assert main(["report", "--out", f"{out},{tmp_path / 'none'}", "--results", str(tmp_path / "all.json")]) == 0
+    assert json.loads((tmp_path / "all.json").read_text())["results"] == read(out / "runs.jsonl")
+    assert (tmp_path / "all.md").read_text() == (out / "report.md").read_text()
     for wrong, message in (
         (["--guides", "defualt"], "unknown guides defualt"),
         (["--database", str(folder), "--only", "toy"], "unknown posteriors toy; there are toy-blr"),

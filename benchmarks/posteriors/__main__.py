@@ -57,7 +57,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     running.set_defaults(command=_run)
 
     reporting = commands.add_parser("report", help="make the tables of a run")
-    reporting.add_argument("--out", type=Path, required=True, help="the folder of the results")
+    reporting.add_argument("--out", type=_paths, required=True, help="the folders of the results, separated by commas")
+    reporting.add_argument("--results", type=Path, help="a JSON file for all records; their tables are put beside it")
     reporting.set_defaults(command=_report)
 
     options = parser.parse_args(arguments)
@@ -126,18 +127,27 @@ def _check_table(checks: dict[str, Check]) -> str:
 
 def _run(options: argparse.Namespace) -> int:
     run(options.posteriors, options.guides, options.seeds, options.out, options.steps, options.particles)
-    return _report(options)
-
-
-def _report(options: argparse.Namespace) -> int:
     markdown = report(read(options.out / "runs.jsonl"))
     (options.out / "report.md").write_text(markdown + "\n")
     print(markdown)
     return 0
 
 
+def _report(options: argparse.Namespace) -> int:
+    records = [record for folder in options.out for record in read(folder / "runs.jsonl")]
+    markdown = report(records)
+    if options.results is not None:
+        write_results(options.results, {"results": records}, markdown)
+    print(markdown)
+    return 0
+
+
 def _words(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
+
+
+def _paths(text: str) -> list[Path]:
+    return [Path(word) for word in _words(text)]
 
 
 def _numbers(text: str) -> list[int]:
