@@ -118,7 +118,8 @@ def test_a_site_that_the_guide_leaves_out_is_drawn_from_its_prior():
 
     y = torch.tensor([0.3, 1.4, 2.2])
     guide = AutoNormal(poutine.block(model, expose=["mu"]), init_scale=0.5)
-    draws = fg.draw(model, guide, y, num_samples=20_000)
+    with pytest.warns(UserWarning, match="The guide leaves out site 'k'.*summed out"):
+        draws = fg.draw(model, guide, y, num_samples=20_000)
     # Then the ratios are weights of a proposal, and their mean is the evidence, here by quadrature.
     grid = torch.linspace(-8, 8, 4001)
     likelihood = sum(0.5 * dist.Normal(grid.unsqueeze(-1) + k, 1.0).log_prob(y).exp() for k in (0.0, 1.0))
