@@ -191,7 +191,7 @@ class Tracer:
                 check_vectorized(guide_trace, self.guide_prototype, 2, self.max_plate_nesting)
                 check_vectorized(model_trace, self.model_prototype, 2, self.max_plate_nesting)
                 self._check_against_single_runs(model_trace, 2)
-        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
             # Pyro appends a table of all sites to an error within a model.
             reason = " ".join(str(error).split("Trace Shapes:")[0].split())
             warnings.warn(

@@ -52,6 +52,20 @@ def test_a_model_that_mixes_draws_is_run_draw_by_draw(model, y):
             torch.testing.assert_close(value[i], trace.nodes[name]["value"])
 
 
+def test_a_model_that_prints_a_latent_is_run_draw_by_draw(capsys):
+    """A single number can be formatted, a batch of them is a TypeError."""
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        print(f"mu = {mu:.2f}")
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    with pytest.warns(UserWarning, match="cannot be vectorised over draws.*unsupported format string"):
+        draws = fg.draw(model, fg.AutoFlow(model), torch.tensor(1.0), num_samples=3)
+    assert len(draws) == 3
+    assert capsys.readouterr().out.count("mu = ") >= 3
+
+
 def test_fit_of_a_model_that_mixes_draws():
     y = torch.tensor(3.0)
     with pytest.warns(UserWarning, match="mixes the draws"):
