@@ -124,10 +124,17 @@ def compare(family: str, dim: int, batch_size: int, seconds_per_side: float) -> 
     }
     if peers:
         fastest = min(peers, key=peers.__getitem__)
-        leanest = min(peers, key=memory.__getitem__)
         cell |= {"fastest_peer": fastest, "time_ratio": median[OURS] / median[fastest]}
-        cell |= {"leanest_peer": leanest, "memory_ratio": memory[OURS] / max(memory[leanest], 1)}
+        cell |= against_leanest({library: memory[library] for library in [OURS, *peers]})
     return cell
+
+
+def against_leanest(memory: dict[str, int]) -> dict:
+    """Our peak against that of the leanest peer; nothing if a peak is 0: there the profiler has lost the events of a step."""
+    if not all(memory.values()):
+        return {}
+    leanest = min((library for library in memory if library != OURS), key=memory.__getitem__)
+    return {"leanest_peer": leanest, "memory_ratio": memory[OURS] / memory[leanest]}
 
 
 def _spread(values: Sequence[float]) -> float:

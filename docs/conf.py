@@ -7,6 +7,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from sphinx.application import Sphinx
+
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT), str(DOCS / "_extensions")]
@@ -32,6 +34,8 @@ nb_execution_raise_on_error = True
 autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
+# As written in the source: the repr of a function would make the whole signature unreadable.
+autodoc_preserve_defaults = True
 autosummary_generate = False
 python_maximum_signature_line_length = 100
 napoleon_google_docstring = True
@@ -44,6 +48,18 @@ html_math_renderer = "mathml"
 html_static_path = ["_static"]
 html_css_files = ["layout.css"]
 html_show_sphinx = False
+
+
+def _readable_default(
+    app: Sphinx, what: str, name: str, obj: object, options: object, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """The default that a dataclass makes anew each time is no expression either."""
+    return signature and signature.replace("<factory>", "..."), returns
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("autodoc-process-signature", _readable_default)
 
 
 def _copy_pages(source: Path, target: Path) -> None:

@@ -191,11 +191,14 @@ class Tracer:
                 check_vectorized(guide_trace, self.guide_prototype, 2, self.max_plate_nesting)
                 check_vectorized(model_trace, self.model_prototype, 2, self.max_plate_nesting)
                 self._check_against_single_runs(model_trace, 2)
-        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+            # Pyro appends a table of all sites to an error within a model.
+            reason = " ".join(str(error).split("Trace Shapes:")[0].split())
             warnings.warn(
                 "The model cannot be vectorised over draws, so that every draw is a run of its own, which is slow. Write it "
-                "so that extra batch dimensions on the left of every latent are carried through. The first error was: "
-                f"{' '.join(str(error).split())[:300]}",
+                "so that extra batch dimensions on the left of every latent are carried through: a[..., group] for a[group], "
+                "beta @ X.T for X @ beta, and data in a plate; see docs/how_to/vectorise.md. The first "
+                f"error was: {reason[:300]}",
                 stacklevel=4,
             )
             return False

@@ -52,6 +52,20 @@ def test_a_model_that_mixes_draws_is_run_draw_by_draw(model, y):
             torch.testing.assert_close(value[i], trace.nodes[name]["value"])
 
 
+def test_a_model_that_prints_a_latent_is_run_draw_by_draw(capsys):
+    """A single number can be formatted, a batch of them is a TypeError."""
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        print(f"mu = {mu:.2f}")
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    with pytest.warns(UserWarning, match="cannot be vectorised over draws.*unsupported format string"):
+        draws = fg.draw(model, fg.AutoFlow(model), torch.tensor(1.0), num_samples=3)
+    assert len(draws) == 3
+    assert capsys.readouterr().out.count("mu = ") >= 3
+
+
 def test_fit_of_a_model_that_mixes_draws():
     y = torch.tensor(3.0)
     with pytest.warns(UserWarning, match="mixes the draws"):
@@ -118,7 +132,8 @@ def test_a_site_that_the_guide_leaves_out_is_drawn_from_its_prior():
 
     y = torch.tensor([0.3, 1.4, 2.2])
     guide = AutoNormal(poutine.block(model, expose=["mu"]), init_scale=0.5)
-    draws = fg.draw(model, guide, y, num_samples=20_000)
+    with pytest.warns(UserWarning, match="The guide leaves out site 'k'.*summed out"):
+        draws = fg.draw(model, guide, y, num_samples=20_000)
     # Then the ratios are weights of a proposal, and their mean is the evidence, here by quadrature.
     grid = torch.linspace(-8, 8, 4001)
     likelihood = sum(0.5 * dist.Normal(grid.unsqueeze(-1) + k, 1.0).log_prob(y).exp() for k in (0.0, 1.0))

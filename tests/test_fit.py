@@ -238,8 +238,12 @@ def test_a_model_that_does_not_vectorise_is_looped_over():
             pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
 
     x, y = torch.randn(5, 2), torch.randn(5)
-    with pytest.warns(UserWarning, match="cannot be vectorised over draws"):
+    with pytest.warns(UserWarning, match="cannot be vectorised over draws") as caught:
         fit = quick(model, fg.AutoPlanar(model), x, y, num_steps=3, num_particles=2, whiten="init")
+    (message,) = {str(warning.message) for warning in caught}
+    assert "docs/how_to/vectorise.md" in message
+    # Pyro's table of sites is no sentence.
+    assert "Trace Shapes" not in message
     assert len(fit.draws) == 1000
     assert fit.draws.values["slope"].shape == (1000, 2)
 

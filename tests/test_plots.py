@@ -64,6 +64,22 @@ def test_plot_weights():
         fg.plot_weights(ImportanceWeights(np.zeros(50), np.zeros(50)))
 
 
+@pytest.mark.parametrize("spread", [0.05, 0.3, 1.0, 4.0])
+def test_the_weights_have_labels_that_do_not_overlap(spread):
+    log_ratios = spread * np.random.default_rng(0).normal(size=4000)
+    figure, ax = plt.subplots(figsize=(3.3, 3))
+    fg.plot_weights(ImportanceWeights(log_ratios, np.zeros(4000)), ax=ax)
+    figure.canvas.draw()
+    low, high = ax.get_xlim()
+    labels = [*ax.get_xticklabels(), *ax.get_xticklabels(minor=True)]
+    boxes = [
+        label.get_window_extent() for label in labels if label.get_text() and low <= label.get_position()[0] <= high
+    ]
+    boxes.sort(key=lambda box: box.x0)
+    assert len(boxes) >= 2
+    assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False))
+
+
 def test_plot_marginals():
     rng = np.random.default_rng(0)
     posteriors = {name: {"a": rng.normal(size=200), "b": rng.normal(size=200)} for name in ("NUTS", "flow", "normal")}
@@ -78,8 +94,10 @@ def test_plot_marginals():
     assert not given[1].get_visible()
     with pytest.raises(ValueError, match="plot_marginals: 3 scalars need as many Axes, got 2"):
         fg.plot_marginals(posteriors, ["a", "b", "a"], axes=given)
-    with pytest.raises(ValueError, match="posterior 'NUTS' has no draws of 'c'"):
+    with pytest.raises(ValueError, match="posterior 'NUTS' has no draws of 'c'; it has 'a', 'b'"):
         fg.plot_marginals(posteriors, ["c"])
+    with pytest.raises(TypeError, match="labels must be a sequence of labels, got the string 'ab'"):
+        fg.plot_marginals(posteriors, "ab")
 
 
 def flow_of(dim=2):

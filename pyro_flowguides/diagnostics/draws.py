@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -267,7 +268,7 @@ def draw(
     """Draws from a guide, any Pyro guide, with the log-densities of guide and model.
 
     All draws of a batch are made in one vectorised pass. A model that cannot be vectorised is run once per draw, with one
-    warning.
+    warning. A latent site that the guide leaves out is drawn from its prior, with a warning too.
 
     Arguments:
         model: The model.
@@ -295,6 +296,7 @@ def draw(
 @torch.no_grad()
 def draw_traced(tracer: Tracer, num_samples: int, batch_size: int = 10_000, log_likelihood: bool = False) -> Draws:
     """Draws by a tracer that is at hand, see :func:`draw`."""
+    _warn_of_sites_left_out(tracer)
     subsampled = subsampled_plate(tracer.model_prototype)
     batch_size = batch_size_within_memory(tracer, batch_size)
     if subsampled:
@@ -320,6 +322,18 @@ def draw_traced(tracer: Tracer, num_samples: int, batch_size: int = 10_000, log_
         no_weights=_why_no_weights(tracer.guide_prototype, subsampled, values["unconstrained"]),
         minibatch_size=batch_size if subsampled else None,
     )
+
+
+def _warn_of_sites_left_out(tracer: Tracer) -> None:
+    left_out = [name for name, _ in latent_sites(tracer.model_prototype) if name not in tracer.guide_prototype.nodes]
+    if left_out:
+        warnings.warn(
+            f"The guide leaves out site '{left_out[0]}'"
+            + (f" and {len(left_out) - 1} more" if len(left_out) > 1 else "")
+            + ": it is drawn from its prior, and ELBO, weights and verdict are those of the guide and that prior together. "
+            "A discrete site is better summed out in the model; see docs/how_to/vectorise.md.",
+            stacklevel=3,
+        )
 
 
 def batch_size_within_memory(tracer: Tracer, batch_size: int) -> int:

@@ -107,6 +107,7 @@ def plot_weights(weights: ImportanceWeights, *, ax: Any = None) -> Any:
     relative = np.log(num_draws)
     ax.loglog(np.exp(raw[tail] + relative), above[tail], ".", color="0.5", markersize=3, label="weights")
     ax.loglog(np.exp(smooth[tail] + relative), above[tail], color="C1", label="Pareto-smoothed")
+    _label_short_log_axis(ax)
     ax.set_xlabel("weight / mean weight")
     ax.set_ylabel("fraction of draws above")
     ax.set_title(f"k-hat {khat.value:.2f} ± {khat.se:.2f}", fontsize="medium")
@@ -206,6 +207,17 @@ def _pyplot() -> Any:
     return plt
 
 
+def _label_short_log_axis(ax: Any) -> None:
+    """Gives a logarithmic x axis of less than two decades round numbers: matplotlib's labels of its minor ticks overlap there."""
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = ax.get_xlim()
+    if high < 100 * low:
+        ticks = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.set_xticks([], minor=True)
+
+
 def _one_axes(ax: Any) -> Any:
     plt = _pyplot()
     return plt.subplots(figsize=(5, 3.2), layout="constrained")[1] if ax is None else ax
@@ -237,7 +249,7 @@ def plot_marginals(
 
     Arguments:
         posteriors: Name of the posterior, to label of the scalar, to its draws, 1-D, such as :meth:`Draws.to_dataframe`.
-        labels: The scalars to show.
+        labels: The scalars to show, an element of a vector as ``"theta[0]"``.
         reference: The posterior that the others are compared with: drawn as a grey area behind them.
         axes: An array of at least ``len(labels)`` matplotlib Axes to draw on; made if not given.
 
@@ -246,15 +258,20 @@ def plot_marginals(
 
     Raises:
         ImportError: without matplotlib.
+        TypeError: if the labels are a single string.
         ValueError: if there are not enough Axes, or a posterior has no draws of a scalar.
     """
     from scipy.stats import gaussian_kde
+
+    if isinstance(labels, str):
+        raise TypeError(f"plot_marginals: labels must be a sequence of labels, got the string '{labels}'")
 
     panels = _panels(axes, len(labels), "plot_marginals", "scalars")
     for panel, label in zip(panels, labels, strict=False):
         for name, draws in posteriors.items():
             if label not in draws:
-                raise ValueError(f"plot_marginals: posterior '{name}' has no draws of '{label}'")
+                known = ", ".join(f"'{each}'" for each in list(draws)[:10]) + (", …" if len(list(draws)) > 10 else "")
+                raise ValueError(f"plot_marginals: posterior '{name}' has no draws of '{label}'; it has {known}")
         low = min(np.quantile(draws[label], 0.002) for draws in posteriors.values())
         high = max(np.quantile(draws[label], 0.998) for draws in posteriors.values())
         grid = np.linspace(low, high, _NUM_GRID)

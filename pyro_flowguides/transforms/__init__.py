@@ -1,4 +1,4 @@
-"""Bijections of R^D with exact log-determinants, one family per file; they know nothing of models."""
+"""Bijections of ℝᴰ with exact log-determinants, one family per file; they know nothing of models."""
 
 from .autoregressive import AffineAutoregressive, Autoregressive, SplineAutoregressive
 from .base import Compose, FlowTransform, Inverse, debug

@@ -149,7 +149,7 @@ class FlowTransform(TransformModule):
 
     @property
     def stochastic_log_det(self) -> bool:
-        """Whether log_det is a random estimate: its noise is right on average in a gradient, never in importance weights."""
+        """Whether log_det is a random estimate, whose noise is right on average in a gradient, never in importance weights."""
         return False
 
     @property
@@ -159,7 +159,7 @@ class FlowTransform(TransformModule):
 
     @property
     def sign(self) -> int:
-        """+1 by convention: torch uses it for univariate transforms only, but serialising a module reads it."""
+        """+1 by convention, since torch uses it for univariate transforms only, but serialising a module reads it."""
         return 1
 
     def with_cache(self, cache_size: int = 1) -> FlowTransform:
