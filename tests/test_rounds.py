@@ -53,6 +53,16 @@ def test_rounds_double():
     assert doubling_rounds(64, fixed=True) == ((1000, 64), (2000, 64), (4000, 64))
 
 
+def test_spread_is_not_decided_by_a_few_draws():
+    log_weights = torch.linspace(-0.1, 0.1, 10_000)
+    expected = 0.2 / 12**0.5
+    assert rounds.spread(log_weights) == pytest.approx(expected, rel=3e-3)
+    log_weights[0], log_weights[-2:] = -torch.inf, 20.0
+    assert rounds.spread(log_weights) == pytest.approx(expected, rel=3e-3)
+    log_weights[:20] = -torch.inf
+    assert not math.isfinite(rounds.spread(log_weights))
+
+
 @pytest.mark.parametrize(
     ("standings", "expected"),
     [

@@ -6,11 +6,15 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from torch import Tensor
+
 NUM_ROUNDS = 3
 FIRST_NUM_STEPS = 1000
 # The standard deviation s of the log weights below which little is left to learn. Near a perfect fit KL(q, p) is s² / 2, as much
 # as when the mean in some direction is off by s standard deviations, and 1 − s² of the draws are effective.
 NEAR_PERFECT_SPREAD = 0.05
+# The part of the draws on either side that the spread leaves out.
+TRIMMED = 1e-3
 
 
 class Round(NamedTuple):
@@ -35,13 +39,23 @@ def doubling_rounds(num_particles: int, fixed: bool) -> tuple[Round, ...]:
     )
 
 
+def spread(log_weights: Tensor) -> float:
+    """The standard deviation of log weights without the largest and the smallest thousandth.
+
+    Of ten thousand draws one far out can make all the standard deviation, and is not what another round would learn.
+    """
+    num_trimmed = int(TRIMMED * len(log_weights))
+    kept = log_weights.double().sort().values[num_trimmed : len(log_weights) - num_trimmed]
+    return float(kept.std())
+
+
 class Standing(NamedTuple):
     """How good the guide is after a round, by its draws.
 
     Attributes:
         elbo: The ELBO.
         elbo_se: Its standard error.
-        spread: The standard deviation of the log weights.
+        spread: The :func:`spread` of its log weights.
     """
 
     elbo: float
