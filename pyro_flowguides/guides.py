@@ -460,8 +460,22 @@ class AutoFlow(StoredGuide, AutoContinuous):
         """x at fixed antithetic base points that include 0, so that medians and quantiles never jitter."""
         return self.flow(self.base.fixed_draws(NUM_QUANTILE_PAIRS))
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As that of every module; the guide must be set up, otherwise it has nothing to load into."""
+        if state_dict:
+            self._check_set_up()
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def _check_set_up(self) -> None:
+        if self.prototype_trace is None:
+            raise RuntimeError(
+                f"{type(self).__name__} is not set up, and has no flow yet: call guide.setup(*args) with the arguments of the "
+                "model first"
+            )
+
     def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The marginal medians and standard deviations in unconstrained space."""
+        self._check_set_up()
         if not self.latent_dim:
             return torch.zeros(0), torch.zeros(0)
         with torch.no_grad():
@@ -482,7 +496,11 @@ class AutoFlow(StoredGuide, AutoContinuous):
 
         Returns:
             A dict of site name to a tensor of shape ``(len(quantiles),) + site shape``.
+
+        Raises:
+            RuntimeError: if the guide is not set up.
         """
+        self._check_set_up()
         if not self.latent_dim:
             return {}
         draws = self._latent_draws()

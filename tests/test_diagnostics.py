@@ -169,7 +169,7 @@ def test_weights_that_cannot_be_smoothed(log_ratios, message):
     [
         (float("nan"), 1.0, "exact"),
         (0.3, 0.95, "good: k-hat 0.30 is below 0.70 and 95% of the draws are effective. A mode"),
-        (0.3, 0.3, "good: k-hat 0.30 is below 0.70 and 30% of the draws are effective. Weight or resample the draws"),
+        (0.3, 0.3, "good once the draws are weighted or resampled: k-hat 0.30 is below 0.70 and 30% of the draws"),
         (0.8, 0.9999, "good: 100.0% of the draws are effective"),
         (0.8, 0.5, "doubtful: k-hat 0.80 is not below 0.70: the guide misses part of the posterior. Neither"),
         (0.8, 0.95, "doubtful: k-hat 0.80 is not below 0.70: the guide misses part of the posterior, a small one: 95%"),

@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from models import conjugate, conjugate_answer, correlated
+from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoNormal
 
@@ -63,6 +64,13 @@ def test_reports_what_happened():
     assert fit.num_skipped == 0
     assert len(fit.draws) == 10_000
     assert fit.wall_time > 0
+
+
+def test_a_fit_prints_what_one_wants_to_know():
+    fit = quick(conjugate, fg.AutoCoupling(conjugate), torch.tensor(Y))
+    assert repr(fit).startswith(f"FlowFit of AutoCoupling: ELBO {fit.elbo:.4f} ± {fit.elbo_se:.4f} after 20 steps, ")
+    assert repr(fit).endswith(fit.verdict)
+    assert "tensor" not in repr(fit)
 
 
 def test_same_seed_same_fit():
@@ -467,6 +475,25 @@ def test_a_restart_that_fails_is_left_out():
 def infinite(y):
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     pyro.factor("wall", torch.where(mu.isfinite(), -torch.inf, 0.0))
+
+
+def test_a_guide_that_is_none():
+    with pytest.raises(TypeError, match=r"such as AutoCoupling\(model\), got the class AutoCoupling"):
+        quick(conjugate, fg.AutoCoupling, torch.tensor(Y))
+    with pytest.raises(TypeError, match="must be a guide of the model.*got 'coupling'"):
+        quick(conjugate, "coupling", torch.tensor(Y))
+
+
+def test_a_discrete_site_that_nobody_sums_out():
+    def mixture(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            which = pyro.sample("which", dist.Bernoulli(0.5))
+            pyro.sample("y", dist.Normal(mu * which, 1.0), obs=y)
+
+    guide = fg.AutoCoupling(poutine.block(mixture, hide=["which"]))
+    with pytest.raises(ValueError, match="leaves out the discrete site 'which', and the default loss does not sum"):
+        quick(mixture, guide, torch.tensor(Y))
 
 
 @pytest.mark.parametrize("Guide", [fg.AutoCoupling, AutoNormal])

@@ -191,6 +191,15 @@ def test_minibatch_in_the_arguments_of_whitening():
     guide.whiten(torch.tensor([1, 2]), method="init")
 
 
+def test_what_needs_a_guide_that_is_set_up():
+    state = fg.AutoCoupling(conjugate).setup(torch.tensor(Y)).state_dict()
+    pyro.clear_param_store()
+    guide = fg.AutoCoupling(conjugate)
+    for use in (guide.median, lambda: guide.quantiles([0.5]), lambda: guide.load_state_dict(state)):
+        with pytest.raises(RuntimeError, match=r"AutoCoupling is not set up.*call guide.setup\(\*args\)"):
+            use()
+
+
 def test_start_that_is_not_finite():
     guide = fg.AutoFlow(conjugate, init_loc_fn=init_to_value(values={"mu": torch.tensor(float("inf"))}))
     with pytest.raises(ValueError, match="init_loc_fn gives site 'mu' a value that is not finite"):

@@ -267,11 +267,8 @@ def verdict(khat: float, ess_fraction: float, num_draws: int) -> str:
             f"weight. {unseen}"
         )
     if khat < threshold:
-        weighted = "" if ess_fraction > WELL_FITTED_ESS else "Weight or resample the draws: as they are, they are off. "
-        return (
-            f"good: k-hat {khat:.2f} is below {threshold:.2f} and {ess_fraction:.0%} of the draws are effective. "
-            f"{weighted}{unseen}"
-        )
+        head = "good" if ess_fraction > WELL_FITTED_ESS else "good once the draws are weighted or resampled"
+        return f"{head}: k-hat {khat:.2f} is below {threshold:.2f} and {ess_fraction:.0%} of the draws are effective. {unseen}"
     small = f", a small one: {ess_fraction:.0%} of the draws are effective" if ess_fraction > WELL_FITTED_ESS else ""
     return (
         f"doubtful: k-hat {khat:.2f} is not below {threshold:.2f}: the guide misses part of the posterior{small}. Neither its "

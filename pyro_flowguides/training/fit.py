@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from ..diagnostics.draws import Draws, draw_traced
 from ..guides import AutoFlow
-from ..tracing import Tracer, observed_sites, site_without_density, unchanged_random_state
+from ..tracing import Tracer, latent_sites, observed_sites, site_without_density, unchanged_random_state
 from . import checkpoint as checkpoints
 from .losses import path_gradient
 from .notices import warn
@@ -98,8 +98,9 @@ def fit(
     The defaults: whiten the guide, then a round of 1000 steps of Adam at learning rate 1e-2 with a cosine to 0, on the path
     gradient of ``Trace_ELBO`` with 256 vectorised particles, gradients clipped at twice their running norm. Then 10,000 draws
     are weighted. If the standard deviation s of the log weights, a thousandth of them left out at either end, is above 0.05
-    (near a perfect fit KL(q, p) is s² / 2, and no mean is off by more than about s standard deviations), another round follows with twice the steps and twice the particles,
-    and a third one, doubled again, if the second has made the ELBO rise by more than its standard error.
+    (near a perfect fit KL(q, p) is s² / 2, and no mean is off by more than about s standard deviations), another round follows
+    with twice the steps and twice the particles, and a third one, doubled again, if the second has made the ELBO rise by more
+    than its standard error.
 
     The step is captured once a round as a graph, see :class:`pyro_flowguides.CompiledSVI`, which also keeps steps that are not
     finite, or explode, from doing harm. An interrupt from the keyboard ends the training, and what was reached is returned.
@@ -144,11 +145,16 @@ def fit(
         The fitted guide with its draws, ELBO, k-hat and verdict.
 
     Raises:
-        ValueError: if an argument is wrong, the data hold NaN, or the model has no finite log-probability at the start; the
-            message names the site. Also if a checkpoint is damaged, or of another model.
+        TypeError: if the guide is a class, or an argument of another type than it must be.
+        ValueError: if an argument is wrong, the data hold NaN, the model has no finite log-probability at the start, or the
+            guide leaves out a discrete site that the loss does not sum out; the message names the site. Also if a checkpoint is
+            damaged, or of another model.
         FileExistsError: if there is a checkpoint already and ``resume`` is not set.
         RuntimeError: if ``max_skipped`` steps in a row had no finite loss or gradient.
     """
+    if isinstance(guide, type) or not callable(guide):
+        given = f"the class {guide.__name__}" if isinstance(guide, type) else repr(guide)
+        raise TypeError(f"fit: guide must be a guide of the model, such as AutoCoupling(model), got {given}")
     if loss is not None and num_particles is not None:
         raise ValueError("fit: num_particles belongs to the default loss; give it to the loss instead")
     if isinstance(optim, PyroOptim) and schedule is not None:
@@ -215,6 +221,8 @@ def _fit_once(
     if initial is not None:
         initial.restore()
     _check_start(tracer)
+    if settings.loss is None:
+        _check_discrete_sites(tracer)
     if saved is not None:
         _load_modules(saved["modules"], model, guide)
     else:
@@ -649,6 +657,17 @@ def _check_start(tracer: Tracer) -> None:
         if message is None:
             return
     raise ValueError(f"fit: the ELBO is not finite at the start: {message}")
+
+
+def _check_discrete_sites(tracer: Tracer) -> None:
+    """An error where every step would draw a discrete site from its prior, which trains, but to another posterior."""
+    for name, site in latent_sites(tracer.model_prototype):
+        if name not in tracer.guide_prototype.nodes and site["fn"].has_enumerate_support:
+            raise ValueError(
+                f"fit: the guide leaves out the discrete site '{name}', and the default loss does not sum over its values; sum "
+                "it out in the model (the mixture of its values; docs/how_to/vectorise.md), or give "
+                "loss=TraceEnum_ELBO(...), whose ELBO the verdict does not know"
+            )
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from ..diagnostics.importance import Estimate
 from ..diagnostics.predictive import Conditioned, model_groups
 
 
-@dataclass
+@dataclass(repr=False)
 class FlowFit:
     """A fitted guide. Made by :func:`fit`.
 
@@ -40,12 +40,18 @@ class FlowFit:
     guide: Callable
     args: tuple
     model_kwargs: dict[str, Any]
-    losses: np.ndarray = field(repr=False)
+    losses: np.ndarray
     num_skipped: int
     num_rolled_back: int
     wall_time: float
-    draws: Draws = field(repr=False)
-    restarts: tuple[Draws, ...] = field(default=(), repr=False)
+    draws: Draws
+    restarts: tuple[Draws, ...] = field(default=())
+
+    def __repr__(self) -> str:
+        return (
+            f"FlowFit of {type(self.guide).__name__}: ELBO {self.elbo:.4f} ± {self.elbo_se:.4f} after {len(self.losses)} steps, "
+            f"{self.wall_time:.1f} s; {self.verdict}"
+        )
 
     @functools.cached_property
     def _elbo(self) -> tuple[float, float]:
