@@ -607,7 +607,7 @@ def test_a_captured_step_with_a_heavy_tailed_base_is_the_step_of_pyro(gradient):
     for make in (SVI, functools.partial(fg.CompiledSVI, backend="replay")):
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
-        guide = make_guide(conjugate, data, "coupling", base="student_t", gradient=gradient)
+        guide = make_guide(conjugate, data, RECIPES["planar"], base="student_t", gradient=gradient)
         svi = make(conjugate, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(num_particles=4))
         df = guide.base.df.detach()
         losses = [svi.step(data[step % 3 :: 3]) for step in range(6)]
