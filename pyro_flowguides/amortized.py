@@ -5,12 +5,12 @@ For every element n of a data plate the local latents are mapped to the real lin
 .. math:: x_n = a\left(f\left(\mu(c_n) + \sigma(c_n) \odot z_n;\, c_n\right)\right), \qquad z_n \sim N(0, I), \qquad
     c_n = \text{encoder}(\text{data})_n
 
-with μ and log σ linear in the context c, a conditional flow f (the identity, for a diagonal normal) and a trainable elementwise
-affine map a. f, μ and σ start independent of the context, with f the identity, μ = 0 and σ = 1; a starts at the location that
-``init_loc_fn`` gives and at ``init_scale``. Kingma & Welling (2014), *Auto-encoding variational Bayes*, arXiv:1312.6114; Rezende
-& Mohamed (2015), *Variational inference with normalizing flows*, arXiv:1505.05770; Kingma et al. (2016), *Improving variational
-inference with inverse autoregressive flow*, arXiv:1606.04934; van den Berg et al. (2018), *Sylvester normalizing flows for
-variational inference*, arXiv:1803.05649.
+(or z from Student-t distributions, the same for all data) with μ and log σ linear in the context c, a conditional flow f (the
+identity, for a diagonal normal) and a trainable elementwise affine map a. f, μ and σ start independent of the context, with f
+the identity, μ = 0 and σ = 1; a starts at the location that ``init_loc_fn`` gives and at ``init_scale``. Kingma & Welling
+(2014), *Auto-encoding variational Bayes*, arXiv:1312.6114; Rezende & Mohamed (2015), *Variational inference with normalizing
+flows*, arXiv:1505.05770; Kingma et al. (2016), *Improving variational inference with inverse autoregressive flow*,
+arXiv:1606.04934; van den Berg et al. (2018), *Sylvester normalizing flows for variational inference*, arXiv:1803.05649.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torch.distributions import Transform, biject_to, constraints
 
 from . import bases, flows
 from . import transforms as T
-from .guides import _LatentDelta
+from .guides import BASES, _LatentDelta
 from .stored_guide import StoredGuide
 from .tracing import latent_sites, quiet_trace
 
@@ -68,6 +68,9 @@ class AmortizedFlow(StoredGuide):
         init_loc_fn: Where the guide starts, per site, as in Pyro's autoguides; its values are averaged over the data.
         init_scale: The standard deviation it starts with, in unconstrained space: that which the latents have over the data
             is a good one.
+        base: The base distribution, as in :class:`pyro_flowguides.AutoFlow`: ``"normal"``, or ``"student_t"`` for heavy tails
+            whose weight is learnt, coordinate by coordinate, with variance 1. Its degrees of freedom are those of all data;
+            they do not come from the encoder.
         gradient: ``"total"``, or ``"path"`` for the path gradient (see :class:`pyro_flowguides.flows.NormalizingFlow`).
         create_plates: As in Pyro's ``AutoNormal``: a function of the model's arguments that makes the plates. Without it the
             model is run once more, to see its plates, whenever the shapes of tensors or the integers among the arguments are
@@ -108,6 +111,7 @@ class AmortizedFlow(StoredGuide):
         sites: Sequence[str] | None = None,
         init_loc_fn: Callable = init_to_median,
         init_scale: float = 1.0,
+        base: str = "normal",
         gradient: str = "total",
         create_plates: Callable | None = None,
     ) -> None:
@@ -121,6 +125,8 @@ class AmortizedFlow(StoredGuide):
             raise TypeError(f"AmortizedFlow: sites must be a list of names, got the string {sites!r}")
         if not isinstance(init_scale, (int, float)) or not init_scale > 0:
             raise ValueError(f"AmortizedFlow: init_scale must be a positive number, got {init_scale!r}")
+        if base not in BASES:
+            raise ValueError(f'AmortizedFlow: base must be "normal" or "student_t", got {base!r}')
         if gradient not in ("total", "path"):
             raise ValueError(f'AmortizedFlow: gradient must be "total" or "path", got {gradient!r}')
         super().__init__(InitMessenger(init_loc_fn)(model), create_plates=create_plates)
@@ -131,6 +137,7 @@ class AmortizedFlow(StoredGuide):
         self.gradient = gradient
         self.sites = None if sites is None else tuple(sites)
         self._recipe = flows.RECIPES[flow] if isinstance(flow, str) else flow
+        self._base = base
         self._init_scale = float(init_scale)
         self._layout: _Layout | None = None
         self._frames_at: dict[Hashable, dict[str, Any]] = {}
@@ -249,7 +256,7 @@ class AmortizedFlow(StoredGuide):
                 )
             parts.append(body)
         flow = T.Compose([*parts, last]).to(dtype=loc.dtype, device=loc.device)
-        base = bases.StandardNormal(dim).to(dtype=loc.dtype, device=loc.device)
+        base = BASES[self._base](dim).to(dtype=loc.dtype, device=loc.device)
         to_pyro_module_(flow)
         to_pyro_module_(base)
         self.flow = flow

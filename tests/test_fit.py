@@ -10,7 +10,7 @@ import torch
 from models import conjugate, conjugate_answer, correlated
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_value
 
 import pyro_flowguides as fg
 from pyro_flowguides.examples import EIGHT_SCHOOLS
@@ -548,6 +548,39 @@ def test_no_finite_elbo_at_the_start(Guide):
 def test_options_that_are_wrong(options, error, message):
     with pytest.raises(error, match=message):
         quick(conjugate, fg.AutoCoupling(conjugate), torch.tensor(Y), **options)
+
+
+def badly_scaled(x, y):
+    """An intercept and a slope that depend on one another, at a scale far from that of their priors."""
+    intercept = pyro.sample("intercept", dist.Normal(y.new_tensor(0.0), 100.0))
+    slope = pyro.sample("slope", dist.Normal(y.new_tensor(0.0), 10.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(intercept + slope * x, 0.5), obs=y)
+
+
+def test_parts_of_a_list_start_at_the_medians_of_a_whitened_flow():
+    """A product cannot hold the correlation; its parts start at the posterior's means, and fit leaves their maps there."""
+    x = torch.linspace(0.0, 10.0, 30, dtype=torch.float64)
+    y = 87.0 + 3.0 * x + 0.5 * torch.randn(30, dtype=torch.float64)
+    design = torch.stack([torch.ones_like(x), x], -1)
+    precision = design.mT @ design / 0.25 + torch.diag(torch.tensor([1e-4, 1e-2], dtype=torch.float64))
+    mean = torch.linalg.solve(precision, design.mT @ y / 0.25)
+    whole = fg.AutoFlow(badly_scaled).whiten(x, y)
+    start = init_to_value(values=whole.median(x, y))
+    guide = AutoGuideList(badly_scaled)
+    for site in ("intercept", "slope"):
+        part = poutine.block(badly_scaled, expose=[site])
+        guide.append(fg.AutoPlanar(part, num_layers=1, init_loc_fn=start, init_scale=0.01))
+    guide(x, y)
+    maps = [(part.flow.transforms[-1].loc.clone(), part.flow.transforms[-1].scale.clone()) for part in guide]
+    medians = guide.median(x, y)
+    sd = precision.inverse().diag().sqrt()
+    for index, site in enumerate(("intercept", "slope")):
+        assert abs(medians[site] - mean[index]) < 0.01 * sd[index]
+    quick(badly_scaled, guide, x, y, num_steps=3)
+    for part, (loc, scale) in zip(guide, maps, strict=True):
+        torch.testing.assert_close(part.flow.transforms[-1].loc, loc, rtol=0, atol=0)
+        torch.testing.assert_close(part.flow.transforms[-1].scale, scale, rtol=0, atol=0)
 
 
 def test_another_guide_has_nothing_to_whiten():

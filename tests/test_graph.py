@@ -144,3 +144,23 @@ def test_replay_draws_what_the_graph_draws():
             values.append(torch.stack([call(x), call(x)]))
     assert torch.equal(*values)
     assert not torch.equal(*values[0])
+
+
+def test_replay_draws_what_nobody_uses():
+    """Such as the indices of a plate whose minibatch is an argument; without them the next draw would be another one."""
+
+    def function(x):
+        torch.randperm(5)
+        return x + torch.randn(3), x - torch.rand(3)
+
+    x = torch.zeros(3)
+    module, _ = captured(function, x)
+    run = graph.replay(module, [x])
+    torch.manual_seed(3)
+    expected = function(x)
+    torch.manual_seed(3)
+    with torch.inference_mode():
+        drawn = run(x)
+    assert len(drawn) == 2
+    for ours, theirs in zip(drawn, expected, strict=True):
+        assert torch.equal(ours, theirs)

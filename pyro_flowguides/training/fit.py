@@ -121,7 +121,8 @@ def fit(
             schedulers of its own.
         loss: An ELBO of Pyro, or :class:`pyro_flowguides.IWELBO`, to use instead; then the guide's own ``gradient`` holds.
         whiten: The method of :meth:`pyro_flowguides.AutoFlow.whiten`, or None. ``"auto"`` leaves a trained guide alone, so that
-            a second call continues the training.
+            a second call continues the training, and the flows inside an ``AutoGuideList``, whose parts have no posterior of
+            their own; where those are to start from, docs/how_to/initialise.md says.
         backend: How a step is run, see :class:`pyro_flowguides.CompiledSVI`.
         batches: Arguments step by step, such as a ``DataLoader``, iterated over again and again: a tuple or list of positional
             arguments, a dict of keyword arguments, or one argument. ``args`` then are what the guide is whitened and judged on,

@@ -61,10 +61,14 @@ def _is_pure(node: Node) -> bool:
         return True
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
-    if torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.is_mutable:
+    if _is_random(node) or node.target._schema.is_mutable:
         return False
     # Memory that somebody else fills.
     return "empty" not in str(node.target)
+
+
+def _is_random(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _written(module: GraphModule, varying: Sequence[Tensor]) -> set[Node]:
@@ -463,13 +467,28 @@ def _remove_unused(graph: Graph) -> None:
 
 def replay(module: GraphModule, example_inputs: Sequence[Tensor]) -> Run:
     """Runs a graph operation by operation, with the least overhead that there is without a compiler."""
+    drawn = [node for node in module.graph.nodes if _is_random(node) and not node.users]
     with torch.no_grad(), warnings.catch_warnings():
         # Deprecated, and still the fastest; where it goes, or refuses an operation, the graph runs itself.
         warnings.simplefilter("ignore")
         try:
-            return torch.jit.trace(module, tuple(example_inputs), check_trace=False)  # type: ignore[no-untyped-call]
+            run: Run = torch.jit.trace(  # type: ignore[no-untyped-call]
+                _with_outputs(module, drawn), tuple(example_inputs), check_trace=False
+            )
         except (RuntimeError, AttributeError):
             return module
+    return (lambda *tensors: run(*tensors)[: -len(drawn)]) if drawn else run
+
+
+def _with_outputs(module: GraphModule, nodes: Sequence[Node]) -> GraphModule:
+    """The same graph, which returns these nodes, too: torch.jit drops even random numbers that nobody uses."""
+    if not nodes:
+        return module
+    copied: dict[Node, Node] = {}
+    graph = Graph()
+    outputs: Any = graph.graph_copy(module.graph, copied)
+    graph.output((*outputs, *[copied[node] for node in nodes]))
+    return GraphModule(module, graph)
 
 
 def has_compiler(device: torch.device) -> bool:
