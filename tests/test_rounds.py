@@ -138,6 +138,33 @@ def test_one_round_where_the_weights_cannot_end_it(make, args, options):
     assert fit(model, make(model), *args, **options).losses.shape == (15,)
 
 
+def test_when_a_round_did_harm():
+    assert not rounds.got_worse([Standing(-3.0, 0.01, 0.2)])
+    assert not rounds.got_worse([Standing(-3.0, 0.01, 0.2), Standing(-3.02, 0.01, 0.2)])
+    assert rounds.got_worse([Standing(-3.0, 0.01, 0.2), Standing(-3.1, 0.01, 0.2)])
+    assert rounds.got_worse([Standing(-3.0, 0.01, 0.2), Standing(-math.inf, math.nan, math.nan)])
+    assert not rounds.got_worse([Standing(-math.inf, math.nan, math.nan), Standing(-math.inf, math.nan, math.nan)])
+
+
+@pytest.mark.usefixtures("short_rounds")
+def test_a_round_that_does_harm_is_taken_back():
+    values = []
+
+    def schedule(progress):
+        return 1.0 if len(values) < 10 else 30.0
+
+    def remember(step, loss):
+        values.append([parameter.detach().clone() for parameter in guide.parameters()])
+
+    guide = fg.AutoFlow(skewed)
+    result = fit(skewed, guide, num_particles=4, schedule=schedule, callbacks=[remember])
+    assert len(result.losses) == 30
+    for parameter, expected, last in zip(guide.parameters(), values[9], values[-1], strict=True):
+        assert torch.equal(parameter, expected)
+        assert not torch.equal(parameter, last)
+    assert abs(result.elbo - fg.draw(skewed, guide, num_samples=10_000, seed=1).elbo().value) < 0.1
+
+
 @pytest.mark.usefixtures("short_rounds")
 def test_a_callback_ends_all_rounds():
     result = fit(skewed, scale_only(skewed), callbacks=[lambda step, loss: step == 12])
@@ -149,8 +176,13 @@ class Killed(Exception):
 
 
 @pytest.mark.usefixtures("short_rounds")
-@pytest.mark.parametrize("kill_at", [5, 10, 17, 29, 35])
-def test_a_resumed_fit_has_the_rounds_of_one_without_interruption(kill_at, tmp_path):
+@pytest.mark.parametrize(
+    ("kill_at", "harm"), [(5, False), (10, False), (17, False), (29, False), (35, False), (17, True)]
+)
+def test_a_resumed_fit_has_the_rounds_of_one_without_interruption(kill_at, harm, tmp_path, monkeypatch):
+    if harm:
+        monkeypatch.setattr(FIT, "got_worse", lambda standings: len(standings) == 2)
+
     def run(path, kill_at=None, **options):
         def kill(step, loss):
             if step == kill_at:
@@ -166,7 +198,7 @@ def test_a_resumed_fit_has_the_rounds_of_one_without_interruption(kill_at, tmp_p
     with pytest.raises(Killed):
         run(path, kill_at)
     resumed = run(path, resume=True)
-    assert len(whole.losses) > 35
+    assert len(whole.losses) > (25 if harm else 35)
     np.testing.assert_array_equal(resumed.losses, whole.losses)
     assert resumed.elbo == whole.elbo
     with pytest.raises(ValueError, match=r"of a fit with num_steps = 10 \+ 20 \+ 40, here it is 50"):

@@ -29,7 +29,7 @@ from . import checkpoint as checkpoints
 from .losses import path_gradient
 from .notices import warn
 from .result import FlowFit
-from .rounds import Round, Standing, doubling_rounds, is_worth_another, spread
+from .rounds import Round, Standing, doubling_rounds, got_worse, is_worth_another, spread
 from .schedules import Convergence, Progress, find_schedule
 from .svi import CHECK_EVERY, MAX_SKIPPED, CompiledSVI
 
@@ -100,7 +100,7 @@ def fit(
     are weighted. If the standard deviation s of the log weights, a thousandth of them left out at either end, is above 0.05
     (near a perfect fit KL(q, p) is s² / 2, and no mean is off by more than about s standard deviations), another round follows
     with twice the steps and twice the particles, and a third one, doubled again, if the second has made the ELBO rise by more
-    than its standard error.
+    than its standard error. A round that makes it fall is taken back.
 
     The step is captured once a round as a graph, see :class:`pyro_flowguides.CompiledSVI`, which also keeps steps that are not
     finite, or explode, from doing harm. An interrupt from the keyboard ends the training, and what was reached is returned.
@@ -233,7 +233,7 @@ def _fit_once(
     history = _History()
     if saved is not None:
         _check_rounds(saved, rounds, settings.checkpoint)
-        history.load_state_dict(saved["history"])
+        history.load_state_dict(saved["history"], model, guide)
     with path_gradient(guide) if settings.loss is None else contextlib.nullcontext():
         while True:
             training = _Training(model, guide, args, kwargs, settings, tracer, rounds, history)
@@ -241,12 +241,17 @@ def _fit_once(
                 training.load_state_dict(saved["training"])
                 saved = None
             training.run()
-            draws = draw_traced(
-                tracer, NUM_FINAL_DRAWS if tracer.vectorizes else NUM_LOOPED_DRAWS, log_likelihood=log_likelihood
-            )
+            # A round that did harm may leave the support of the model, which is no error: it is taken back.
+            with pyro.validation_enabled(False) if history.values is not None else contextlib.nullcontext():
+                draws = _final_draws(tracer, log_likelihood)
             history.add(training, draws)
+            if history.values is not None and got_worse(history.standings):
+                history.values.restore()
+                draws = _final_draws(tracer, log_likelihood)
+                break
             if training.stopped or len(history.standings) == len(rounds) or not is_worth_another(history.standings):
                 break
+            history.values = _Values(model, guide)
     result = FlowFit(
         model,
         guide,
@@ -296,6 +301,11 @@ def _rounds(settings: _Settings, tracer: Tracer) -> tuple[Round, ...]:
     return (Round(settings.num_steps or NUM_STEPS, num_particles),)
 
 
+def _final_draws(tracer: Tracer, log_likelihood: bool) -> Draws:
+    num_draws = NUM_FINAL_DRAWS if tracer.vectorizes else NUM_LOOPED_DRAWS
+    return draw_traced(tracer, num_draws, log_likelihood=log_likelihood)
+
+
 def _has_weights(tracer: Tracer) -> bool:
     """Whether draws have weights by which the fit can be judged."""
     with unchanged_random_state():
@@ -316,6 +326,8 @@ class _History:
 
     losses: list[float] = field(default_factory=list)
     standings: list[Standing] = field(default_factory=list)
+    # After the last of them.
+    values: _Values | None = None
     num_skipped: int = 0
     num_rolled_back: int = 0
 
@@ -327,11 +339,13 @@ class _History:
         self.num_rolled_back += training.svi.num_rolled_back
 
     def state_dict(self) -> dict[str, Any]:
-        return {**vars(self), "standings": [list(standing) for standing in self.standings]}
+        standings = [list(standing) for standing in self.standings]
+        return {**vars(self), "standings": standings, "values": self.values and self.values.state()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], model: Callable, guide: Callable) -> None:
         vars(self).update(state)
         self.standings = [Standing(*standing) for standing in state["standings"]]
+        self.values = None if state["values"] is None else _Values(model, guide, values=state["values"])
 
 
 class _Training:
@@ -565,16 +579,20 @@ def _load_modules(states: Mapping[str, Any], model: Callable, guide: Callable) -
 class _Values:
     """The values of parameters, to go back to."""
 
-    def __init__(self, *functions: Callable) -> None:
+    def __init__(self, *functions: Callable, values: Sequence[Tensor] | None = None) -> None:
         modules = [function for function in functions if isinstance(function, torch.nn.Module)]
         leaves = [leaf for _, leaf in pyro.get_param_store().named_parameters()]
         leaves += [leaf for module in modules for leaf in module.parameters()]
         leaves += [buffer for module in modules for buffer in module.buffers()]
-        self.values = [(leaf, leaf.detach().clone()) for leaf in {id(leaf): leaf for leaf in leaves}.values()]
+        self.leaves = list({id(leaf): leaf for leaf in leaves}.values())
+        self.values = [leaf.detach().clone() for leaf in self.leaves] if values is None else values
+
+    def state(self) -> list[Tensor]:
+        return list(self.values)
 
     def restore(self) -> None:
         with torch.no_grad():
-            for leaf, value in self.values:
+            for leaf, value in zip(self.leaves, self.values, strict=True):
                 leaf.copy_(value)
 
 

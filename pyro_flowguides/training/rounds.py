@@ -76,3 +76,15 @@ def is_worth_another(standings: Sequence[Standing]) -> bool:
         return True
     before = standings[-2]
     return not now.elbo - before.elbo <= math.hypot(now.elbo_se, before.elbo_se)
+
+
+def got_worse(standings: Sequence[Standing]) -> bool:
+    """Whether the last round did harm: the ELBO fell, noise excepted, or is not finite any more.
+
+    Arguments:
+        standings: After each round so far.
+    """
+    if len(standings) == 1 or not math.isfinite(standings[-2].elbo):
+        return False
+    now, before = standings[-1], standings[-2]
+    return not now.elbo >= before.elbo - 2 * math.hypot(now.elbo_se, before.elbo_se)
