@@ -582,6 +582,8 @@ def test_command_line(tmp_path, small_database, capsys):
     arguments = ["run", "--only", "funnel_2", "--seeds", "3", "--steps", "2", "--particles", "4", "--out", str(out)]
     assert main(arguments) == 0
     assert read(out / "runs.jsonl")[0]["seed"] == 3
+    assert main([*arguments[1:5], "--steps", "2", "--particles", "4", "--guides", "normal", "--out", str(out)]) == 0
+    assert [record["guide"] for record in read(out / "runs.jsonl")] == ["default", "normal"]
     assert "funnel_2" in (out / "report.md").read_text()
     assert main(["report", "--out", f"{out},{tmp_path / 'none'}", "--results", str(tmp_path / "all.json")]) == 0
     assert json.loads((tmp_path / "all.json").read_text())["results"] == read(out / "runs.jsonl")

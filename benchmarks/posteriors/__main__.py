@@ -4,6 +4,8 @@
     python -m benchmarks.posteriors run    --database PATH [--sonar CSV] --guides default,mvn --seeds 0,1,2 --out DIR
     python -m benchmarks.posteriors report --out DIR
 
+Without one of these words it runs; without ``--out`` into the folder ``build/posteriors``.
+
 PATH is the folder ``posterior_database`` of a checkout of posteriordb; without it only the targets with a known evidence remain.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +30,9 @@ from .targets import targets
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0].startswith("--") and arguments[0] != "--help":
+        arguments = ["run", *arguments]
     options = _parse(arguments)
     # The condition numbers of some of the posteriors leave nothing of single precision.
     torch.set_default_dtype(torch.float64)
@@ -34,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     return options.command(options)
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.posteriors", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     sources = argparse.ArgumentParser(add_help=False)
@@ -52,7 +58,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     running.add_argument("--steps", type=int, help="instead of the default number of steps")
     running.add_argument("--particles", type=int, help="instead of the default number of particles")
     running.add_argument(
-        "--out", type=Path, required=True, help="the folder of the results; what is there is not repeated"
+        "--out",
+        type=Path,
+        default=Path("build/posteriors"),
+        help="the folder of the results; what is there is not repeated",
     )
     running.set_defaults(command=_run)
 
