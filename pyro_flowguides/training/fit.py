@@ -340,7 +340,7 @@ class _History:
 
     def state_dict(self) -> dict[str, Any]:
         standings = [list(standing) for standing in self.standings]
-        return {**vars(self), "standings": standings, "values": self.values and self.values.state()}
+        return {**vars(self), "standings": standings, "values": self.values and self.values.values}
 
     def load_state_dict(self, state: dict[str, Any], model: Callable, guide: Callable) -> None:
         vars(self).update(state)
@@ -585,10 +585,7 @@ class _Values:
         leaves += [leaf for module in modules for leaf in module.parameters()]
         leaves += [buffer for module in modules for buffer in module.buffers()]
         self.leaves = list({id(leaf): leaf for leaf in leaves}.values())
-        self.values = [leaf.detach().clone() for leaf in self.leaves] if values is None else values
-
-    def state(self) -> list[Tensor]:
-        return list(self.values)
+        self.values = [leaf.detach().clone() for leaf in self.leaves] if values is None else list(values)
 
     def restore(self) -> None:
         with torch.no_grad():
