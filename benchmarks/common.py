@@ -25,6 +25,7 @@ def environment(*libraries: str) -> dict:
         "processor": _processor(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        "dtype": str(torch.get_default_dtype()).removeprefix("torch."),
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "versions": versions,
     }
@@ -41,8 +42,9 @@ def _processor() -> str:
 def describe(environment: dict) -> str:
     """One paragraph of Markdown about an :func:`environment`."""
     versions = ", ".join(f"{name} {number or '(not installed)'}" for name, number in environment["versions"].items())
+    dtype = f" {environment['dtype']}," if "dtype" in environment else ""
     return (
-        f"{environment['processor']}, {environment['cpu_count']} CPUs, {environment['torch_threads']} torch thread(s), "
+        f"{environment['processor']}, {environment['cpu_count']} CPUs, {environment['torch_threads']} torch thread(s),{dtype} "
         f"Python {environment['python']}, {versions}."
     )
 

@@ -24,6 +24,11 @@ class MLP(nn.Module):
 
     SiLU is the default activation: with it flows fit clearly better than with ReLU or tanh.
 
+    The output is divided by :math:`\sqrt{H}` for a last hidden layer of width H. A step of Adam moves all weights by about the
+    learning rate, whatever the width; without the division it would move the output by up to H times as much, which is where
+    most of the noise of a flow comes from that trains on few draws at a high rate. Jacot et al. (2018), *Neural tangent
+    kernel: convergence and generalization in neural networks*, arXiv:1806.07572.
+
     Arguments:
         in_features: The size of the input, at least 1.
         out_features: The size of the output.
@@ -57,11 +62,12 @@ class MLP(nn.Module):
             last.weight.mul_(NEAR_ZERO)
             last.bias.zero_()
         self.layers = nn.ModuleList([*layers, last])
+        self.output_scale = _output_scale(hidden_dims)
 
     def forward(self, inputs: Tensor) -> Tensor:
         for layer in self.layers:
             inputs = layer(inputs)
-        return inputs
+        return inputs * self.output_scale
 
 
 class FreeParameters(nn.Module):
@@ -277,6 +283,11 @@ class _MaskedLinear(nn.Module):
         if self.of_context is not None:
             bias = bias + self.of_context(context)
         return self.linear.weight * self.mask, bias
+
+
+def _output_scale(hidden_dims: Sequence[int]) -> float:
+    """What the output of a network is multiplied with; 1 without hidden layers."""
+    return hidden_dims[-1] ** -0.5 if hidden_dims else 1.0
 
 
 def _affine(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

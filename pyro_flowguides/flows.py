@@ -159,7 +159,7 @@ class NormalizingFlow(dist.TransformedDistribution):
 def coupling(
     dim: int,
     *,
-    num_layers: int = 6,
+    num_layers: int = 10,
     hidden_dims: Sequence[int] | None = None,
     context_dim: int = 0,
     bound: float = 3.0,

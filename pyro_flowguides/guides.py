@@ -646,7 +646,7 @@ class AutoCoupling(AutoFlow):
     """
 
     def __init__(
-        self, model: Callable, *, num_layers: int = 6, hidden_dims: Sequence[int] | None = None, **options: Any
+        self, model: Callable, *, num_layers: int = 10, hidden_dims: Sequence[int] | None = None, **options: Any
     ) -> None:
         recipe = functools.partial(flows.coupling, num_layers=num_layers, hidden_dims=hidden_dims)
         super().__init__(model, recipe, **options)

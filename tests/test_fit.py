@@ -601,4 +601,5 @@ def test_parameters_that_are_local_to_modules_are_trained_too():
     assert not pyro.get_param_store()
     # The second guide starts anew, and not where the first has ended; and both learn.
     assert np.array_equal(first.losses, second.losses)
-    assert first.losses[-5:].mean() < first.losses[:5].mean()
+    # Without whitening a single loss may be far off.
+    assert np.median(first.losses[-5:]) < np.median(first.losses[:5])
