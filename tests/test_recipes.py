@@ -13,6 +13,7 @@ from transform_cases import perturb
 
 from pyro_flowguides import NormalizingFlow, flows
 from pyro_flowguides import transforms as T
+from pyro_flowguides.conditioners import MLP
 
 every_recipe = pytest.mark.parametrize("recipe", RECIPE_CASES.values(), ids=RECIPE_CASES)
 
@@ -152,3 +153,24 @@ def test_volume_of_nice_is_that_of_its_last_part():
 def test_sizes_that_are_wrong(recipe, options, message):
     with pytest.raises(ValueError, match=message):
         recipe(**{"dim": 2, **options})
+
+
+def test_a_step_moves_a_wide_network_about_as_far_as_a_narrow_one():
+    def change(width):
+        pyro.set_rng_seed(0)
+        network = MLP(3, 1, (width, width)).double()
+        inputs = torch.randn(64, 3, dtype=torch.float64)
+        optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+        network(inputs).sum().backward()
+        optimizer.step()
+        return float(network(inputs).mean().detach())
+
+    # Adam moves every weight by the rate, so that what is not divided moves six times as far.
+    assert change(16 * 16) / change(16) < 3
+    assert change(16) < 0
+
+
+def test_a_linear_map_of_the_context_is_not_divided():
+    linear_map = MLP(9, 2, ())
+    torch.nn.init.ones_(linear_map.layers[0].weight)
+    assert torch.equal(linear_map(torch.ones(9)), torch.full((2,), 9.0))
