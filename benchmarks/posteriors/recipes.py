@@ -30,6 +30,13 @@ def _coupling(**options: Any) -> Recipe:
     return _with_flow(functools.partial(fg.flows.coupling, **options), num_steps=3000)
 
 
+def _mixed(dim: int) -> fg.transforms.FlowTransform:
+    """Couplings, then an autoregressive layer in the order of the model."""
+    hidden_dims = (64, 64) if dim > 30 else (32, 32)
+    last = fg.transforms.AffineAutoregressive(dim, hidden_dims=hidden_dims)
+    return fg.transforms.Compose([fg.flows.coupling(dim, num_layers=8), last])
+
+
 GUIDES: dict[str, Recipe] = {
     "default": Recipe(fg.AutoFlow),
     "coupling": Recipe(fg.AutoCoupling),
@@ -55,6 +62,7 @@ ABLATIONS: dict[str, Recipe] = {
     "14_layers": _coupling(num_layers=14),
     "64_wide": _coupling(hidden_dims=(64, 64)),
     "bound_5": _coupling(bound=5.0),
+    "mixed": _with_flow(_mixed, num_steps=3000),
     "glow": _with_flow(fg.flows.glow, num_steps=3000),
     "iaf_3000_steps": Recipe(fg.AutoIAF, {"num_steps": 3000}),
     "student_t_3000_steps": Recipe(functools.partial(fg.AutoFlow, base="student_t"), {"num_steps": 3000}),
