@@ -62,7 +62,7 @@ class MLP(nn.Module):
             last.weight.mul_(NEAR_ZERO)
             last.bias.zero_()
         self.layers = nn.ModuleList([*layers, last])
-        self.output_scale = _output_scale(hidden_dims)
+        self.output_scale = hidden_dims[-1] ** -0.5 if hidden_dims else 1.0
 
     def forward(self, inputs: Tensor) -> Tensor:
         for layer in self.layers:
@@ -283,11 +283,6 @@ class _MaskedLinear(nn.Module):
         if self.of_context is not None:
             bias = bias + self.of_context(context)
         return self.linear.weight * self.mask, bias
-
-
-def _output_scale(hidden_dims: Sequence[int]) -> float:
-    """What the output of a network is multiplied with; 1 without hidden layers."""
-    return hidden_dims[-1] ** -0.5 if hidden_dims else 1.0
 
 
 def _affine(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

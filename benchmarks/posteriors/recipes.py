@@ -32,9 +32,7 @@ def _coupling(**options: Any) -> Recipe:
 
 def _mixed(dim: int) -> fg.transforms.FlowTransform:
     """Couplings, then an autoregressive layer in the order of the model."""
-    hidden_dims = (64, 64) if dim > 30 else (32, 32)
-    last = fg.transforms.AffineAutoregressive(dim, hidden_dims=hidden_dims)
-    return fg.transforms.Compose([fg.flows.coupling(dim, num_layers=8), last])
+    return fg.transforms.Compose([fg.flows.coupling(dim, num_layers=8), fg.flows.iaf(dim, num_layers=1)])
 
 
 GUIDES: dict[str, Recipe] = {
