@@ -107,11 +107,12 @@ def test_products_of_many_matrices_neither_overflow_nor_vanish():
     assert product.isfinite().all()
 
 
-def test_forward_algorithm(tolerance):
+@pytest.mark.parametrize("length", [3, 4, 5, 13, 14])
+def test_forward_algorithm(length, tolerance):
     transition = torch.tensor([[0.9, 0.1], [0.3, 0.7]])
-    log_emission = torch.randn(2, 5, 13)
+    log_emission = torch.randn(2, 5, length)
     weight = log_emission[..., 0].exp().mT
-    for t in range(1, 13):
+    for t in range(1, length):
         weight = (weight @ transition) * log_emission[..., t].exp().mT
     found = time_series.forward_log_likelihood(transition.unsqueeze(-1), log_emission)
     torch.testing.assert_close(found, weight.sum(-1).log(), rtol=tolerance(1e-12), atol=tolerance(1e-12))

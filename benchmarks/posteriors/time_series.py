@@ -15,24 +15,36 @@ from .posterior import flat
 # States come first and the time last: the other order has inner loops over two states, and takes three times as long.
 
 
+def _multiply(left: Tensor, right: Tensor) -> Tensor:
+    """Products of matrices, shapes ``(K, K, …)``."""
+    columns, rows = left.unsqueeze(2).unbind(1), right.unsqueeze(1).unbind(0)
+    result = columns[0] * rows[0]
+    # One after the other: all at once would be K times as large as the result.
+    for column, row in zip(columns[1:], rows[1:], strict=True):
+        result = torch.addcmul(result, column, row)
+    return result
+
+
 def matrix_product(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """The product of T matrices of numbers ≥ 0, shape ``(K, K, …, T)``, as a matrix whose largest number is 1, and the logarithm
     of the factor that was taken out: shapes ``(K, K, …)`` and ``(…)``.
 
     Neighbours are multiplied in pairs, log₂ T times.
     """
-    log_scale = matrices.new_zeros(())
+    log_scale, level = matrices.new_zeros(()), 0
     while True:
-        # The value does not depend on the factors, so that no gradient goes through them.
-        factor = matrices.detach().amax((0, 1))
-        matrices, log_scale = matrices / factor, log_scale + factor.log().sum(-1)
-        if matrices.shape[-1] == 1:
+        length = matrices.shape[-1]
+        # Four matrices whose largest number is 1 can be multiplied before the product must be brought back to that size.
+        if level % 2 == 0 or length == 1:
+            # The value does not depend on the factors, so that no gradient goes through them.
+            factor = matrices.detach().amax((0, 1))
+            matrices, log_scale = matrices / factor, log_scale + factor.log().sum(-1)
+        if length == 1:
             return matrices.squeeze(-1), log_scale
-        odd = matrices.shape[-1] % 2
         # Splitting and unbinding have cheaper gradients than slices.
-        pairs, last = matrices.split([matrices.shape[-1] - odd, odd], -1)
-        left, right = pairs.unflatten(-1, (-1, 2)).unbind(-1)
-        matrices = torch.cat([(left.unsqueeze(2) * right.unsqueeze(0)).sum(1), last], -1)
+        even, *last = matrices.split([length - 1, 1], -1) if length % 2 else (matrices,)
+        product = _multiply(*even.unflatten(-1, (-1, 2)).unbind(-1))
+        matrices, level = torch.cat([product, *last], -1) if last else product, level + 1
 
 
 def forward_log_likelihood(transition: Tensor, log_emission: Tensor) -> Tensor:
@@ -40,12 +52,24 @@ def forward_log_likelihood(transition: Tensor, log_emission: Tensor) -> Tensor:
 
     Arguments:
         transition: The probabilities from state to state, shape ``(K, K, …)``.
-        log_emission: log p(y_t | state), shape ``(K, …, T)``.
+        log_emission: log p(y_t | state), shape ``(K, …, T)``, T at least 3.
     """
     top = log_emission.detach().amax(0)
     emission = (log_emission - top).exp()
-    product, log_scale = matrix_product(transition.unsqueeze(-1) * emission[..., 1:])
-    return (emission[..., 0].unsqueeze(1) * product).sum((0, 1)).log() + log_scale + top.sum(-1)
+    # An even number of steps is left for the pairs.
+    num_first = 2 - emission.shape[-1] % 2
+    first, rest = emission.split([num_first, emission.shape[-1] - num_first], -1)
+    weight = first[..., 0]
+    if num_first == 2:
+        weight = (weight.unsqueeze(1) * transition).sum(0) * first[..., 1]
+    # Two steps, i → j → k: the matrices of single steps, most of all numbers, are never made.
+    middle, end = rest.unflatten(-1, (-1, 2)).unbind(-1)
+    paths = (transition.unsqueeze(2) * transition.unsqueeze(0)).unsqueeze(-1)
+    pairs = torch.zeros_like(end)
+    for path, through in zip(paths.unbind(1), middle.unbind(0), strict=True):
+        pairs = torch.addcmul(pairs, path, through)
+    product, log_scale = matrix_product(pairs * end)
+    return (weight.unsqueeze(1) * product).sum((0, 1)).log() + log_scale + top.sum(-1)
 
 
 def _states_first(values: Tensor) -> Tensor:
