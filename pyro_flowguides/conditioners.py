@@ -61,13 +61,15 @@ class MLP(nn.Module):
         with torch.no_grad():
             last.weight.mul_(NEAR_ZERO)
             last.bias.zero_()
-        self.layers = nn.ModuleList([*layers, last])
+        self.layers: Any = nn.ModuleList([*layers, last])
         self.output_scale = hidden_dims[-1] ** -0.5 if hidden_dims else 1.0
 
     def forward(self, inputs: Tensor) -> Tensor:
-        for layer in self.layers:
+        *hidden_layers, last = self.layers
+        for layer in hidden_layers:
             inputs = layer(inputs)
-        return inputs * self.output_scale
+        # On the weights, which are fewer numbers than the outputs of many draws.
+        return linear(inputs, self.output_scale * last.weight, self.output_scale * last.bias)
 
 
 class FreeParameters(nn.Module):

@@ -159,28 +159,35 @@ class NormalizingFlow(dist.TransformedDistribution):
 def coupling(
     dim: int,
     *,
-    num_layers: int = 10,
+    num_layers: int | None = None,
     hidden_dims: Sequence[int] | None = None,
     context_dim: int = 0,
     bound: float = 3.0,
 ) -> T.FlowTransform:
     """RealNVP: affine couplings that keep one half of the coordinates and the other in turn.
 
+    Where D > 30, two couplings make a pair, and every pair has halves of its own (the coordinates are shuffled in between):
+    with the same halves throughout, coordinates of one half would depend on each other through the other half alone.
     Invertible at the cost of a forward pass. Dinh et al. (2017), arXiv:1605.08803.
 
     Arguments:
         dim: The number D of coordinates.
-        num_layers: The number of couplings.
-        hidden_dims: The hidden layers of each network; by default two of 32, or of 64 for D > 30.
+        num_layers: The number of couplings; by default 10, or 16 for D > 30.
+        hidden_dims: The hidden layers of each network; by default two of 32, or of 64 and 32 for D > 30.
         context_dim: The size of the context; 0 for none.
         bound: The bound of the log-scales.
     """
+    many = dim > _MANY
+    if num_layers is None:
+        num_layers = 16 if many else 10
     T.base.check_positive_integer("coupling", "num_layers", num_layers)
-    hidden_dims = _default_hidden_dims(dim, hidden_dims)
-    return T.Compose(
+    if hidden_dims is None:
+        hidden_dims = (64, 32) if many else (32, 32)
+    couplings = [
         T.AffineCoupling(dim, flip=bool(layer % 2), hidden_dims=hidden_dims, context_dim=context_dim, bound=bound)
         for layer in range(num_layers)
-    )
+    ]
+    return _with_shuffles(couplings) if many else T.Compose(couplings)
 
 
 def spline_coupling(
@@ -471,10 +478,29 @@ RECIPES: dict[str, Callable[..., T.FlowTransform]] = {
 }
 
 
+# Above so many coordinates the defaults are others.
+_MANY = 30
+
+
 def _default_hidden_dims(dim: int, hidden_dims: Sequence[int] | None) -> Sequence[int]:
     if hidden_dims is not None:
         return hidden_dims
-    return (64, 64) if dim > 30 else (32, 32)
+    return (64, 64) if dim > _MANY else (32, 32)
+
+
+def _with_shuffles(couplings: Sequence[T.FlowTransform]) -> T.FlowTransform:
+    """The couplings in pairs, with the coordinates dealt into two halves between them, every second one to the first."""
+    dim = couplings[0].dim
+    dealt = torch.cat([torch.arange(0, dim, 2), torch.arange(1, dim, 2)])
+    transforms: list[T.FlowTransform] = []
+    order = torch.arange(dim)
+    for index, coupling in enumerate(couplings):
+        if index and index % 2 == 0:
+            transforms.append(T.Permutation(dealt))
+            order = order[dealt]
+        transforms.append(coupling)
+    # What all shuffles together have moved goes back beforehand, so that the start is the identity.
+    return T.Compose([T.Permutation(order.argsort()), *transforms])
 
 
 def _with_reverses(layers: Iterable[T.FlowTransform]) -> T.FlowTransform:

@@ -637,8 +637,8 @@ class AutoCoupling(AutoFlow):
 
     Arguments:
         model: The model.
-        num_layers: The number of couplings.
-        hidden_dims: The hidden layers of each network; by default two of 32, or of 64 above 30 latent dimensions.
+        num_layers: The number of couplings; by default 10, or 16 above 30 latent dimensions.
+        hidden_dims: The hidden layers of each network; by default two of 32, or of 64 and 32 above 30 latent dimensions.
         options: The options of :class:`AutoFlow`.
 
     References:
@@ -646,7 +646,12 @@ class AutoCoupling(AutoFlow):
     """
 
     def __init__(
-        self, model: Callable, *, num_layers: int = 10, hidden_dims: Sequence[int] | None = None, **options: Any
+        self,
+        model: Callable,
+        *,
+        num_layers: int | None = None,
+        hidden_dims: Sequence[int] | None = None,
+        **options: Any,
     ) -> None:
         recipe = functools.partial(flows.coupling, num_layers=num_layers, hidden_dims=hidden_dims)
         super().__init__(model, recipe, **options)

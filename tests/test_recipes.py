@@ -174,3 +174,32 @@ def test_a_linear_map_of_the_context_is_not_divided():
     linear_map = MLP(9, 2, ())
     torch.nn.init.ones_(linear_map.layers[0].weight)
     assert torch.equal(linear_map(torch.ones(9)), torch.full((2,), 9.0))
+
+
+@pytest.mark.parametrize("dim", [31, 40, 61, 200])
+def test_couplings_of_many_coordinates_part_nearly_every_two(dim):
+    """Two coordinates that are in one half throughout would depend on each other through the other half alone."""
+    parted = torch.zeros(dim, dim, dtype=torch.bool)
+    order = torch.arange(dim)
+    for part in flows.coupling(dim).transforms:
+        if isinstance(part, T.Permutation):
+            order = order[part.permutation]
+        else:
+            kept = torch.zeros(dim, dtype=torch.bool)
+            kept[order[part.order[: part.num_kept]]] = True
+            parted |= kept.unsqueeze(-1) ^ kept
+    assert parted.sum() / (dim * (dim - 1)) > 0.97
+    assert not any(isinstance(part, T.Permutation) for part in flows.coupling(30).transforms)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 5])
+def test_shuffled_couplings_have_the_density_of_their_jacobian(num_layers):
+    flow = perturb(flows.coupling(31, num_layers=num_layers, hidden_dims=(8,)).double())
+    z, score = torch.randn(2, 31, dtype=torch.float64), torch.randn(2, 31, dtype=torch.float64)
+    x, log_det, moved = flow.forward_with_score(z, score)
+    jacobian = torch.stack([torch.func.jacrev(flow)(row) for row in z]).detach()
+    torch.testing.assert_close(log_det, torch.linalg.slogdet(jacobian).logabsdet, rtol=1e-9, atol=1e-9)
+    log_det_gradient = torch.func.grad(lambda z: flow.forward_and_log_det(z)[1].sum())(z)
+    expected = torch.linalg.solve(jacobian.mT, (score - log_det_gradient).unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(moved, expected.detach(), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(flow.inverse_and_log_det(x)[0], z, rtol=1e-7, atol=1e-7)
