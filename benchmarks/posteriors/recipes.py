@@ -35,6 +35,13 @@ def _mixed(dim: int) -> fg.transforms.FlowTransform:
     return fg.transforms.Compose([fg.flows.coupling(dim, num_layers=8), fg.flows.iaf(dim, num_layers=1)])
 
 
+def _same_halves(dim: int) -> fg.transforms.FlowTransform:
+    """The couplings of many dimensions with the same halves throughout."""
+    return fg.transforms.Compose(
+        fg.transforms.AffineCoupling(dim, flip=bool(layer % 2), hidden_dims=(64, 32)) for layer in range(16)
+    )
+
+
 GUIDES: dict[str, Recipe] = {
     "default": Recipe(fg.AutoFlow),
     "coupling": Recipe(fg.AutoCoupling),
@@ -60,6 +67,7 @@ ABLATIONS: dict[str, Recipe] = {
     "14_layers": _coupling(num_layers=14),
     "64_wide": _coupling(hidden_dims=(64, 64)),
     "bound_5": _coupling(bound=5.0),
+    "same_halves": _with_flow(_same_halves, num_steps=3000),
     "mixed": _with_flow(_mixed, num_steps=3000),
     "glow": _with_flow(fg.flows.glow, num_steps=3000),
     "iaf_3000_steps": Recipe(fg.AutoIAF, {"num_steps": 3000}),
