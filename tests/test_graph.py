@@ -65,20 +65,6 @@ def test_same_numbers_from_fewer_operations(name):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
-def test_the_slope_of_an_activation_is_computed_once():
-    def two_gradients(x):
-        x = x.detach().requires_grad_()
-        value = torch.nn.functional.silu(x)
-        score = torch.autograd.grad(value, x, x.exp(), retain_graph=True)
-        return value.detach(), *score, *torch.autograd.grad(value, x, x.sin())
-
-    module, _ = captured(two_gradients, torch.randn(2, 3))
-    assert sum(node.target is torch.ops.aten.silu_backward.default for node in operations(module)) == 1
-    x = torch.randn(2, 3)
-    for found, expected in zip(module(x), two_gradients(x), strict=True):
-        torch.testing.assert_close(found, expected)
-
-
 def test_random_numbers_are_neither_merged_nor_dropped():
     def function(x):
         torch.randn(3)

@@ -36,7 +36,7 @@ def simplify(module: GraphModule, varying: Sequence[Tensor] = ()) -> None:
     """Takes out of a graph, in place, what has no effect, what is computed twice, and what is the same at every step.
 
     Pyro's handlers and autograd leave a lot of it: sums with 0, views of views, transposes of transposes, logarithms of
-    constants. What is left computes the same numbers up to rounding.
+    constants. What is left computes the same numbers up to the order of sums.
 
     Arguments:
         module: The graph.
@@ -51,7 +51,6 @@ def simplify(module: GraphModule, varying: Sequence[Tensor] = ()) -> None:
         changes = _replace_nodes(module, written) + _join_slices(module, written) > 0
         _merge_equal_nodes(graph, written)
         _remove_unused(graph)
-    _share_slopes(module, written)
     graph.lint()
     module.recompile()
 
@@ -379,34 +378,6 @@ def _ignores_layout(user: Node) -> bool:
         *(aten.mm.default, aten.addmm.default, aten.cat.default, aten.stack.default),
         *(aten.sum.default, aten.sum.dim_IntList, aten.index_select.default),
     }
-
-
-# --- gradients through activations -----------------------------------------------------------------------------------------
-
-
-def _share_slopes(module: GraphModule, written: set[Node]) -> None:
-    """Computes the slope of an activation once where several gradients go through it.
-
-    With the path gradient two do, that of the loss and the score, and SiLU's has an exponential.
-    """
-    gradients: dict[Any, list[Any]] = {}
-    for node in module.graph.nodes:
-        if node.target is aten.silu_backward.default and not written.intersection((node, *node.all_input_nodes)):
-            gradients.setdefault(node.args[1], []).append(node)
-    for inputs, nodes in gradients.items():
-        if len(nodes) < 2:
-            continue
-        like = inputs.meta["val"]
-        one = _add_constant(module, nodes[0], torch.ones((), dtype=like.dtype, device=like.device))
-        with module.graph.inserting_before(nodes[0]):
-            slope = module.graph.call_function(aten.silu_backward.default, (one, inputs))
-        slope.meta["val"] = like
-        for node in nodes:
-            with module.graph.inserting_before(node):
-                product = module.graph.call_function(aten.mul.Tensor, (node.args[0], slope))
-            product.meta = dict(node.meta)
-            node.replace_all_uses_with(product)
-            module.graph.erase_node(node)
 
 
 # --- gradients of slices ---------------------------------------------------------------------------------------------------
