@@ -29,6 +29,9 @@ class MLP(nn.Module):
     most of the noise of a flow comes from that trains on few draws at a high rate. Jacot et al. (2018), *Neural tangent
     kernel: convergence and generalization in neural networks*, arXiv:1806.07572.
 
+    Every parameter is used divided by ``slowdown``, 1 at first. A step of Adam in what is stored then is that much smaller in
+    what is used (the equalised learning rate of Karras et al. 2018, *Progressive growing of GANs*, arXiv:1710.10196).
+
     Arguments:
         in_features: The size of the input, at least 1.
         out_features: The size of the output.
@@ -63,13 +66,25 @@ class MLP(nn.Module):
             last.bias.zero_()
         self.layers: Any = nn.ModuleList([*layers, last])
         self.output_scale = hidden_dims[-1] ** -0.5 if hidden_dims else 1.0
+        self.slowdown = 1.0
+
+    def slow_down(self, slowdown: float) -> None:
+        """Makes steps smaller by another factor; the function stays the same."""
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.mul_(slowdown / self.slowdown)
+        self.slowdown = slowdown
 
     def forward(self, inputs: Tensor) -> Tensor:
         *hidden_layers, last = self.layers
         for layer in hidden_layers:
-            inputs = layer(inputs)
+            inputs = self._linear(layer, inputs) if isinstance(layer, nn.Linear) else layer(inputs)
+        return self._linear(last, inputs, self.output_scale)
+
+    def _linear(self, layer: nn.Linear, inputs: Tensor, scale: float = 1.0) -> Tensor:
+        scale = scale / self.slowdown
         # On the weights, which are fewer numbers than the outputs of many draws.
-        return linear(inputs, self.output_scale * last.weight, self.output_scale * last.bias)
+        return layer(inputs) if scale == 1 else linear(inputs, scale * layer.weight, scale * layer.bias)
 
 
 class FreeParameters(nn.Module):

@@ -29,7 +29,7 @@ from pyro.nn.module import to_pyro_module_
 from torch import Tensor
 from torch.distributions import biject_to, register_kl
 
-from . import bases, flows, plates, whitening
+from . import bases, damping, flows, plates, whitening
 from . import transforms as T
 from .stored_guide import StoredGuide
 from .tracing import (
@@ -153,6 +153,8 @@ class AutoFlow(StoredGuide, AutoContinuous):
         self._base = base
         self._init_scale = float(init_scale)
         self._affine = affine
+        # Where the guide is part of another module, that one's method is called and not this one's.
+        self.register_load_state_dict_post_hook(_follow_loaded)
 
     # --- set-up --------------------------------------------------------------------------------------------------------
 
@@ -356,6 +358,7 @@ class AutoFlow(StoredGuide, AutoContinuous):
             raise ValueError(
                 f"{type(self).__name__}: flow({dim}) must return a FlowTransform with dim = {dim} and no context, got {body!r}"
             )
+        damping.hold_back(body, True)
         parts = [body]
         if self._affine == "lower_triangular":
             parts.append(T.LowerTriangularAffine(dim))
@@ -379,8 +382,12 @@ class AutoFlow(StoredGuide, AutoContinuous):
         Parameters that another guide adopts, or that come from a file, mean nothing without the map they were trained behind.
         """
         super()._attach_to_param_store()
-        if pyro.settings.get("module_local_params"):
-            return
+        if not pyro.settings.get("module_local_params"):
+            self._adopt_whitening()
+        damping.follow(self.flow, not damping.is_fitted(self._whitening))
+
+    def _adopt_whitening(self) -> None:
+        """Takes the fixed map from the store; where there is none, gives it this one."""
         store = pyro.get_param_store()
         for name, buffer in self._whitening.named_buffers():
             full_name = self._pyro_get_fullname(f"whitening.{name}")
@@ -566,6 +573,8 @@ class AutoFlow(StoredGuide, AutoContinuous):
         with torch.no_grad():
             self._whitening.loc.copy_(loc)
             self._whitening.scale.copy_(scale)
+        damping.hold_back(self.flow, not damping.is_fitted(self._whitening))
+        self._checksum_at_start = _checksum(self.flow, self.base)
         self.share_whitening()
         return self
 
@@ -811,6 +820,12 @@ class _LatentDelta(dist.Delta):
 @register_kl(_LatentDelta, dist.Distribution)  # type: ignore[untyped-decorator]
 def _kl_latent_delta(p: _LatentDelta, q: dist.Distribution) -> Tensor:
     return p.log_density - q.log_prob(p.v)
+
+
+def _follow_loaded(guide: AutoFlow, keys: Any) -> None:
+    """After a state dict was loaded, whose parameters belong to the fixed map in it."""
+    if guide.prototype_trace is not None and guide.latent_dim:
+        damping.follow(guide.flow, not damping.is_fitted(guide._whitening))
 
 
 def _init_or_feasible(init_loc_fn: Callable, site: Any) -> Tensor:

@@ -1,6 +1,8 @@
 """The Gaussian found before training."""
 
+import copy
 import math
+import pickle
 
 import pyro
 import pyro.distributions as dist
@@ -119,6 +121,77 @@ def test_unknown_method():
         ValueError, match="method must be one of init, auto, batch_and_match, path, laplace, got 'mode'"
     ):
         fg.AutoFlow(correlated).whiten(method="mode")
+
+
+# --- before whitening -------------------------------------------------------------------------------------------------
+
+
+def eight_schools():
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(torch.tensor(5.0)))
+    with pyro.plate("schools", 8):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        effect = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+        error = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+        pyro.sample("obs", dist.Normal(theta, error), obs=effect)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_plain_training_at_a_high_rate_does_not_explode(seed):
+    """From a start a tenth as wide as the prior, ten couplings widen together."""
+    pyro.set_rng_seed(seed)
+    guide = fg.AutoFlow(eight_schools)
+    elbo = Trace_ELBO(num_particles=10, vectorize_particles=True, max_plate_nesting=1)
+    svi = SVI(eight_schools, guide, pyro.optim.Adam({"lr": 0.05}), elbo)
+    for _ in range(200):
+        svi.step()
+    # −31.2 where it is exact, and −57 where it starts.
+    assert fg.draw(eight_schools, guide, num_samples=5000).elbo().value > -40
+
+
+def reaches(guide):
+    return {module.reach for module in guide.modules() if isinstance(module, fg.transforms.Coupling)}
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_networks_are_limited_until_the_map_is_fitted(local):
+    with pyro.settings.context(module_local_params=local):
+        guide = fg.AutoFlow(correlated).setup()
+        assert reaches(guide) == {3.0}
+        start = copy.deepcopy(guide.state_dict())
+        assert reaches(guide.whiten(method="init")) == {3.0}
+        assert reaches(guide.whiten()) == {None}
+        assert reaches(copy.deepcopy(guide)) == {None}
+        assert reaches(pickle.loads(pickle.dumps(guide))) == {None}
+        whitened = copy.deepcopy(guide.state_dict())
+        guide.load_state_dict(start)
+        assert reaches(guide) == {3.0}
+        guide.load_state_dict(whitened)
+        assert reaches(guide) == {None}
+
+
+def test_the_limit_goes_with_the_map_through_the_parameter_store(tmp_path):
+    fg.AutoFlow(correlated).whiten()
+    pyro.get_param_store().save(tmp_path / "store")
+    assert reaches(fg.AutoFlow(correlated).setup()) == {None}
+    pyro.clear_param_store()
+    guide = fg.AutoFlow(correlated).setup()
+    assert reaches(guide) == {3.0}
+    pyro.clear_param_store()
+    pyro.get_param_store().load(tmp_path / "store")
+    guide()
+    assert reaches(guide) == {None}
+
+
+def test_the_limit_where_the_map_is_diagonal():
+    scale = torch.linspace(0.5, 2.0, 201, dtype=torch.float64)
+
+    def model():
+        pyro.sample("x", dist.Normal(torch.zeros_like(scale), scale).to_event(1))
+
+    guide = fg.AutoFlow(model, lambda dim: fg.transforms.AffineCoupling(dim), affine="diagonal").setup()
+    assert reaches(guide) == {3.0}
+    assert reaches(guide.whiten()) == {None}
 
 
 # --- Laplace ----------------------------------------------------------------------------------------------------------

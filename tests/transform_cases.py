@@ -9,6 +9,11 @@ def _fixed_affine(dim, context_dim):
     return T.FixedAffine(torch.randn(dim), torch.randn(dim, dim).tril(-1) / dim**0.5 + torch.eye(dim))
 
 
+def _with_reach(coupling):
+    coupling.reach = 0.7
+    return coupling
+
+
 # name -> constructor(dim, context_dim)
 CONDITIONAL = {
     "planar": lambda dim, context_dim: T.Planar(dim, context_dim=context_dim),
@@ -27,6 +32,7 @@ CONDITIONAL = {
     "affine_coupling_mask": lambda dim, context_dim: T.AffineCoupling(
         dim, mask=torch.arange(dim) % 3 == 1, context_dim=context_dim
     ),
+    "affine_coupling_with_reach": lambda dim, context_dim: _with_reach(T.AffineCoupling(dim, context_dim=context_dim)),
     "additive_coupling": lambda dim, context_dim: T.AdditiveCoupling(dim, context_dim=context_dim),
     "affine_autoregressive": lambda dim, context_dim: T.AffineAutoregressive(
         dim, context_dim=context_dim, hidden_dims=(8,)

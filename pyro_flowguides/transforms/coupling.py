@@ -26,6 +26,10 @@ class Coupling(FlowTransform):
 
     For ``dim = 1`` there is nothing to condition on, and the parameters are free (or depend on the context alone).
 
+    With a ``reach`` r, which is None at first and may be set at any time, the network sees :math:`z_A / \sqrt{1 + (z_A/r)^2}`
+    in place of :math:`z_A`. Its outputs then no longer grow with a point far out, and no stack of couplings can send one
+    ever further from layer to layer.
+
     Arguments:
         dim: The number D of coordinates.
         univariate: The scalar function, see :mod:`pyro_flowguides.transforms.univariate`.
@@ -53,6 +57,7 @@ class Coupling(FlowTransform):
     ) -> None:
         super().__init__(dim, context_dim)
         self.univariate = univariate
+        self.reach: float | None = None
         kept = _kept_coordinates(dim, mask, flip)
         order = torch.cat([kept.nonzero().squeeze(-1), (~kept).nonzero().squeeze(-1)])
         self.num_kept = int(kept.sum())
@@ -85,6 +90,8 @@ class Coupling(FlowTransform):
         return value if self.kept_first else value.index_select(-1, self.order_back)
 
     def _univariate_parameters(self, kept: Tensor, context: Tensor | None) -> Tensor:
+        if self.reach is not None:
+            kept = kept * torch.rsqrt(1 + (kept / self.reach).square())
         if not self.num_kept:
             outputs = self.conditioner(context)
         elif context is None:
@@ -126,7 +133,8 @@ class Coupling(FlowTransform):
         return self._join(kept, changed), log_derivative.expand_as(changed).sum(-1), score.detach()
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, kept={self.num_kept}, univariate={self.univariate}"
+        reach = "" if self.reach is None else f", reach={self.reach}"
+        return f"{super().extra_repr()}, kept={self.num_kept}, univariate={self.univariate}{reach}"
 
 
 class AffineCoupling(Coupling):
