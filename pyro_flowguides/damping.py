@@ -1,16 +1,14 @@
-"""Couplings that are held back until the fixed map of their guide has the shape of a posterior.
+"""Couplings that are held back until their guide is whitened, or trained by ``fit``.
 
 A guide that was not whitened starts far too narrow. All of its couplings widen it at once, the more so the more there are; before
 long each sends a draw far out further than the one before it, and one gradient from there holds Adam up for a thousand steps.
 So their networks see the bulk of their inputs alone, and move more slowly than location, scale and correlations do.
 
-Behind a map that was fitted there is nothing to catch up with, and the tails of a posterior want networks without limits: there
-nothing is held back.
+Behind a map that was fitted there is nothing to catch up with, and ``fit`` clips gradients from far out. There nothing is held
+back: the tails of a posterior want networks without limits.
 """
 
 from __future__ import annotations
-
-import torch
 
 from . import transforms as T
 from .conditioners import MLP
@@ -19,14 +17,6 @@ from .conditioners import MLP
 REACH = 3.0
 # How much slower they are. A power of 2 rounds nothing.
 SLOWDOWN = 8.0
-
-
-def is_fitted(fixed_map: T.FixedAffine) -> bool:
-    """Whether a map is more than one scale for all coordinates, which it starts as."""
-    scale = fixed_map.scale
-    diagonal = scale if scale.dim() == 1 else scale.diagonal()
-    start = diagonal[:1].expand_as(diagonal)
-    return not torch.equal(scale, start if scale.dim() == 1 else start.diag())
 
 
 def hold_back(flow: T.FlowTransform, held_back: bool) -> None:
@@ -38,7 +28,7 @@ def hold_back(flow: T.FlowTransform, held_back: bool) -> None:
 
 
 def follow(flow: T.FlowTransform, held_back: bool) -> None:
-    """Takes the parameters of a flow for those of one that was held back, or was not; they came from elsewhere."""
+    """Takes the parameters of a flow, which came from elsewhere, for those of one that was held back, or was not."""
     for coupling in _couplings(flow):
         coupling.reach = REACH if held_back else None
         if isinstance(coupling.conditioner, MLP):

@@ -198,6 +198,8 @@ class AutoFlow(StoredGuide, AutoContinuous):
             self._check_given_indices(args, kwargs)
             init_loc = self._init_loc()
             flow = self._build_flow(init_loc)
+            damping.hold_back(flow, True)
+            self.register_buffer("held_back", torch.ones_like(init_loc[0]))
             base = BASES[self._base](self.latent_dim).to(dtype=init_loc.dtype, device=init_loc.device)
             self._checksum_at_start = _checksum(flow, base)
             # Converted before it is attached: the other order leaves every parameter in the store under a second name.
@@ -358,7 +360,6 @@ class AutoFlow(StoredGuide, AutoContinuous):
             raise ValueError(
                 f"{type(self).__name__}: flow({dim}) must return a FlowTransform with dim = {dim} and no context, got {body!r}"
             )
-        damping.hold_back(body, True)
         parts = [body]
         if self._affine == "lower_triangular":
             parts.append(T.LowerTriangularAffine(dim))
@@ -384,13 +385,13 @@ class AutoFlow(StoredGuide, AutoContinuous):
         super()._attach_to_param_store()
         if not pyro.settings.get("module_local_params"):
             self._adopt_whitening()
-        damping.follow(self.flow, not damping.is_fitted(self._whitening))
+        self._follow_held_back()
 
     def _adopt_whitening(self) -> None:
-        """Takes the fixed map from the store; where there is none, gives it this one."""
+        """Takes the fixed map, and what goes with it, from the store; where there is none, gives it this one."""
         store = pyro.get_param_store()
-        for name, buffer in self._whitening.named_buffers():
-            full_name = self._pyro_get_fullname(f"whitening.{name}")
+        for name, buffer in self._stored_buffers().items():
+            full_name = self._pyro_get_fullname(name)
             if full_name in store:
                 with torch.no_grad():
                     buffer.copy_(store[full_name])
@@ -573,17 +574,38 @@ class AutoFlow(StoredGuide, AutoContinuous):
         with torch.no_grad():
             self._whitening.loc.copy_(loc)
             self._whitening.scale.copy_(scale)
-        damping.hold_back(self.flow, not damping.is_fitted(self._whitening))
-        self._checksum_at_start = _checksum(self.flow, self.base)
-        self.share_whitening()
+        self.let_go()
         return self
+
+    def let_go(self) -> None:
+        """Ends what keeps couplings from exploding in plain training from a start that is too narrow.
+
+        Before whitening their networks see no further than three standard deviations of the base distribution, and take steps
+        an eighth as large as those of other parameters. :meth:`whiten` and ``fit`` end that. Nothing changes in a guide that
+        has been trained.
+        """
+        self._check_set_up()
+        if self.latent_dim and not self.is_trained():
+            damping.hold_back(self.flow, False)
+            with torch.no_grad():
+                self.held_back.zero_()
+            self._checksum_at_start = _checksum(self.flow, self.base)
+            self.share_whitening()
+
+    def _follow_held_back(self) -> None:
+        damping.follow(self.flow, torch.equal(self.held_back, torch.ones_like(self.held_back)))
+
+    def _stored_buffers(self) -> dict[str, Tensor]:
+        """What Pyro's parameter store must hold for the parameters to mean the same elsewhere."""
+        buffers = {f"whitening.{name}": buffer for name, buffer in self._whitening.named_buffers()}
+        return {**buffers, "held_back": self.held_back}
 
     def share_whitening(self) -> None:
         """Tells Pyro's parameter store of the fixed map, after it was replaced."""
         if not pyro.settings.get("module_local_params"):
             with self._pyro_context:
-                for name, buffer in self._whitening.named_buffers():
-                    pyro.get_param_store()[self._pyro_get_fullname(f"whitening.{name}")] = buffer.clone()
+                for name, buffer in self._stored_buffers().items():
+                    pyro.get_param_store()[self._pyro_get_fullname(name)] = buffer.clone()
 
     def is_trained(self) -> bool:
         """Whether any parameter has moved, or was loaded, since the flow was built."""
@@ -825,7 +847,7 @@ def _kl_latent_delta(p: _LatentDelta, q: dist.Distribution) -> Tensor:
 def _follow_loaded(guide: AutoFlow, keys: Any) -> None:
     """After a state dict was loaded, whose parameters belong to the fixed map in it."""
     if guide.prototype_trace is not None and guide.latent_dim:
-        damping.follow(guide.flow, not damping.is_fitted(guide._whitening))
+        guide._follow_held_back()
 
 
 def _init_or_feasible(init_loc_fn: Callable, site: Any) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import COVARIANCE, conjugate, correlated, funnel, kitchen_sink
 from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import init_to_value
+from pyro.infer.autoguide import AutoGuideList, init_to_value
 
 import pyro_flowguides as fg
 from pyro_flowguides.whitening import (
@@ -149,49 +149,100 @@ def test_plain_training_at_a_high_rate_does_not_explode(seed):
     assert fg.draw(eight_schools, guide, num_samples=5000).elbo().value > -40
 
 
-def reaches(guide):
-    return {module.reach for module in guide.modules() if isinstance(module, fg.transforms.Coupling)}
+def held_back(guide):
+    """Whether the couplings are, all of them."""
+    couplings = [module for module in guide.modules() if isinstance(module, fg.transforms.Coupling)]
+    (state,) = {(coupling.reach, coupling.conditioner.slowdown) for coupling in couplings}
+    assert state in ((3.0, 8.0), (None, 1.0))
+    return state[1] == 8
 
 
 @pytest.mark.parametrize("local", [False, True])
-def test_networks_are_limited_until_the_map_is_fitted(local):
+def test_couplings_are_held_back_until_the_guide_is_whitened(local):
     with pyro.settings.context(module_local_params=local):
         guide = fg.AutoFlow(correlated).setup()
-        assert reaches(guide) == {3.0}
+        assert held_back(guide)
+        assert held_back(guide.whiten(method="init"))
         start = copy.deepcopy(guide.state_dict())
-        assert reaches(guide.whiten(method="init")) == {3.0}
-        assert reaches(guide.whiten()) == {None}
-        assert reaches(copy.deepcopy(guide)) == {None}
-        assert reaches(pickle.loads(pickle.dumps(guide))) == {None}
+        assert not held_back(guide.whiten())
+        assert not held_back(copy.deepcopy(guide))
+        assert not held_back(pickle.loads(pickle.dumps(guide)))
         whitened = copy.deepcopy(guide.state_dict())
         guide.load_state_dict(start)
-        assert reaches(guide) == {3.0}
-        guide.load_state_dict(whitened)
-        assert reaches(guide) == {None}
+        assert held_back(guide)
+        torch.nn.ModuleList([guide]).load_state_dict({f"0.{name}": value for name, value in whitened.items()})
+        assert not held_back(guide)
 
 
-def test_the_limit_goes_with_the_map_through_the_parameter_store(tmp_path):
-    fg.AutoFlow(correlated).whiten()
-    pyro.get_param_store().save(tmp_path / "store")
-    assert reaches(fg.AutoFlow(correlated).setup()) == {None}
-    pyro.clear_param_store()
+def test_letting_go_leaves_the_weights_in_use():
     guide = fg.AutoFlow(correlated).setup()
-    assert reaches(guide) == {3.0}
-    pyro.clear_param_store()
-    pyro.get_param_store().load(tmp_path / "store")
-    guide()
-    assert reaches(guide) == {None}
+    network = guide.flow.transforms[0].transforms[0].conditioner
+    points = torch.randn(5, 1, dtype=torch.float64)
+    before = network(points)
+    stored = network.layers[0].weight.detach().clone()
+    guide.let_go()
+    torch.testing.assert_close(network.layers[0].weight.detach(), stored / 8, rtol=0, atol=0)
+    torch.testing.assert_close(network(points), before, rtol=0, atol=0)
+    assert not guide.is_trained()
 
 
-def test_the_limit_where_the_map_is_diagonal():
-    scale = torch.linspace(0.5, 2.0, 201, dtype=torch.float64)
+def test_fit_lets_go_without_whitening_too():
+    guide = fg.AutoFlow(correlated)
+    fg.fit(correlated, guide, num_steps=2, num_particles=2, whiten=None, progress=False)
+    assert not held_back(guide)
+    parts = AutoGuideList(correlated)
+    parts.append(fg.AutoFlow(correlated))
+    fg.fit(correlated, parts, num_steps=2, num_particles=2, progress=False)
+    assert not held_back(parts)
 
-    def model():
-        pyro.sample("x", dist.Normal(torch.zeros_like(scale), scale).to_event(1))
 
-    guide = fg.AutoFlow(model, lambda dim: fg.transforms.AffineCoupling(dim), affine="diagonal").setup()
-    assert reaches(guide) == {3.0}
-    assert reaches(guide.whiten()) == {None}
+def test_a_guide_that_was_trained_while_held_back_stays_the_same():
+    guide = fg.AutoFlow(correlated)
+    svi = SVI(correlated, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    for _ in range(3):
+        svi.step()
+    points = torch.randn(5, 3, dtype=torch.float64)
+    before = guide.flow(points)
+    guide.let_go()
+    assert held_back(guide)
+    torch.testing.assert_close(guide.flow(points), before, rtol=0, atol=0)
+
+
+def test_a_store_and_a_state_dict_bring_the_law_along(tmp_path):
+    """From a guide that was held back and one that was not, to one of the other kind."""
+    points = 4 * torch.randn(20, 3, dtype=torch.float64)
+    for whiten in (False, True):
+        pyro.clear_param_store()
+        trained = fg.AutoFlow(correlated).setup()
+        if whiten:
+            trained.whiten()
+        svi = SVI(correlated, trained, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(num_particles=10))
+        for _ in range(5):
+            svi.step()
+        expected = trained.flow(points).detach()
+        state = copy.deepcopy(trained.state_dict())
+        pyro.get_param_store().save(tmp_path / "store")
+
+        pyro.clear_param_store()
+        loaded = fg.AutoFlow(correlated).setup()
+        if not whiten:
+            loaded.whiten()
+        loaded.load_state_dict(state)
+        torch.testing.assert_close(loaded.flow(points), expected, rtol=0, atol=0)
+
+        pyro.clear_param_store()
+        stored = fg.AutoFlow(correlated).setup()
+        if not whiten:
+            stored.whiten()
+        pyro.clear_param_store()
+        pyro.get_param_store().load(tmp_path / "store")
+        stored()
+        torch.testing.assert_close(stored.flow(points), expected, rtol=0, atol=0)
+
+
+def test_letting_go_needs_a_flow():
+    with pytest.raises(RuntimeError, match="is not set up"):
+        fg.AutoFlow(correlated).let_go()
 
 
 # --- Laplace ----------------------------------------------------------------------------------------------------------

@@ -227,7 +227,7 @@ def _fit_once(
     if saved is not None:
         _load_modules(saved["modules"], model, guide)
     else:
-        _whiten(guide, args, kwargs, settings.whiten, tracer)
+        _start_well(guide, args, kwargs, settings.whiten, tracer)
 
     rounds = _rounds(settings, tracer)
     history = _History()
@@ -275,7 +275,7 @@ def _check_rounds(saved: dict[str, Any], rounds: Sequence[Round], path: Path | N
         )
 
 
-def _whiten(guide: Callable, args: tuple, kwargs: dict[str, Any], method: str | None, tracer: Tracer) -> None:
+def _start_well(guide: Callable, args: tuple, kwargs: dict[str, Any], method: str | None, tracer: Tracer) -> None:
     if not isinstance(guide, AutoFlow):
         if method not in ("auto", None):
             raise ValueError(
@@ -283,6 +283,9 @@ def _whiten(guide: Callable, args: tuple, kwargs: dict[str, Any], method: str | 
             )
     elif method is not None and not (method == "auto" and guide.is_trained()):
         guide.whiten(*args, method=method, model_kwargs=kwargs, vectorize=tracer.vectorizes)
+    for part in guide.modules() if isinstance(guide, torch.nn.Module) else ():
+        if isinstance(part, AutoFlow) and part.prototype_trace is not None:
+            part.let_go()
 
 
 def _rounds(settings: _Settings, tracer: Tracer) -> tuple[Round, ...]:
