@@ -100,9 +100,10 @@ def main() -> None:
     markdown = "\n\n".join(
         [
             "# Plain SVI from the default start",
-            f"log Z − ELBO in nats, median / worst of {len(_SEEDS)} seeds, after {_NUM_STEPS} steps of Adam with {_NUM_PARTICLES} "
-            "particles at the learning rate in the header; of Pyro's SVI, with no whitening, clipping or schedule. ∞: it broke "
-            'off with an error, or left the support of the model. "Not held back": after `guide.let_go()`. '
+            f"log Z − ELBO in nats, median / worst of {len(_SEEDS)} seeds, after {_NUM_STEPS} steps of Adam with "
+            f"{_NUM_PARTICLES} particles at the learning rate in the header; of Pyro's SVI, with no whitening, clipping or "
+            "schedule. ∞: it broke off with an error, or left the support of the model. "
+            '"Not held back": after `guide.let_go()`. '
             f"{describe(machine)}",
             markdown_table(["guide", *(f"{model}, {rate}" for model, rate in columns)], rows),
         ]
