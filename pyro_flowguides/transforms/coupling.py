@@ -26,7 +26,7 @@ class Coupling(FlowTransform):
 
     For ``dim = 1`` there is nothing to condition on, and the parameters are free (or depend on the context alone).
 
-    With a ``reach`` r, which is None at first and may be set at any time, the network sees :math:`z_A / \sqrt{1 + (z_A/r)^2}`
+    With a ``reach`` r, an attribute that is None at first, the network sees :math:`z_A / \sqrt{1 + (z_A/r)^2}`
     in place of :math:`z_A`. Its outputs then no longer grow with a point far out, and no stack of couplings can send one
     ever further from layer to layer.
 
