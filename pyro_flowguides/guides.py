@@ -598,7 +598,7 @@ class AutoFlow(StoredGuide, AutoContinuous):
     def _stored_buffers(self) -> dict[str, Tensor]:
         """What Pyro's parameter store must hold for the parameters to mean the same elsewhere."""
         buffers = {f"whitening.{name}": buffer for name, buffer in self._whitening.named_buffers()}
-        return {**buffers, "held_back": self.held_back}
+        return {**buffers, "whitening.held_back": self.held_back}
 
     def share_whitening(self) -> None:
         """Tells Pyro's parameter store of the fixed map, after it was replaced."""
