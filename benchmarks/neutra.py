@@ -33,8 +33,8 @@ _NUM_FIT_STEPS, _NUM_PARTICLES = 1000, 256
 _COMMENT = (
     "In its own space NUTS does not reach the neck of either funnel: the mean is off by several of its standard errors, and the "
     "standard deviation is far too small. In the flow's space the chains agree (R-hat below 1.01). On the eight schools they "
-    "still fall a little short of the neck, where the flow is not exact: the standard deviation of log τ is some percent low, and "
-    "a few divergences say so."
+    "still fall a little short of the neck, where the flow is not exact: the standard deviation of log τ is some percent low, "
+    "and a few divergences say so."
 )
 
 
