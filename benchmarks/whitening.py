@@ -23,7 +23,7 @@ import torch
 
 from pyro_flowguides import AutoFlow
 from pyro_flowguides.examples import EIGHT_SCHOOLS_CENTERED
-from pyro_flowguides.whitening import batch_and_match, gaussian_elbo, laplace, quasi_newton_path
+from pyro_flowguides.guides.whitening import batch_and_match, gaussian_elbo, laplace, quasi_newton_path
 
 from .common import describe, environment, markdown_table, write_results
 

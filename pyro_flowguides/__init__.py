@@ -3,14 +3,22 @@
 __version__ = "0.1.0"
 
 from . import bases, flows, transforms
-from .amortized import AmortizedFlow
 from .calibration import Calibration, calibration
-from .compare import compare
-from .diagnostics import Draws, Estimate, draw, plot_elbo, plot_flow, plot_marginals, plot_weights
-from .flows import NormalizingFlow
-from .guides import AutoCoupling, AutoFlow, AutoIAF, AutoPlanar, AutoRadial, AutoResidual, AutoSpline, AutoSylvester
-from .posteriors import to_arviz
-from .training import IWELBO, CompiledSVI, FlowFit, fit
+from .compiled import IWELBO, CompiledSVI
+from .diagnostics import Draws, Estimate, compare, draw, plot_elbo, plot_flow, plot_marginals, plot_weights, to_arviz
+from .distributions import NormalizingFlow
+from .guides import (
+    AmortizedFlow,
+    AutoCoupling,
+    AutoFlow,
+    AutoIAF,
+    AutoPlanar,
+    AutoRadial,
+    AutoResidual,
+    AutoSpline,
+    AutoSylvester,
+)
+from .training import FlowFit, fit
 
 __all__ = [
     "AmortizedFlow",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from .transforms.base import check_positive_integer
+from .checks import check_positive_integer
 
 # From here on the series of log Γ(a + ½) − log Γ(a) is exact to the last digit of float64.
 _SERIES_FROM = 20.0

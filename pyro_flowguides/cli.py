@@ -20,12 +20,14 @@ import torch
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
 
 from . import __version__
-from .compare import Compared, compared_from_tree, comparison_table
-from .diagnostics import plot_marginals
+from .diagnostics.compare import Compared, compared_from_tree, comparison_table
+from .diagnostics.plots import plot_marginals
 from .diagnostics.summary import scalars, summarise
-from .examples import EXAMPLES, Example
-from .guides import AutoCoupling, AutoIAF, AutoPlanar, AutoRadial, AutoResidual, AutoSpline, AutoSylvester
-from .training import FlowFit, fit
+from .examples import EXAMPLES
+from .examples.example import Example
+from .guides.named import AutoCoupling, AutoIAF, AutoPlanar, AutoRadial, AutoResidual, AutoSpline, AutoSylvester
+from .training.fit import fit
+from .training.result import FlowFit
 
 GUIDES: dict[str, tuple[Callable, str]] = {
     "coupling": (AutoCoupling, "affine couplings (RealNVP); the first choice"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 # A script for another interpreter, which the search for doctests would run.
-collect_ignore = ["other_generation.py"]
+collect_ignore = ["diagnostics/other_generation.py"]
 
 
 def pytest_addoption(parser):

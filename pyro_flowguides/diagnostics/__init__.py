@@ -1,7 +1,20 @@
 """What to make of a fit: draws with their densities, importance weights, ArviZ, pandas, plots."""
 
-from .draws import Draws, draw
+from .compare import compare
+from .draws import Draws
 from .importance import Estimate
 from .plots import plot_elbo, plot_flow, plot_marginals, plot_weights
+from .posterior import to_arviz
+from .sampling import draw
 
-__all__ = ["Draws", "Estimate", "draw", "plot_elbo", "plot_flow", "plot_marginals", "plot_weights"]
+__all__ = [
+    "Draws",
+    "Estimate",
+    "compare",
+    "draw",
+    "plot_elbo",
+    "plot_flow",
+    "plot_marginals",
+    "plot_weights",
+    "to_arviz",
+]

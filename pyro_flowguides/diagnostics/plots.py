@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..flows import NormalizingFlow
-from ..transforms import Compose, FlowTransform
+from ..distributions import NormalizingFlow
+from ..transforms.base import Compose, FlowTransform
 from .importance import ImportanceWeights
 
 _NUM_GRID = 200

@@ -14,8 +14,7 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from ..tracing import (
-    Tracer,
+from ..model.sites import (
     is_deterministic,
     is_subsample,
     latent_sites,
@@ -24,7 +23,9 @@ from ..tracing import (
     quiet_trace,
     tensor_sites,
 )
-from .draws import Draws, batch_size_within_memory, draw_traced
+from .draws import Draws
+from .sampling import batch_size_within_memory, draw_traced
+from .tracer import Tracer
 
 
 class ReplayTracer(Tracer):

@@ -22,16 +22,18 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..diagnostics.draws import Draws, draw_traced
-from ..guides import AutoFlow
-from ..tracing import Tracer, latent_sites, observed_sites, site_without_density, unchanged_random_state
+from ..checks import warn
+from ..compiled.losses import path_gradient
+from ..compiled.svi import CHECK_EVERY, MAX_SKIPPED, CompiledSVI
+from ..diagnostics.draws import Draws
+from ..diagnostics.sampling import draw_traced
+from ..diagnostics.tracer import Tracer
+from ..guides.auto import AutoFlow
+from ..model.sites import latent_sites, observed_sites, site_without_density, unchanged_random_state
 from . import checkpoint as checkpoints
-from .losses import path_gradient
-from .notices import warn
 from .result import FlowFit
 from .rounds import Round, Standing, doubling_rounds, got_worse, is_worth_another, spread
 from .schedules import Convergence, Progress, find_schedule
-from .svi import CHECK_EVERY, MAX_SKIPPED, CompiledSVI
 
 # Where the number of steps is fixed beforehand.
 NUM_STEPS = 3000

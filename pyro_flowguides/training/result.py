@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 
 from ..diagnostics.arviz import Coords, Dims, Group
-from ..diagnostics.draws import Draws, draw
+from ..diagnostics.draws import Draws
 from ..diagnostics.export import export
 from ..diagnostics.importance import Estimate
 from ..diagnostics.predictive import Conditioned, model_groups
+from ..diagnostics.sampling import draw
 
 
 @dataclass(repr=False)

@@ -23,8 +23,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..conditioners import MaskedMLP, MaskedMLPAtContext
-from .base import FlowTransform, value_and_pull_back
+from .base import FlowTransform
+from .masked import MaskedMLP, MaskedMLPAtContext
+from .numerics import value_and_pull_back
 from .univariate import RationalQuadraticSpline, ShiftScale, Univariate
 
 # Up to this D the score takes the whole Jacobian and one triangular solve: fewer kernels than D steps of substitution.

@@ -10,7 +10,7 @@ Training a flow by variational inference needs the sampling direction alone: dra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,9 @@ import torch
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 from torch.distributions import constraints
+
+from ..checks import check_positive_integer
+from .numerics import solve_newton, sum_tensors, value_and_pull_back
 
 _debugging = False
 
@@ -417,129 +420,3 @@ def _can_be_read(value: Tensor) -> bool:
     if torch._C._functorch.is_functorch_wrapped_tensor(value) or get_proxy_mode() is not None:
         return False
     return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def value_and_pull_back(function: Callable, *points: Tensor) -> tuple[Any, Callable]:
-    """The value of a function and the map from its cotangents to those of its arguments (``torch.func.vjp``).
-
-    Unlike ``torch.autograd.grad`` it works under ``vmap``, ``torch.compile`` and ``make_fx``. The value keeps its graph.
-    """
-    value, pull_back = torch.func.vjp(function, *points)[:2]
-    return value, pull_back
-
-
-def sum_tensors(tensors: list[Tensor]) -> Tensor:
-    """The sum of tensors that broadcast, without a zero to start from (it would fix a dtype and a device)."""
-    total = tensors[0]
-    for tensor in tensors[1:]:
-        total = total + tensor
-    return total
-
-
-def tanh_derivative(t: Tensor) -> Tensor:
-    """1 − tanh² without cancellation: that difference is exactly 0 in float32 from |t| = 10 on."""
-    half = torch.sigmoid(-2 * t.abs())
-    return 4 * torch.addcmul(half, half, half, value=-1)
-
-
-def log_one_plus(excess: Tensor, total: Tensor) -> Tensor:
-    """``log(1 + excess)``, given also ``total = 1 + excess > 0``, computed without cancellation.
-
-    Near 0 the excess holds the digits, near −1 the total does. The excess must keep a margin from −1: the infinite gradient
-    of the logarithm that is not used, multiplied by 0, would be NaN.
-    """
-    return torch.where(total > 0.5, torch.log1p(excess), total.log())
-
-
-def check_positive_integer(owner: str, argument: str, value: int) -> int:
-    """The value, if it is an integer of at least 1; else an error that names the argument."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{owner}: {argument} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{owner}: {argument} must be at least 1, got {value}")
-    return value
-
-
-def solve_increasing(
-    function: Callable[[Tensor], tuple[Tensor, Tensor]],
-    target: Tensor,
-    lower: Tensor,
-    upper: Tensor,
-    num_iterations: int = 80,
-) -> Tensor:
-    """Solves ``function(a) = target`` elementwise for an increasing function, by Newton's method safeguarded by bisection.
-
-    A Newton step that leaves the bracket, or that follows one which did not halve it, is replaced by the midpoint, so the
-    bracket is at least halved every second iteration whatever the function. The number of iterations is fixed: there is no
-    host synchronisation, and the solver runs under ``vmap``, ``torch.compile`` and ``make_fx``.
-
-    The result has no graph; :func:`implicit_root` attaches the gradient.
-
-    Arguments:
-        function: Returns the value and the (positive) derivative at a.
-        target: The values to reach.
-        lower, upper: A bracket of the solution.
-        num_iterations: The default exhausts float64 from a bracket of any sensible width.
-
-    Returns:
-        The iterate of smallest residual.
-    """
-    with torch.no_grad():
-        root = best = (lower + upper) / 2
-        smallest = torch.full_like(root, torch.inf)
-        for _ in range(num_iterations):
-            value, slope = function(root)
-            excess = value - target
-            best = torch.where(excess.abs() < smallest, root, best)
-            smallest = torch.minimum(excess.abs(), smallest)
-            width = upper - lower
-            upper = torch.where(excess > 0, root, upper)
-            lower = torch.where(excess > 0, lower, root)
-            newton = root - excess / slope
-            trusted = (newton >= lower) & (newton <= upper) & (upper - lower <= width / 2)
-            root = torch.where(trusted, newton, (lower + upper) / 2)
-        return best
-
-
-def implicit_root(function: Callable[[Tensor], tuple[Tensor, Tensor]], target: Tensor, root: Tensor) -> Tensor:
-    """Attaches to a root of ``function(a) = target`` its gradient, ``da = (dtarget − ∂function)/function'(a)``.
-
-    It is one Newton step with the slope held fixed: first derivatives are exact, and the value can only improve.
-    """
-    root = root.detach()
-    value, slope = function(root)
-    return root - (value - target) / slope.detach()
-
-
-def solve_newton(
-    linearise: Callable[[Tensor], tuple[Tensor, Tensor]], target: Tensor, num_iterations: int = 100
-) -> Tensor:
-    """Solves ``f(z) = target`` for a smooth bijection of R^D by Newton's method with a step length per point.
-
-    A step that does not reduce the residual is refused and the step length quartered; an accepted one doubles it, up to the
-    full Newton step. The number of iterations is fixed (no host synchronisation). Points whose residual does not come below
-    ``sqrt(eps)·max(1, |target|)`` are returned as NaN rather than as a wrong number.
-
-    Arguments:
-        linearise: Returns f(z) and its Jacobian ``[..., output, input]``.
-        target: The points to reach, shape ``batch_shape + (D,)``.
-        num_iterations: The number of Newton steps tried.
-    """
-    z = target
-    value, jacobian = linearise(z)
-    step_length = torch.ones_like(target[..., :1])
-    for _ in range(num_iterations):
-        residual = value - target
-        error = residual.abs().amax(-1, keepdim=True)
-        step = torch.linalg.solve(jacobian, residual.unsqueeze(-1)).squeeze(-1)
-        trial = z - step_length * step
-        trial_value, trial_jacobian = linearise(trial)
-        trial_error = (trial_value - target).abs().amax(-1, keepdim=True)
-        accept = trial_error < error
-        z = torch.where(accept, trial, z)
-        value = torch.where(accept, trial_value, value)
-        jacobian = torch.where(accept.unsqueeze(-1), trial_jacobian, jacobian)
-        step_length = torch.where(accept, (2 * step_length).clamp(max=1.0), step_length / 4)
-    error = (value - target).abs().amax(-1, keepdim=True)
-    tolerance = torch.finfo(target.dtype).eps ** 0.5 * target.abs().amax(-1, keepdim=True).clamp(min=1.0)
-    return torch.where(error <= tolerance, z, torch.full_like(z, torch.nan))

@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..conditioners import MLP, FreeParameters
-from .base import FlowTransform, value_and_pull_back
+from .base import FlowTransform
+from .networks import MLP, FreeParameters
+from .numerics import value_and_pull_back
 from .univariate import RationalQuadraticSpline, Shift, ShiftScale, Univariate
 
 

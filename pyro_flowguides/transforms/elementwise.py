@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
-from ..conditioners import FreeParameters
-from .base import FlowTransform, value_and_pull_back
+from .base import FlowTransform
+from .networks import FreeParameters
+from .numerics import value_and_pull_back
 from .univariate import RationalQuadraticSpline, ShiftScale, Univariate
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..conditioners import FreeParameters
-from .base import FlowTransform, check_positive_integer
+from ..checks import check_positive_integer
+from .base import FlowTransform
+from .networks import FreeParameters
 
 
 class Permutation(FlowTransform):

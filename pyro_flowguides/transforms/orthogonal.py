@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..conditioners import FreeParameters
-from .base import FlowTransform, check_positive_integer
+from ..checks import check_positive_integer
+from .base import FlowTransform
+from .networks import FreeParameters
 
 
 class Orthogonal(FlowTransform):

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ..conditioners import FreeParameters
-from .base import FlowTransform, implicit_root, solve_increasing, tanh_derivative
+from .base import FlowTransform
+from .networks import FreeParameters
+from .numerics import implicit_root, solve_increasing, tanh_derivative
 
 _LOG_E_MINUS_1 = math.log(math.e - 1)
 

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ..conditioners import NEAR_ZERO, FreeParameters
-from .base import FlowTransform, log_one_plus
+from .base import FlowTransform
+from .networks import NEAR_ZERO, FreeParameters
+from .numerics import log_one_plus
 
 _LOG_E_MINUS_1 = math.log(math.e - 1)
 # The least scale, of space at the centre and of α in units of √D. Without it both reach 0 in float32, and log_det −∞.

@@ -29,8 +29,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..conditioners import LipschitzMLP
-from .base import FlowTransform, check_positive_integer
+from ..checks import check_positive_integer
+from .base import FlowTransform
+from .networks import LipschitzMLP
 
 _MODES = ("auto", "exact", "series", "hutchinson", "roulette")
 # The roulette keeps this many terms of the series for every point.

@@ -23,9 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..conditioners import NEAR_ZERO, FreeParameters
-from .base import FlowTransform, check_positive_integer, log_one_plus, tanh_derivative
+from ..checks import check_positive_integer
+from .base import FlowTransform
 from .linear import affine, multiply
+from .networks import NEAR_ZERO, FreeParameters
+from .numerics import log_one_plus, tanh_derivative
 from .orthogonal import reflection_factor
 
 _BASES = ("qr", "householder", "triangular")

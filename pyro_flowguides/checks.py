@@ -1,0 +1,28 @@
+"""Checks of arguments, and warnings that point at the user's own line, however deep in the package they are raised."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+_PACKAGE = str(Path(__file__).parent)
+
+
+def warn(message: str) -> None:
+    """Warns at the innermost line that is not of this package."""
+    level = 1
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame = frame.f_back
+        level += 1
+    warnings.warn(message, stacklevel=level + 1)
+
+
+def check_positive_integer(owner: str, argument: str, value: int) -> int:
+    """The value, if it is an integer of at least 1; else an error that names the argument."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{owner}: {argument} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{owner}: {argument} must be at least 1, got {value}")
+    return value

@@ -1,0 +1,58 @@
+"""What runs a captured graph: operation by operation, or compiled by inductor."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from .rewrite import Run, _is_random
+
+
+def replay(module: GraphModule, example_inputs: Sequence[Tensor]) -> Run:
+    """Runs a graph operation by operation, with the least overhead that there is without a compiler."""
+    drawn = [node for node in module.graph.nodes if _is_random(node) and not node.users]
+    with torch.no_grad(), warnings.catch_warnings():
+        # Deprecated, and still the fastest; where it goes, or refuses an operation, the graph runs itself.
+        warnings.simplefilter("ignore")
+        try:
+            run: Run = torch.jit.trace(  # type: ignore[no-untyped-call]
+                _with_outputs(module, drawn), tuple(example_inputs), check_trace=False
+            )
+        except (RuntimeError, AttributeError):
+            return module
+    return (lambda *tensors: run(*tensors)[: -len(drawn)]) if drawn else run
+
+
+def _with_outputs(module: GraphModule, nodes: Sequence[Node]) -> GraphModule:
+    """The same graph, which returns these nodes, too: torch.jit drops even random numbers that nobody uses."""
+    if not nodes:
+        return module
+    copied: dict[Node, Node] = {}
+    graph = Graph()
+    outputs: Any = graph.graph_copy(module.graph, copied)
+    graph.output((*outputs, *[copied[node] for node in nodes]))
+    return GraphModule(module, graph)
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether inductor finds what it needs: a C++ compiler on the CPU, Triton on a GPU."""
+    if device.type == "cuda":
+        return torch.utils._triton.has_triton()
+    return any(shutil.which(name) for name in ("g++", "clang++", "cl"))
+
+
+def compile_with_inductor(module: GraphModule, example_inputs: Sequence[Tensor]) -> Run:
+    """Compiles a graph; it draws the same random numbers as the graph itself."""
+    on_cuda = any(tensor.is_cuda for tensor in example_inputs)
+    config = {"fallback_random": True, **({"triton.cudagraphs": True} if on_cuda else {"cpp_wrapper": True})}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch._inductor.standalone_compile(
+            module, list(example_inputs), dynamic_shapes="from_example_inputs", options={"config_patches": config}
+        )

@@ -1,0 +1,219 @@
+"""Drawing from a guide, with the log-densities of guide and model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine import Trace
+from torch import Tensor
+from torch.distributions import biject_to
+
+from ..model.sites import (
+    deterministic_sites,
+    has_stochastic_log_prob,
+    is_deterministic,
+    latent_sites,
+    log_prob_per_draw,
+    observed_sites,
+    per_draw,
+    subsampled_plate,
+    tensor_sites,
+)
+from .draws import Draws
+from .tracer import Tracer
+
+# The largest site of a batch of draws has so many elements, which bounds its memory.
+MAX_BATCH_ELEMENTS = 2**24
+
+
+# So many minibatches of subsampled data, to see how much they differ.
+NUM_MINIBATCHES = 100
+
+
+@torch.no_grad()
+def draw(
+    model: Callable,
+    guide: Callable,
+    *args: Any,
+    model_kwargs: Mapping[str, Any] | None = None,
+    num_samples: int = 1000,
+    batch_size: int = 10_000,
+    seed: int | None = None,
+    log_likelihood: bool = False,
+) -> Draws:
+    """Draws from a guide, any Pyro guide, with the log-densities of guide and model.
+
+    All draws of a batch are made in one vectorised pass. A model that cannot be vectorised is run once per draw, with one
+    warning. A latent site that the guide leaves out is drawn from its prior, with a warning too.
+
+    Arguments:
+        model: The model.
+        guide: The guide.
+        args: The positional arguments of both.
+        model_kwargs: The keyword arguments of both.
+        num_samples: The number S of draws.
+        batch_size: How many draws to make at a time; bounds the memory.
+        seed: Seeds Pyro first, if given.
+        log_likelihood: Also keep the log-likelihood of every observation under every draw.
+
+    Raises:
+        ValueError: if a number is smaller than 1.
+    """
+    for name, number in (("num_samples", num_samples), ("batch_size", batch_size)):
+        if number < 1:
+            raise ValueError(f"draw: {name} must be at least 1, got {number}")
+    tracer = Tracer(model, guide, args, model_kwargs)
+    if seed is not None:
+        # After the tracer, whose runs build a guide that is not set up.
+        pyro.set_rng_seed(seed)
+    return draw_traced(tracer, num_samples, batch_size, log_likelihood)
+
+
+@torch.no_grad()
+def draw_traced(tracer: Tracer, num_samples: int, batch_size: int = 10_000, log_likelihood: bool = False) -> Draws:
+    """Draws by a tracer that is at hand, see :func:`draw`."""
+    _warn_of_sites_left_out(tracer)
+    subsampled = subsampled_plate(tracer.model_prototype)
+    batch_size = batch_size_within_memory(tracer, batch_size)
+    if subsampled:
+        # Every batch has a minibatch of its own.
+        batch_size = max(1, min(batch_size, num_samples // NUM_MINIBATCHES))
+    log_likelihood = log_likelihood and not subsampled
+    parts = []
+    for start in range(0, num_samples, batch_size):
+        for guide_trace, model_trace, count in tracer.traces(min(batch_size, num_samples - start)):
+            parts.append(_extract(guide_trace, model_trace, tracer.model_prototype, count, log_likelihood))
+    prototype = tracer.model_prototype
+    values: dict[str, Any] = {
+        key: {name: torch.cat([part[key][name] for part in parts]) for name in parts[0][key]}
+        for key in ("values", "unconstrained", "deterministic", "log_likelihood")
+    }
+    return Draws(
+        **values,
+        log_p=torch.cat([part["log_p"] for part in parts]),
+        log_q=torch.cat([part["log_q"] for part in parts]),
+        non_finite_site=next(filter(None, (part["non_finite_site"] for part in parts)), ""),
+        observed={} if subsampled else {name: site["value"] for name, site in observed_sites(prototype)},
+        dims={name: _dimension_names(name, site) for name, site in tensor_sites(prototype)},
+        no_weights=_why_no_weights(tracer.guide_prototype, subsampled, values["unconstrained"]),
+        minibatch_size=batch_size if subsampled else None,
+    )
+
+
+def _warn_of_sites_left_out(tracer: Tracer) -> None:
+    left_out = [name for name, _ in latent_sites(tracer.model_prototype) if name not in tracer.guide_prototype.nodes]
+    if left_out:
+        warnings.warn(
+            f"The guide leaves out site '{left_out[0]}'"
+            + (f" and {len(left_out) - 1} more" if len(left_out) > 1 else "")
+            + ": it is drawn from its prior, and ELBO, weights and verdict are those of the guide and that prior together. "
+            "A discrete site is better summed out in the model; see docs/how_to/vectorise.md.",
+            stacklevel=3,
+        )
+
+
+def batch_size_within_memory(tracer: Tracer, batch_size: int) -> int:
+    """The size of a batch of draws whose largest site still fits into the memory allowed."""
+    largest = max(site["value"].numel() for _, site in tensor_sites(tracer.model_prototype))
+    return max(1, min(batch_size, MAX_BATCH_ELEMENTS // max(1, largest)))
+
+
+def _why_no_weights(guide_prototype: Trace, subsampled: str | None, unconstrained: Mapping[str, Tensor]) -> str | None:
+    """The first reason for which the ratios of the densities are no importance weights."""
+    # By the sites, not by the guide, which may be any function.
+    sites: list[Any] = list(guide_prototype.nodes.values())
+    if any(has_stochastic_log_prob(site["fn"]) for site in sites if site["type"] == "sample"):
+        return (
+            "the log-density of the guide is a random estimate, and only its mean, the ELBO, is right; build the flow with "
+            "log_det='exact' to have them"
+        )
+    for name, value in unconstrained.items():
+        if len(value) > 1 and bool((value == value[:1]).all()):
+            return f"the guide gives site '{name}' a single point, which has no density to weigh"
+    if subsampled:
+        return (
+            f"the data are subsampled by plate '{subsampled}', and the noise of a minibatch is in every ratio; run the model "
+            "on the whole data to have them"
+        )
+    return None
+
+
+def _extract(
+    guide_trace: Trace, model_trace: Trace, prototype: Trace, count: int, log_likelihood: bool
+) -> dict[str, Any]:
+    """The values and densities of one pair of traces, each with ``count`` draws in front."""
+    originals: dict[str, Any] = dict(prototype.nodes)
+
+    def at_draws(name: str, value: Tensor) -> Tensor:
+        return per_draw(value, originals[name]["value"].shape, count)
+
+    values, unconstrained = {}, {}
+    for name, site in latent_sites(model_trace):
+        if _in_subsampled_plate(site):
+            continue
+        values[name] = at_draws(name, site["value"])
+        if not site["fn"].support.is_discrete:
+            transform = biject_to(site["fn"].support)
+            shape = transform.inverse_shape(originals[name]["value"].shape)
+            unconstrained[name] = per_draw(transform.inv(site["value"]), shape, count)
+    likelihoods = {}
+    if log_likelihood:
+        for name, site in observed_sites(model_trace):
+            log_prob = site["fn"].log_prob(site["value"])
+            # A masked entry is no observation. (A scale is not applied: it would change what one observation is.)
+            if isinstance(site["mask"], Tensor):
+                log_prob = torch.where(site["mask"], log_prob, 0.0)
+            likelihoods[name] = per_draw(log_prob, originals[name]["fn"].batch_shape, count)
+    log_p, log_q = log_prob_per_draw(model_trace, count), log_prob_per_draw(guide_trace, count)
+    for name, site in latent_sites(model_trace):
+        # A site that the guide leaves out is drawn from its prior, which thereby is part of the guide.
+        if name not in guide_trace.nodes:
+            log_q = log_q + site["fn"].log_prob(site["value"]).reshape(count, -1).sum(-1)
+    return {
+        "values": values,
+        "unconstrained": unconstrained,
+        "deterministic": {
+            name: at_draws(name, site["value"])
+            for name, site in deterministic_sites(model_trace)
+            if not _in_subsampled_plate(site)
+        },
+        "log_likelihood": likelihoods,
+        "log_p": log_p,
+        "log_q": log_q,
+        "non_finite_site": _non_finite_site(guide_trace, model_trace, log_p - log_q, count),
+    }
+
+
+def _non_finite_site(guide_trace: Trace, model_trace: Trace, log_ratios: Tensor, count: int) -> str:
+    """The first site without a finite density in the first draw whose weight is NaN or infinite."""
+    wrong = log_ratios.isnan() | log_ratios.isposinf()
+    if not wrong.any():
+        return ""
+    first = int(wrong.int().argmax())
+    for owner, trace in (("model", model_trace), ("guide", guide_trace)):
+        for name, site in tensor_sites(trace):
+            if not site["log_prob"].reshape(count, -1)[first].isfinite().all():
+                return f"site '{name}' of the {owner}"
+    return ""
+
+
+def _in_subsampled_plate(site: Any) -> bool:
+    """Whether a site stands in a plate that takes a part of its elements, and has other elements at every run."""
+    return any(frame.full_size not in (None, frame.size) for frame in site["cond_indep_stack"])
+
+
+def _dimension_names(name: str, site: Any) -> list[str]:
+    """A name for every dimension of a site's value: that of its plate, or ``<site>_dim_<i>``."""
+    shape = site["value"].shape
+    names = [f"{name}_dim_{i}" for i in range(len(shape))]
+    event_dim = 0 if is_deterministic(site) else site["fn"].event_dim
+    for frame in site["cond_indep_stack"]:
+        axis = len(shape) - event_dim + frame.dim if frame.vectorized else -1
+        # A deterministic value need not use the plates it stands in.
+        if axis >= 0 and shape[axis] == frame.size:
+            names[axis] = frame.name
+    return names

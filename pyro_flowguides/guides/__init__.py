@@ -1,0 +1,17 @@
+"""Autoguides whose posterior is a normalizing flow."""
+
+from .amortized import AmortizedFlow
+from .auto import AutoFlow
+from .named import AutoCoupling, AutoIAF, AutoPlanar, AutoRadial, AutoResidual, AutoSpline, AutoSylvester
+
+__all__ = [
+    "AmortizedFlow",
+    "AutoCoupling",
+    "AutoFlow",
+    "AutoIAF",
+    "AutoPlanar",
+    "AutoRadial",
+    "AutoResidual",
+    "AutoSpline",
+    "AutoSylvester",
+]

@@ -1,0 +1,199 @@
+r"""Where the parameters of a transform come from: free, from part of the point, from a context.
+
+Every conditioner starts at 0 (or at the given initial value), so that the transform it feeds starts as the identity, and
+with non-zero gradients to every one of its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, softplus
+
+# The last layer of a network starts at this multiple of torch's usual range. At exactly 0 the layers before it would have no
+# gradient; at this size the transform is still the identity to the last bit of float32.
+NEAR_ZERO = 1e-8
+
+
+class MLP(nn.Module):
+    r"""A fully connected network with smooth activations whose output starts at 0.
+
+    SiLU is the default activation: with it flows fit clearly better than with ReLU or tanh.
+
+    The output is divided by :math:`\sqrt{H}` for a last hidden layer of width H. A step of Adam moves all weights by about the
+    learning rate, whatever the width; without the division it would move the output by up to H times as much, which is where
+    most of the noise of a flow comes from that trains on few draws at a high rate. Jacot et al. (2018), *Neural tangent
+    kernel: convergence and generalization in neural networks*, arXiv:1806.07572.
+
+    Every parameter is used divided by ``slowdown``, 1 at first. A step of Adam in what is stored then is that much smaller in
+    what is used (the equalised learning rate of Karras et al. 2018, *Progressive growing of GANs*, arXiv:1710.10196).
+
+    Arguments:
+        in_features: The size of the input, at least 1.
+        out_features: The size of the output.
+        hidden_dims: The widths of the hidden layers; without any the network is a linear map, which is what a context that
+            comes from a deep encoder needs.
+        activation: Makes an activation module; one is made per hidden layer.
+
+    Raises:
+        ValueError: if a size is smaller than 1.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        hidden_dims: Sequence[int] = (32, 32),
+        activation: Callable[[], nn.Module] = nn.SiLU,
+    ) -> None:
+        super().__init__()
+        sizes = [in_features, *hidden_dims, out_features]
+        if min(sizes) < 1:
+            raise ValueError(
+                f"MLP: needs all sizes at least 1, got in_features = {in_features}, hidden_dims = {tuple(hidden_dims)}, "
+                f"out_features = {out_features}"
+            )
+        layers: list[nn.Module] = []
+        for size_in, size_out in zip(sizes[:-2], sizes[1:-1], strict=True):
+            layers += [nn.Linear(size_in, size_out), activation()]
+        last = nn.Linear(sizes[-2], sizes[-1])
+        with torch.no_grad():
+            last.weight.mul_(NEAR_ZERO)
+            last.bias.zero_()
+        self.layers: Any = nn.ModuleList([*layers, last])
+        self.output_scale = hidden_dims[-1] ** -0.5 if hidden_dims else 1.0
+        self.slowdown = 1.0
+
+    def slow_down(self, slowdown: float) -> None:
+        """Makes steps smaller by another factor; the function stays the same."""
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.mul_(slowdown / self.slowdown)
+        self.slowdown = slowdown
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        *hidden_layers, last = self.layers
+        for layer in hidden_layers:
+            inputs = self._linear(layer, inputs) if isinstance(layer, nn.Linear) else layer(inputs)
+        return self._linear(last, inputs, self.output_scale)
+
+    def _linear(self, layer: nn.Linear, inputs: Tensor, scale: float = 1.0) -> Tensor:
+        scale = scale / self.slowdown
+        # On the weights, which are fewer numbers than the outputs of many draws.
+        return layer(inputs) if scale == 1 else linear(inputs, scale * layer.weight, scale * layer.bias)
+
+
+class FreeParameters(nn.Module):
+    r"""A vector of free parameters, plus a network of the context where there is one: :math:`\theta(c) = \theta_0 + g(c)`.
+
+    With a context this is amortisation: every context has its own parameters (van den Berg et al. 2018, arXiv:1803.05649).
+
+    Arguments:
+        initial: The initial value of the vector.
+        context_dim: The size of the context; 0 for none.
+        hidden_dims: The hidden layers of the network of the context; none for a linear map.
+    """
+
+    def __init__(self, initial: Tensor, context_dim: int = 0, hidden_dims: Sequence[int] = (32, 32)) -> None:
+        super().__init__()
+        self.value = nn.Parameter(initial.clone())
+        self.network = MLP(context_dim, initial.numel(), hidden_dims) if context_dim else None
+
+    def forward(self, context: Tensor | None = None) -> Tensor:
+        """The parameters, of shape ``(n,)`` or ``context_batch_shape + (n,)``."""
+        if self.network is None:
+            return self.value
+        return self.value + self.network(context)
+
+
+class LipschitzMLP(nn.Module):
+    r"""A fully connected network with Lipschitz constant at most ``lipschitz`` in its inputs; its output starts at 0.
+
+    Every weight is used as :math:`W / \max(1, \|W\|_2 / c)` with :math:`c = \text{lipschitz}^{1/L}` for L layers and
+    the exact largest singular value (a few steps of power iteration can miss a fifth of it, and the bound with it). The
+    activation is LipSwish, :math:`t\,\sigma(\beta t)/1.1` with a free β > 0 per layer: its slope never exceeds 1, and
+    unlike tanh or ELU it still bends where the slope is 1. Behrmann et al. (2019), *Invertible residual networks*,
+    arXiv:1811.00995; Chen et al. (2019), *Residual flows for invertible generative modeling*, arXiv:1906.02735.
+
+    Normalising costs one singular value decomposition per layer and call, whatever the number of points.
+
+    Arguments:
+        in_features: The size of the input, at least 1.
+        out_features: The size of the output.
+        hidden_dims: The widths of the hidden layers, at least one.
+        lipschitz: The bound, in (0, 1].
+        context_dim: The size of a context, a further input that the bound does not concern; 0 for none.
+
+    Raises:
+        ValueError: if a size is smaller than 1, there is no hidden layer, or the bound is not in (0, 1].
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        hidden_dims: Sequence[int] = (32, 32),
+        *,
+        lipschitz: float = 0.9,
+        context_dim: int = 0,
+    ) -> None:
+        super().__init__()
+        sizes = [in_features, *hidden_dims, out_features]
+        if len(sizes) < 3 or min(sizes) < 1:
+            raise ValueError(
+                f"LipschitzMLP: needs hidden_dims with at least one layer and all sizes at least 1, got in_features = "
+                f"{in_features}, hidden_dims = {tuple(hidden_dims)}, out_features = {out_features}"
+            )
+        if not 0 < lipschitz <= 1:
+            raise ValueError(f"LipschitzMLP: lipschitz must be in (0, 1], got {lipschitz}")
+        self.sizes = tuple(sizes)
+        self.lipschitz = lipschitz
+        layers = [nn.Linear(*pair) for pair in pairwise(sizes)]
+        with torch.no_grad():
+            layers[-1].weight.mul_(NEAR_ZERO)
+            layers[-1].bias.zero_()
+        self.layers: Any = nn.ModuleList(layers)
+        self.context_layer: Any = nn.Linear(context_dim, sizes[1], bias=False) if context_dim else None
+        # β = softplus of these.
+        self.sharpness = nn.Parameter(torch.full((len(hidden_dims),), 0.5))
+
+    def normalised_weights(self) -> list[Tensor]:
+        """The weights as they are used, first layer first: the spectral norm of each is at most c."""
+        bound = self.lipschitz ** (1 / len(self.layers))
+        weights = [layer.weight for layer in self.layers]
+        return [weight / (torch.linalg.matrix_norm(weight, 2) / bound).clamp(min=1.0) for weight in weights]
+
+    def linearise(
+        self, inputs: Tensor, context: Tensor | None = None, weights: list[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        r"""The output, and the slope of the activation at every hidden unit, one tensor per hidden layer.
+
+        With the weights :math:`W_l` and the slopes :math:`d_l` the Jacobian of the network is
+        :math:`W_L \operatorname{diag}(d_{L-1}) W_{L-1} \dots \operatorname{diag}(d_1) W_1`.
+        """
+        weights = self.normalised_weights() if weights is None else weights
+        sharpness = softplus(self.sharpness)
+        hidden, slopes = inputs, []
+        for index, (layer, weight) in enumerate(zip(self.layers, weights, strict=True)):
+            hidden = linear(hidden, weight, layer.bias)
+            if index == 0 and self.context_layer is not None:
+                hidden = hidden + self.context_layer(context)
+            if index < len(self.layers) - 1:
+                hidden, slope = _lip_swish(hidden, sharpness[index])
+                slopes.append(slope)
+        return hidden, slopes
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.linearise(inputs, context)[0]
+
+
+def _lip_swish(inputs: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """The activation t σ(βt)/1.1 and its derivative, which lies in (−0.1, 1) for every β > 0."""
+    scaled = beta * inputs
+    gate = torch.sigmoid(scaled)
+    # σ(βt) σ(−βt): 1 − gate would be 0 in float32 where the product is not.
+    return inputs * gate / 1.1, (gate + scaled * gate * torch.sigmoid(-scaled)) / 1.1
