@@ -1,0 +1,43 @@
+"""A model with the arguments it is run on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pyro.poutine.messenger import Messenger
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """A model with its arguments: what a posterior is the posterior of.
+
+    Attributes:
+        model: The Pyro model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+    """
+
+    model: Callable
+    args: tuple = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self) -> Any:
+        """Runs the model."""
+        return self.model(*self.args, **self.kwargs)
+
+    @property
+    def as_written(self) -> Callable:
+        """The user's function or module under the handlers of Pyro that are wrapped around it, by a guide for example."""
+        model = self.model
+        while isinstance(model, functools.partial) and model.args and isinstance(model.args[0], Messenger):
+            model = model.args[1]
+        return model
+
+    @property
+    def name(self) -> str:
+        """The name of the model as the user wrote it."""
+        model = self.as_written
+        return getattr(model, "__name__", type(model).__name__)
