@@ -27,7 +27,7 @@ from .examples import EXAMPLES
 from .examples.example import Example
 from .guides.named import AutoCoupling, AutoIAF, AutoPlanar, AutoRadial, AutoResidual, AutoSpline, AutoSylvester
 from .training.fit import fit
-from .training.result import FlowFit
+from .training.result import FitResult
 
 GUIDES: dict[str, tuple[Callable, str]] = {
     "coupling": (AutoCoupling, "affine couplings (RealNVP); the first choice"),
@@ -127,7 +127,7 @@ def _fit(options: argparse.Namespace) -> None:
             print(f"wrote {path}")
 
 
-def _fit_one(example: Example, name: str, options: argparse.Namespace) -> FlowFit:
+def _fit_one(example: Example, name: str, options: argparse.Namespace) -> FitResult:
     pyro.clear_param_store()
     guide = GUIDES[name][0](example.model)
     # The errors of fit are about the user's model and data; what lies deeper keeps its traceback.
@@ -274,7 +274,7 @@ def _check_arguments(model: Callable, arguments: Mapping[str, Any], data: Path |
 # --- results ------------------------------------------------------------------------------------------------------------
 
 
-def moments_table(fits: Mapping[str, FlowFit], example: Example, reference: Mapping[str, np.ndarray] | None) -> str:
+def moments_table(fits: Mapping[str, FitResult], example: Example, reference: Mapping[str, np.ndarray] | None) -> str:
     """ELBO, k-hat, and every reported scalar's mean and sd under each guide, next to the reference."""
     columns: dict[str, dict[str, str]] = {}
     for name, result in fits.items():
@@ -303,7 +303,7 @@ def _make_directory(path: Path) -> None:
 
 
 def _write(
-    directory: Path, fits: Mapping[str, FlowFit], example: Example, reference: Mapping[str, np.ndarray] | None
+    directory: Path, fits: Mapping[str, FitResult], example: Example, reference: Mapping[str, np.ndarray] | None
 ) -> list[Path]:
     """One netCDF file per guide and a PNG of the marginals; a file is whole or not there."""
     written = []

@@ -67,7 +67,7 @@ def compare(
     Of a fit with restarts the best by ELBO is compared.
 
     Arguments:
-        posteriors: By name, each a :class:`FlowFit`, a guide, :class:`Draws` or a ``pyro.infer.MCMC`` that has run.
+        posteriors: By name, each a :class:`FitResult`, a guide, :class:`Draws` or a ``pyro.infer.MCMC`` that has run.
         args: The positional arguments of model and guide, for what does not know its own.
         model: The model of guides that are plain functions.
         model_kwargs: The keyword arguments of model and guide.

@@ -11,7 +11,7 @@ import pyro
 from pyro.infer import MCMC
 from pyro.infer.autoguide import AutoGuide
 
-from ..training.result import FlowFit
+from ..training.result import FitResult
 from .arviz import Coords, Dims
 from .draws import Draws
 from .export import export
@@ -49,7 +49,7 @@ def posterior_of(
     """Draws from whatever stands for a posterior.
 
     Arguments:
-        source: A :class:`FlowFit`, which knows its own arguments; a guide; :class:`Draws`; or a ``pyro.infer.MCMC`` that has
+        source: A :class:`FitResult`, which knows its own arguments; a guide; :class:`Draws`; or a ``pyro.infer.MCMC`` that has
             run, which knows its own arguments too.
         args: The positional arguments of model and guide.
         model_kwargs: Their keyword arguments.
@@ -63,7 +63,7 @@ def posterior_of(
     """
     if seed is not None:
         pyro.set_rng_seed(seed)
-    if isinstance(source, FlowFit):
+    if isinstance(source, FitResult):
         conditioned = Conditioned(source.model, source.args, source.model_kwargs)
         return Posterior(source.chains(num_samples), conditioned, {}, source.wall_time)
     if isinstance(source, MCMC):
@@ -73,7 +73,7 @@ def posterior_of(
     if isinstance(source, AutoGuide):
         model = source.model
     if not callable(source):
-        raise TypeError(f"a posterior is a FlowFit, Draws, a guide or a pyro.infer.MCMC, not {type(source).__name__}")
+        raise TypeError(f"a posterior is a FitResult, Draws, a guide or a pyro.infer.MCMC, not {type(source).__name__}")
     if model is None:
         raise ValueError("a guide that is a plain function does not know its model: give it with model=")
     options: dict[str, Any] = {"num_samples": num_samples, "log_likelihood": True, "seed": seed}
@@ -128,7 +128,7 @@ def to_arviz(
     masked entry has log-likelihood 0; ``arviz.loo`` counts it as an observation without a k-hat, :func:`compare` does not.
 
     Arguments:
-        source: A :class:`FlowFit`, :class:`Draws`, any Pyro guide, or a ``pyro.infer.MCMC`` that has run.
+        source: A :class:`FitResult`, :class:`Draws`, any Pyro guide, or a ``pyro.infer.MCMC`` that has run.
         args: The positional arguments of model and guide; a fit and MCMC know theirs.
         model: The model, where the source does not know it; for :class:`Draws`, to have the groups that need it.
         model_kwargs: The keyword arguments of model and guide.
@@ -144,7 +144,7 @@ def to_arviz(
         ValueError: if the model is not known; if names clash or labels do not fit, see
             :func:`pyro_flowguides.diagnostics.arviz.to_tree`.
     """
-    if isinstance(source, FlowFit):
+    if isinstance(source, FitResult):
         if seed is not None:
             pyro.set_rng_seed(seed)
         return source.to_arviz(num_samples, predictive=predictive, prior=prior, coords=coords, dims=dims)

@@ -20,7 +20,7 @@ from ..diagnostics.sampling import draw
 
 
 @dataclass(repr=False)
-class FlowFit:
+class FitResult:
     """A fitted guide. Made by :func:`fit`.
 
     Attributes:
@@ -50,32 +50,24 @@ class FlowFit:
 
     def __repr__(self) -> str:
         return (
-            f"FlowFit of {type(self.guide).__name__}: ELBO {self.elbo:.4f} ± {self.elbo_se:.4f} after {len(self.losses)} steps, "
+            f"FitResult of {type(self.guide).__name__}: ELBO {self.elbo} after {len(self.losses)} steps, "
             f"{self.wall_time:.1f} s; {self.verdict}"
         )
 
     @functools.cached_property
-    def _elbo(self) -> tuple[float, float]:
-        estimate = self.draws.elbo()
-        return estimate.value, estimate.se
-
-    @property
-    def elbo(self) -> float:
+    def elbo(self) -> Estimate:
         """The evidence lower bound in nats, from the final draws."""
-        return self._elbo[0]
-
-    @property
-    def elbo_se(self) -> float:
-        """The standard error of :attr:`elbo`."""
-        return self._elbo[1]
+        return self.draws.elbo()
 
     @functools.cached_property
-    def khat(self) -> float:
-        """The Pareto shape of the importance weights; NaN where they are constant, a perfect fit.
+    def khat(self) -> Estimate:
+        """The Pareto shape of the importance weights; NaN where they are constant, a perfect fit, or where there are none."""
+        return Estimate(math.nan, math.nan) if self.draws.no_weights else self.draws.khat()
 
-        NaN also where the draws have no weights, see :class:`pyro_flowguides.Draws`; the verdict tells the two apart.
-        """
-        return math.nan if self.draws.no_weights else self.draws.khat().value
+    @functools.cached_property
+    def ess(self) -> Estimate:
+        """The effective number of the final draws."""
+        return Estimate(math.nan, math.nan) if self.draws.no_weights else self.draws.ess()
 
     @functools.cached_property
     def verdict(self) -> str:

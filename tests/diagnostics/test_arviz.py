@@ -468,7 +468,7 @@ def test_a_plate_with_a_name_that_arviz_keeps():
 
 
 def test_sources_that_are_none():
-    with pytest.raises(TypeError, match="a FlowFit, Draws, a guide or a pyro.infer.MCMC, not dict"):
+    with pytest.raises(TypeError, match="a FitResult, Draws, a guide or a pyro.infer.MCMC, not dict"):
         fg.to_arviz({})
     with pytest.raises(ValueError, match="does not know its model: give it with model="):
         fg.to_arviz(lambda: None)

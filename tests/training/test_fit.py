@@ -68,7 +68,7 @@ def test_reports_what_happened():
 
 def test_a_fit_prints_what_one_wants_to_know():
     fit = quick(conjugate, fg.AutoCoupling(conjugate), torch.tensor(Y))
-    assert repr(fit).startswith(f"FlowFit of AutoCoupling: ELBO {fit.elbo:.4f} ± {fit.elbo_se:.4f} after 20 steps, ")
+    assert repr(fit).startswith(f"FitResult of AutoCoupling: ELBO {fit.elbo:.4f} ± {fit.elbo_se:.4f} after 20 steps, ")
     assert repr(fit).endswith(fit.verdict)
     assert "tensor" not in repr(fit)
 

@@ -12,10 +12,10 @@ import torch
 from models import conjugate
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
+from pyro_flowguides.training.rounds import Standing, doubling_rounds, is_worth_another
 
 import pyro_flowguides as fg
 from pyro_flowguides.training import rounds
-from pyro_flowguides.training.rounds import Standing, doubling_rounds, is_worth_another
 
 # The package has a function of that name.
 FIT = importlib.import_module("pyro_flowguides.training.fit")
