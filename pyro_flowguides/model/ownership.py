@@ -168,12 +168,13 @@ def private_store(model: Callable, guide: Callable) -> Iterator[tuple[Callable, 
         constraints = {name: constraints[name] for name in params}
         held: dict[str, Tensor] = {}
         trained = []
+        memo: dict[int, Any] = {}
         for function in (model, guide):
             earlier = _store_of(function)
             if isinstance(function, OwnedFunction):
                 function = function.function
             if earlier is not None and earlier.belongs_to_fit and isinstance(function, nn.Module):
-                function = internals.copy_with_models(function, {})
+                function = internals.copy_with_models(function, memo)
             if isinstance(function, PyroModule):
                 internals.set_module_context(function, None)
             if earlier is not None:
@@ -206,16 +207,16 @@ def owned(model: Callable, guide: Callable) -> tuple[Callable, Callable, dict[st
         The model, the guide, and the values of all parameters but the guide's, in their own space, by name.
     """
     live, constraints = internals.stored_parameters()
-    of_guide, of_model = (_parameter_ids(function) for function in (guide, model))
-    loose = {name: leaf for name, leaf in live.items() if id(leaf) not in of_guide | of_model}
-    free = {name: leaf for name, leaf in loose.items() if not isinstance(leaf, nn.Parameter)}
-    values = {name: _copied(leaf) for name, leaf in live.items() if id(leaf) not in of_guide}
+    of_guide, of_model = (_names_of(function, live) for function in (guide, model))
+    values = {name: _copied(leaf) for name, leaf in live.items() if name not in of_guide}
+    loose = values.keys() - of_model
+    held = {name for name in loose if isinstance(live[name], nn.Parameter)}
     memo: dict[int, Any] = {}
     results = []
     store = PrivateStore(
-        {name: _copied(leaf) for name, leaf in free.items()},
+        {name: _copied(values[name]) for name in loose - held},
         {name: constraints[name] for name in loose},
-        {name: values[name] for name in loose.keys() - free.keys()},
+        {name: values[name] for name in held},
         belongs_to_fit=True,
     )
     for function in (model, guide):
@@ -253,8 +254,10 @@ def _store_of(function: Callable) -> PrivateStore | None:
     return None
 
 
-def _parameter_ids(function: Callable) -> set[int]:
-    return {id(leaf) for leaf in function.parameters()} if isinstance(function, nn.Module) else set()
+def _names_of(function: Callable, params: Mapping[str, Tensor]) -> set[str]:
+    """The names of the parameters that belong to a module."""
+    own = {id(leaf) for leaf in function.parameters()} if isinstance(function, nn.Module) else set()
+    return {name for name, leaf in params.items() if id(leaf) in own or _is_name_of(name, function)}
 
 
 def _is_name_of(name: str, function: Callable) -> bool:

@@ -183,10 +183,15 @@ def test_copies_and_pickles(pair):
 def test_what_the_model_has_trained_is_known():
     own_model, _, parameters = fitted(model_with_param, AutoNormal(model_with_param), Y)
     assert set(parameters) == {"scale", "shift"}
-    assert float(parameters["scale"]) > 0
-    assert float(parameters["scale"]) != 1.0
-    _, _, none = fitted(model, AutoNormal(model), Y)
-    assert none == {}
+    assert parameters["scale"].item() > 0
+    assert parameters["scale"].item() != 1.0
+
+
+@pytest.mark.parametrize("make", [AutoNormal, fg.AutoCoupling])
+def test_a_model_without_parameters_stays_itself(make):
+    own_model, _, parameters = fitted(model, make(model), Y)
+    assert own_model is model
+    assert parameters == {}
 
 
 def test_a_module_that_a_function_closes_over_gets_back_what_it_had():
@@ -283,11 +288,11 @@ def test_one_thread_at_a_time():
 def test_svi_by_hand_goes_on_with_a_guide_that_was_fitted():
     guide = AutoNormal(model)
     fitted(model, guide, Y)
-    before = float(guide(Y)["mu"])
+    before = guide(Y)["mu"].item()
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 1.0}), Trace_ELBO())
     for _ in range(30):
         svi.step(OTHER_Y)
-    assert float(guide(Y)["mu"]) > before + 5
+    assert guide(Y)["mu"].item() > before + 5
 
 
 def test_a_partial_model_is_wrapped():
