@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import pyro
 import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
+from .. import internals
 from .capture import Parameters
 from .update import Adam, State, Update
 
@@ -59,7 +59,7 @@ class Binding:
         ]
         self.shapes = [leaf.shape for leaf in parameters.leaves]
         # Modules may keep their parameters to themselves.
-        self._stored = [name in pyro.get_param_store()._params for name in parameters.names]
+        self._stored = [internals.stored_leaf(name) is not None for name in parameters.names]
         self.sizes = [[self.shapes[index].numel() for index in members] for members in self.members]
         flat = self.join([leaf.detach() for leaf in parameters.leaves])
         self._choose_optimizer(make_optimizer, pyro_optim, flat)
@@ -116,13 +116,12 @@ class Binding:
 
     def in_place(self) -> bool:
         """Whether these are still the parameters that a step would train, with their dtypes and devices, and in Pyro's store."""
-        params = pyro.get_param_store()._params
         return all(
             leaf.requires_grad
             and leaf.shape == value.shape
             and leaf.dtype == value.dtype
             and leaf.device == value.device
-            and (params.get(name) is leaf or not stored)
+            and (internals.stored_leaf(name) is leaf or not stored)
             for name, leaf, value, stored in zip(
                 self.parameters.names, self.parameters.leaves, self.values, self._stored, strict=True
             )

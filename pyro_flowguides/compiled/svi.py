@@ -16,8 +16,8 @@ from pyro import poutine
 from pyro.infer import SVI
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from .. import internals
 from ..checks import warn
 from ..model.sites import site_without_density, unchanged_random_state
 from . import backends, capture, rewrite
@@ -219,7 +219,7 @@ class CompiledSVI(SVI):
             self._forget()
         if self._binding is None:
             return self._begin(args, kwargs, steps_left)
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves, spec = internals.flatten((args, kwargs))
         captured = None if self.backend == "eager" else self._find_capture(leaves, spec)
         if captured is None:
             return functools.partial(self._eager_outputs, args, kwargs)
@@ -424,7 +424,7 @@ class CompiledSVI(SVI):
 
     # --- capturing -----------------------------------------------------------------------------------------------------
 
-    def _find_capture(self, leaves: Sequence[Any], spec: pytree.TreeSpec) -> _Captured | None:
+    def _find_capture(self, leaves: Sequence[Any], spec: Any) -> _Captured | None:
         """The step that was captured for arguments of this kind, or is now; None, after a warning, if it cannot be."""
         key = (spec, torch.get_default_dtype(), *map(_describe, leaves))
         captured = self._captures.get(key)
@@ -455,10 +455,10 @@ class CompiledSVI(SVI):
         self.backend = "eager"
         warn(f"CompiledSVI runs {_name(self.model)} eagerly, many times slower than a captured step, because {reason}")
 
-    def _capture(self, key: Any, leaves: Sequence[Any], spec: pytree.TreeSpec) -> _Captured | None:
+    def _capture(self, key: Any, leaves: Sequence[Any], spec: Any) -> _Captured | None:
         """The captured step, or None, after a warning, if it cannot be captured."""
         try:
-            args, kwargs = pytree.tree_unflatten(leaves, spec)
+            args, kwargs = internals.unflatten(leaves, spec)
             with capture.without_side_effects(lambda: self._find_and_bind(args, kwargs)):
                 module, run, constants = self._record(leaves, spec)
         except CaptureError as error:
@@ -469,11 +469,9 @@ class CompiledSVI(SVI):
         captured = self._captures[key] = _Captured(module, run, surroundings)
         return captured
 
-    def _record(
-        self, leaves: Sequence[Any], spec: pytree.TreeSpec
-    ) -> tuple[torch.fx.GraphModule, rewrite.Run, list[Tensor]]:
+    def _record(self, leaves: Sequence[Any], spec: Any) -> tuple[torch.fx.GraphModule, rewrite.Run, list[Tensor]]:
         """The graph of a step, checked, what runs it, and the tensors that it takes for constant."""
-        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        args, kwargs = internals.unflatten(leaves, spec)
         binding = self._bound()
         with capture.no_waiting():
             capture.check_size(lambda: self._loss(args, kwargs))
@@ -485,7 +483,7 @@ class CompiledSVI(SVI):
             given = list(leaves)
             for place, tensor in zip(places, inputs, strict=True):
                 given[place] = tensor
-            args, kwargs = pytree.tree_unflatten(given, spec)
+            args, kwargs = internals.unflatten(given, spec)
             loss, gradients = capture.loss_and_gradients(
                 lambda: self._loss(args, kwargs), binding.parameters, values, self._modules
             )
