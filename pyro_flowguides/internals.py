@@ -1,29 +1,102 @@
 """Every name of torch and Pyro that they do not promise to keep: one function for each.
 
-``tests/test_internals.py`` calls each of them, so that a new version of torch or Pyro that lacks a name fails there, by name.
+``tests/test_internals.py`` calls each of them, so that a new version of torch or Pyro that lacks a name fails there, by name. No
+other file of the package imports a private name, or looks one up.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pyro
+import pyro.infer.trace_elbo
+import pyro.infer.trace_mean_field_elbo
+import pyro.infer.traceenum_elbo
+import pyro.infer.tracegraph_elbo
 import torch
-from pyro.infer import MCMC
+from pyro import poutine
+from pyro.infer import ELBO, MCMC, TraceGraph_ELBO
 from pyro.infer.autoguide.guides import AutoGuide
 from pyro.nn import PyroModule
 from pyro.nn.module import _Context
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+# A mode that sees every operation below autograd; its subclasses define ``__torch_dispatch__``.
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+# --- tensors -----------------------------------------------------------------------------------------------------------
 
 
 def is_functorch_tensor(value: Tensor) -> bool:
     """Whether a tensor is one of ``torch.func`` (vmap, vjp), whose values cannot be read."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(value))
+
+
+def version(tensor: Tensor) -> int:
+    """The number of times that a tensor, or another one with the same memory, has been written to."""
+    return tensor._version
+
+
+def storage_id(tensor: Tensor) -> int:
+    """The same number for all tensors with the same memory, even for those that have none yet."""
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
+
+
+def mark_as_parameter(tensor: Tensor) -> None:
+    """Makes ``isinstance(tensor, nn.Parameter)`` true; a PyroModule would wrap anything else anew."""
+    tensor._is_param = True  # type: ignore[attr-defined]
+
+
+def flatten(tree: Any) -> tuple[list[Any], Any]:
+    """The leaves of nested tuples, lists and dicts, and what puts them together again."""
+    return pytree.tree_flatten(tree)
+
+
+def unflatten(leaves: Sequence[Any], structure: Any) -> Any:
+    """The inverse of :func:`flatten`."""
+    return pytree.tree_unflatten(leaves, structure)
+
+
+# --- operators and graphs ----------------------------------------------------------------------------------------------
+
+# The view that a product of matrices ends with.
+UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
+# What ``Tensor.to`` is below autograd.
+TO_COPY = torch.ops.aten._to_copy.default
+
+
+def is_operator(target: Any) -> bool:
+    """Whether the target of a node in a graph is an operation of torch."""
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def is_mutable(operator: Any) -> bool:
+    """Whether an operation writes to one of its arguments."""
+    return bool(operator._schema.is_mutable)
+
+
+def returns_view(operator: Any) -> bool:
+    """Whether an operation returns a tensor that shares memory with one of its arguments."""
+    return any(result.alias_info is not None for result in operator._schema.returns)
+
+
+def written_arguments(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments that an operation writes to, among those that it is called with."""
+    given = {argument.name: value for argument, value in zip(operator._schema.arguments, args, strict=False)}
+    given.update(kwargs)
+    return [
+        given[argument.name]
+        for argument in operator._schema.arguments
+        if argument.alias_info is not None and argument.alias_info.is_write and argument.name in given
+    ]
 
 
 def is_recording() -> bool:
@@ -32,6 +105,124 @@ def is_recording() -> bool:
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     return get_proxy_mode() is not None
+
+
+def record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModule:
+    """The operations of a function of tensors, below autograd, as a graph."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(function)(*inputs)
+
+
+def has_triton() -> bool:
+    """Whether inductor can compile for a GPU."""
+    return bool(torch.utils._triton.has_triton())
+
+
+def standalone_compile(module: GraphModule, inputs: Sequence[Tensor], config: Mapping[str, Any]) -> Callable[..., Any]:
+    """Compiles a graph by inductor, without dynamo, for inputs of these shapes."""
+    return torch._inductor.standalone_compile(
+        module, list(inputs), dynamic_shapes="from_example_inputs", options={"config_patches": dict(config)}
+    )
+
+
+# --- Pyro's parameter store --------------------------------------------------------------------------------------------
+
+
+def stored_leaf(name: str) -> Tensor | None:
+    """The unconstrained parameter of a name in Pyro's store; None if there is none."""
+    return pyro.get_param_store()._params.get(name)
+
+
+@contextmanager
+def replaced_in_store(replacements: Mapping[int, Tensor]) -> Iterator[None]:
+    """Puts other tensors in the place of unconstrained parameters in Pyro's store.
+
+    Arguments:
+        replacements: The other tensors, by the ``id`` of the parameters.
+    """
+    store = pyro.get_param_store()
+    params, names = store._params, store._param_to_name
+    store._params = {name: replacements.get(id(leaf), leaf) for name, leaf in params.items()}
+    store._param_to_name = {leaf: name for name, leaf in store._params.items()}
+    try:
+        yield
+    finally:
+        store._params, store._param_to_name = params, names
+
+
+# --- what Pyro checks on the way ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def without_checks_of_elbos() -> Iterator[None]:
+    """Pyro's ELBOs without ``torch_item`` and ``warn_if_nan``, which look at values."""
+    with ExitStack() as stack:
+        for module in (
+            pyro.infer.trace_elbo,
+            pyro.infer.trace_mean_field_elbo,
+            pyro.infer.traceenum_elbo,
+            pyro.infer.tracegraph_elbo,
+        ):
+            for name, replacement in (("torch_item", _detach), ("warn_if_nan", _nothing)):
+                if hasattr(module, name):
+                    stack.enter_context(_replaced(module, name, replacement))
+        yield
+
+
+@contextmanager
+def without_checks_of_samples() -> Iterator[None]:
+    """Distributions that do not look at the values they score, even those made with validation switched on."""
+    with _replaced(torch.distributions.Distribution, "_validate_sample", _nothing):
+        yield
+
+
+@contextmanager
+def branches_for_tracing() -> Iterator[None]:
+    """Makes Pyro, and nobody else, take its branches for ``torch.jit.trace``, which look at no value."""
+    real = torch._C._get_tracing_state
+
+    def tracing_state() -> Any:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return True if caller.startswith("pyro.") else real()
+
+    with _replaced(torch._C, "_get_tracing_state", tracing_state):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    previous = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, previous)
+
+
+def _detach(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Takes the place of a check."""
+
+
+# --- Pyro's ELBOs and MCMC ---------------------------------------------------------------------------------------------
+
+
+def elbo_traces(
+    elbo: ELBO, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]
+) -> Iterator[tuple[poutine.Trace, poutine.Trace]]:
+    """The traces of model and guide, once for all particles if they are vectorised, else one by one."""
+    return iter(elbo._get_traces(model, guide, args, kwargs))
+
+
+def loss_and_surrogate(
+    elbo: TraceGraph_ELBO, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]
+) -> tuple[Any, Tensor]:
+    """The ELBO of ``TraceGraph_ELBO`` and the scalar that it differentiates."""
+    return elbo._loss_and_surrogate_loss(model, guide, args, kwargs)
 
 
 def mcmc_arguments(mcmc: MCMC) -> tuple[tuple, dict[str, Any]]:

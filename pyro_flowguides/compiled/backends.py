@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from .. import internals
 from .rewrite import Run, _is_random
 
 
@@ -43,7 +44,7 @@ def _with_outputs(module: GraphModule, nodes: Sequence[Node]) -> GraphModule:
 def has_compiler(device: torch.device) -> bool:
     """Whether inductor finds what it needs: a C++ compiler on the CPU, Triton on a GPU."""
     if device.type == "cuda":
-        return torch.utils._triton.has_triton()
+        return internals.has_triton()
     return any(shutil.which(name) for name in ("g++", "clang++", "cl"))
 
 
@@ -53,6 +54,4 @@ def compile_with_inductor(module: GraphModule, example_inputs: Sequence[Tensor])
     config = {"fallback_random": True, **({"triton.cudagraphs": True} if on_cuda else {"cpp_wrapper": True})}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch._inductor.standalone_compile(
-            module, list(example_inputs), dynamic_shapes="from_example_inputs", options={"config_patches": config}
-        )
+        return internals.standalone_compile(module, example_inputs, config)

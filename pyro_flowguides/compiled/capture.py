@@ -1,4 +1,4 @@
-"""Capturing a training step as one graph. Everything that PyTorch and Pyro do not promise to keep is in this file.
+"""Capturing a training step as one graph.
 
 A step of SVI is Python that runs thousands of small operations. Here they are recorded once, by ``make_fx``, below autograd: the
 graph holds the forward pass of model and guide and the backward pass, on plain tensors. What has to be arranged for that:
@@ -17,29 +17,22 @@ from Python's own random numbers, or counts, shows there.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pyro
-import pyro.infer.trace_elbo
-import pyro.infer.trace_mean_field_elbo
-import pyro.infer.traceenum_elbo
-import pyro.infer.tracegraph_elbo
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from .. import internals
 from ..model.sites import unchanged_random_state
 
 # Recording takes about a millisecond for each operation, with its gradient: beyond this number, eager steps are done sooner.
@@ -74,6 +67,11 @@ class Parameters:
         """The shape of every parameter, by name."""
         return {name: list(leaf.shape) for name, leaf in zip(self.names, self.leaves, strict=True)}
 
+    def in_order(self, names: Iterable[str]) -> Parameters:
+        """The same parameters in another order, given by their names."""
+        leaves = dict(zip(self.names, self.leaves, strict=True))
+        return Parameters(tuple(names), tuple(leaves[name] for name in names))
+
     def union(self, other: Parameters) -> Parameters:
         """These parameters and those of the other that are new."""
         known = {id(leaf) for leaf in self.leaves}
@@ -81,7 +79,7 @@ class Parameters:
         return Parameters(self.names + tuple(name for name, _ in new), self.leaves + tuple(leaf for _, leaf in new))
 
 
-class _RememberWrites(TorchDispatchMode):
+class _RememberWrites(internals.TorchDispatchMode):
     """Remembers what tensors from outside held before they were first written to."""
 
     def __init__(self) -> None:
@@ -92,11 +90,11 @@ class _RememberWrites(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         for tensor in _written_arguments(function, args, kwargs):
-            if _storage(tensor) not in self._made_within and id(tensor) not in self.before:
+            if internals.storage_id(tensor) not in self._made_within and id(tensor) not in self.before:
                 self.before[id(tensor)] = tensor, tensor.clone()
         result = function(*args, **kwargs)
-        given = {_storage(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        made = {_storage(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)}
+        given = {internals.storage_id(leaf) for leaf in _leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        made = {internals.storage_id(leaf) for leaf in _leaves(result) if isinstance(leaf, Tensor)}
         self._made_within |= made - given
         return result
 
@@ -112,21 +110,13 @@ _BATCH_NORM = {
 def _written_arguments(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     if function in _BATCH_NORM:
         written = [args[place] for place in _BATCH_NORM[function]]
-    elif function._schema.is_mutable:
-        given = {argument.name: value for argument, value in zip(function._schema.arguments, args, strict=False)}
-        given.update(kwargs)
-        written = [
-            given.get(argument.name)
-            for argument in function._schema.arguments
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ]
     else:
-        written = []
-    return [leaf for leaf in pytree.tree_leaves(written) if isinstance(leaf, Tensor)]
+        written = internals.written_arguments(function, args, kwargs)
+    return [leaf for leaf in _leaves(written) if isinstance(leaf, Tensor)]
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
+def _leaves(tree: Any) -> list[Any]:
+    return internals.flatten(tree)[0]
 
 
 @contextmanager
@@ -184,51 +174,12 @@ def with_gradient(value: Tensor, parameters: Parameters) -> tuple[Parameters, li
 @contextmanager
 def no_waiting() -> Iterator[None]:
     """Pyro without anything that looks at a value: ``.item()``, validation, checks for NaN."""
-    with ExitStack() as stack:
-        stack.enter_context(_lock)
-        stack.enter_context(pyro.validation_enabled(False))
-        for module in (
-            pyro.infer.trace_elbo,
-            pyro.infer.trace_mean_field_elbo,
-            pyro.infer.traceenum_elbo,
-            pyro.infer.tracegraph_elbo,
-        ):
-            for name, replacement in (("torch_item", _detach), ("warn_if_nan", _nothing)):
-                if hasattr(module, name):
-                    stack.enter_context(_replaced(module, name, replacement))
-        # Distributions that were made before have validation switched on in themselves.
-        stack.enter_context(_replaced(torch.distributions.Distribution, "_validate_sample", _nothing))
-        yield
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    previous = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, previous)
-
-
-def _detach(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Takes the place of a check."""
-
-
-@contextmanager
-def _branches_for_tracing() -> Iterator[None]:
-    """Makes Pyro, and nobody else, believe that ``torch.jit.trace`` is at work."""
-    real = torch._C._get_tracing_state
-
-    def tracing_state() -> Any:
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        return True if caller.startswith("pyro.") else real()
-
-    with _replaced(torch._C, "_get_tracing_state", tracing_state):
+    with (
+        _lock,
+        pyro.validation_enabled(False),
+        internals.without_checks_of_elbos(),
+        internals.without_checks_of_samples(),
+    ):
         yield
 
 
@@ -256,9 +207,7 @@ def substituted(parameters: Parameters, values: Sequence[Tensor], modules: Itera
     """Puts tensors in the place of parameters: in Pyro's store, in modules, and wherever else they are held."""
     replacements = {id(leaf): value for leaf, value in zip(parameters.leaves, values, strict=True)}
     for value in values:
-        # What isinstance(value, nn.Parameter) asks for; a PyroModule would wrap anything else anew.
-        value._is_param = True  # type: ignore[attr-defined]
-    store = pyro.get_param_store()
+        internals.mark_as_parameter(value)
     entries = [
         (module, name)
         for root in modules
@@ -267,21 +216,17 @@ def substituted(parameters: Parameters, values: Sequence[Tensor], modules: Itera
         if id(parameter) in replacements
     ]
     originals = [module._parameters[name] for module, name in entries]
-    params, names = store._params, store._param_to_name
-    store._params = {name: replacements.get(id(leaf), leaf) for name, leaf in params.items()}
-    store._param_to_name = {leaf: name for name, leaf in store._params.items()}
     try:
         for module, name in entries:
             module._parameters[name] = replacements[id(module._parameters[name])]  # type: ignore[assignment]
-        with _ById(replacements):
+        with internals.replaced_in_store(replacements), _ById(replacements):
             yield
     finally:
         for (module, name), original in zip(entries, originals, strict=True):
             module._parameters[name] = original
-        store._params, store._param_to_name = params, names
 
 
-class _CountOperations(TorchDispatchMode):
+class _CountOperations(internals.TorchDispatchMode):
     """Counts the operations of what runs within."""
 
     def __init__(self) -> None:
@@ -324,7 +269,7 @@ def loss_and_gradients(
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss with its gradients, at other values of the parameters than their own; can be recorded."""
     points = [value.detach().requires_grad_() for value in values]
-    with torch.enable_grad(), substituted(parameters, points, modules), no_waiting(), _branches_for_tracing():
+    with torch.enable_grad(), substituted(parameters, points, modules), no_waiting(), internals.branches_for_tracing():
         value = run()
         # Other arguments may use other parameters.
         gradients = torch.autograd.grad(value, points, allow_unused=True, materialize_grads=True)
@@ -340,7 +285,7 @@ def record(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) 
     names: list[str] = []
     try:
         with _EverySite(names.append):
-            graph = make_fx(function)(*inputs)
+            graph = internals.record(function, inputs)
     except CaptureError:
         raise
     except Exception as error:

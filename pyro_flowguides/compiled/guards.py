@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from .. import internals
+
 # How far, and how wide, values that a model can see are looked for.
 MAX_DEPTH = 4
 
@@ -39,7 +41,7 @@ class Surroundings:
         self._lists: list[tuple[list[Any], list[Any]]] = []
         self._arrays: list[tuple[np.ndarray, np.ndarray]] = []
         self._flags: list[tuple[nn.Parameter, bool]] = []
-        self._constants = [(tensor, tensor._version) for tensor in constants]
+        self._constants = [(tensor, internals.version(tensor)) for tensor in constants]
         self._seen: set[int] = set()
         for value in values:
             self._visit(value, 0)
@@ -67,7 +69,7 @@ class Surroundings:
 
     def changed_constants(self) -> list[Tensor]:
         """The constants that have been written to."""
-        return [tensor for tensor, version in self._constants if tensor._version != version]
+        return [tensor for tensor, version in self._constants if internals.version(tensor) != version]
 
     def _visit(self, value: Any, depth: int) -> None:
         if (

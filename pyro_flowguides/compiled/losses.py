@@ -21,6 +21,7 @@ from pyro.infer.elbo import ELBO
 from pyro.infer.util import get_dependent_plate_dims, torch_sum
 from torch import Tensor
 
+from .. import internals
 from ..guides.amortized import AmortizedFlow
 from ..guides.auto import AutoFlow
 
@@ -41,7 +42,7 @@ def differentiable_loss(loss: Any, model: Callable, guide: Callable, args: tuple
     if isinstance(loss, RenyiELBO):
         return _renyi_loss(loss, model, guide, args, kwargs)
     if isinstance(loss, TraceGraph_ELBO):
-        elbo, surrogate = loss._loss_and_surrogate_loss(model, guide, args, kwargs)
+        elbo, surrogate = internals.loss_and_surrogate(loss, model, guide, args, kwargs)
         return surrogate - (elbo + surrogate).detach()
     for kind, method in _BY_METHOD:
         if isinstance(loss, kind) and not _overrides(loss, kind):
@@ -127,7 +128,7 @@ def _renyi_loss(loss: Any, model: Callable, guide: Callable, args: tuple, kwargs
         )
     log_weights, surrogates, guide_traces = [], [], []
     with path_gradient(guide) if doubly else contextlib.nullcontext():
-        for model_trace, guide_trace in loss._get_traces(model, guide, args, kwargs):
+        for model_trace, guide_trace in internals.elbo_traces(loss, model, guide, args, kwargs):
             log_weight, surrogate = _log_weight_and_surrogate(loss.alpha, model_trace, guide_trace)
             log_weights.append(log_weight)
             surrogates.append(surrogate)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from .. import internals
+
 aten = torch.ops.aten
 
 # A constant is computed in advance only up to this size; beyond it, memory is dearer than time.
@@ -57,9 +59,9 @@ def _is_pure(node: Node) -> bool:
     """Whether a node's value depends on its arguments alone, and nothing else depends on the node."""
     if node.target is operator.getitem:
         return True
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not internals.is_operator(node.target):
         return False
-    if _is_random(node) or node.target._schema.is_mutable:
+    if _is_random(node) or internals.is_mutable(node.target):
         return False
     # Memory that somebody else fills.
     return "empty" not in str(node.target)
@@ -76,11 +78,10 @@ def _written(module: GraphModule, varying: Sequence[Tensor]) -> set[Node]:
     for node in graph.nodes:
         if node.op == "get_attr" and any(getattr(module, node.target) is tensor for tensor in varying):
             written.add(node)
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+        if internals.is_operator(node.target) and internals.is_mutable(node.target):
             written.add(node)
-            for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
-                if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node):
-                    written.add(value)
+            values = internals.written_arguments(node.target, node.args, node.kwargs)
+            written.update(value for value in values if isinstance(value, Node))
     # Memory is shared along views, in both directions.
     size = -1
     while len(written) > size:
@@ -95,10 +96,9 @@ def _written(module: GraphModule, varying: Sequence[Tensor]) -> set[Node]:
 def _may_alias(node: Node) -> bool:
     if node.target is operator.getitem:
         return True
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not internals.is_operator(node.target):
         return False
-    schema = node.target._schema
-    return not schema.is_mutable and any(result.alias_info is not None for result in schema.returns)
+    return not internals.is_mutable(node.target) and internals.returns_view(node.target)
 
 
 # --- constants ---------------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def _add_constant(module: GraphModule, node: Node, value: Tensor) -> Node:
 _IDENTITIES = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}
 # They return their first argument if nothing about its layout changes.
 _RESHAPES = {
-    *(aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.slice.Tensor, aten.squeeze.dim),
+    *(aten.view.default, internals.UNSAFE_VIEW, aten.expand.default, aten.slice.Tensor, aten.squeeze.dim),
     *(aten.sum.dim_IntList, aten.permute.default, aten.transpose.int, aten.unsqueeze.default),
 }
 _NEUTRAL: dict[Any, float] = {
@@ -198,7 +198,7 @@ def _equivalent(module: GraphModule, node: Node) -> Node | None:
         return _if_alike(node, source.args[0])
     if node.target in _RESHAPES:
         return _reshaped(module.graph, node, source)
-    if node.target is aten._to_copy.default and set(node.kwargs) <= {"dtype", "device", "layout"}:
+    if node.target is internals.TO_COPY and set(node.kwargs) <= {"dtype", "device", "layout"}:
         return _if_alike(node, source)
     if node.target is operator.getitem and source.target is aten.unbind.int:
         return _slice_of_rows(module.graph, node, source)
@@ -257,7 +257,7 @@ def _reshaped(graph: Graph, node: Node, source: Any) -> Node | None:
     if (moved := _view_before_operation(graph, node, source)) is not None:
         return moved
     if source.target is aten.view.default or (
-        source.target is aten._unsafe_view.default and source.meta["val"].is_contiguous()
+        source.target is internals.UNSAFE_VIEW and source.meta["val"].is_contiguous()
     ):
         # What is left may be nothing.
         first = source.args[0]
@@ -337,7 +337,7 @@ def _target(value: Any) -> Any:
 
 
 def _is_pointwise(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags and _is_pure(node)
+    return internals.is_operator(node.target) and torch.Tag.pointwise in node.target.tags and _is_pure(node)
 
 
 def _layout(node: Node) -> tuple[Any, ...]:

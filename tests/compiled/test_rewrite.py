@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyro_flowguides.compiled import backends
 from pyro_flowguides.compiled import rewrite as graph
 
 DATA = torch.arange(1.0, 7.0).reshape(2, 3)
@@ -136,7 +137,7 @@ def test_replay_draws_what_the_graph_draws():
 
     x = torch.zeros(3)
     module, _ = captured(function, x)
-    run = graph.replay(module, [x])
+    run = backends.replay(module, [x])
     values = []
     for call in (module, run):
         torch.manual_seed(3)
@@ -155,7 +156,7 @@ def test_replay_draws_what_nobody_uses():
 
     x = torch.zeros(3)
     module, _ = captured(function, x)
-    run = graph.replay(module, [x])
+    run = backends.replay(module, [x])
     torch.manual_seed(3)
     expected = function(x)
     torch.manual_seed(3)
