@@ -323,7 +323,8 @@ def copy_with_models(module: nn.Module, memo: dict[int, Any]) -> Any:
             guide._model, guide.master = model, master
     copies = [part for part in new.modules() if isinstance(part, AutoGuide)]
     for guide, (model, _) in zip(copies, kept, strict=True):
-        guide._model = tuple(_copy_if_module(each, memo) for each in model)
+        # None in a guide that Pyro has copied or loaded.
+        guide._model = model and tuple(_copy_if_module(each, memo) for each in model)
     return new
 
 

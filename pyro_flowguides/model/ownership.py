@@ -47,6 +47,7 @@ class PrivateStore:
         params: Unconstrained parameters by name.
         constraints: Their constraints by name.
         held: Values for parameters that modules hold, by name. A module has the value within the context.
+        leaves: The parameters themselves that have these values, as far as they are known.
         belongs_to_fit: Whether the parameters are those of a :class:`pyro_flowguides.FitResult`.
     """
 
@@ -55,11 +56,13 @@ class PrivateStore:
         params: Mapping[str, Tensor] | None = None,
         constraints: Mapping[str, Any] | None = None,
         held: Mapping[str, Tensor] | None = None,
+        leaves: Mapping[str, nn.Parameter] | None = None,
         belongs_to_fit: bool = False,
     ) -> None:
         self.params = dict(params or {})
         self.constraints = dict(constraints or {})
         self.held = dict(held or {})
+        self.leaves = dict(leaves or {})
         self.belongs_to_fit = belongs_to_fit
         self._open: list[ExitStack] = []
 
@@ -80,7 +83,7 @@ class PrivateStore:
         # What a module holds is saved with the module. Copies, since a stored parameter has a link that cannot be pickled.
         params = {name: _copied(leaf) for name, leaf in self.params.items() if not isinstance(leaf, nn.Parameter)}
         held = {name: _copied(value) for name, value in self.held.items()}
-        return {**self.__dict__, "params": params, "held": held, "_open": []}
+        return {**self.__dict__, "params": params, "held": held, "leaves": {}, "_open": []}
 
 
 class _ModulesHolding(Messenger):
@@ -169,7 +172,8 @@ def private_store(model: Callable, guide: Callable) -> Iterator[tuple[Callable, 
         held: dict[str, Tensor] = {}
         trained = []
         memo: dict[int, Any] = {}
-        for function in (model, guide):
+        # The model last: where both come from different fits, its parameters are its own.
+        for function in (guide, model):
             earlier = _store_of(function)
             if isinstance(function, OwnedFunction):
                 function = function.function
@@ -182,12 +186,15 @@ def private_store(model: Callable, guide: Callable) -> Iterator[tuple[Callable, 
                 params.update(state["params"])
                 constraints.update(state["constraints"])
                 held.update(state["held"])
+                # At once, where nothing needs to run for it: a model that is run for inspection is hidden from handlers.
+                for name, leaf in earlier.leaves.items():
+                    leaf.data = held[name].detach().clone().to(leaf.device)
             trained.append(function)
         stack.enter_context(internals.parameter_store(params, constraints))
         if held:
             stack.enter_context(_ModulesHolding(held, are_kept=True))
         try:
-            yield trained[0], trained[1]
+            yield trained[1], trained[0]
         finally:
             free = {name: leaf for name, leaf in params.items() if not isinstance(leaf, nn.Parameter)}
             for function in trained:
@@ -217,6 +224,7 @@ def owned(model: Callable, guide: Callable) -> tuple[Callable, Callable, dict[st
         {name: _copied(values[name]) for name in loose - held},
         {name: constraints[name] for name in loose},
         {name: values[name] for name in held},
+        {name: live[name] for name in held},
         belongs_to_fit=True,
     )
     for function in (model, guide):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..checks import check_positive_integer
 from ..compiled.svi import MAX_SKIPPED
 from ..model.call import ModelCall
+from ..model.ownership import private_store
 from .batches import arguments
 from .checkpoint import Checkpoint
 from .loop import Loop, Options
@@ -149,4 +151,5 @@ def fit(
     call = ModelCall(model, args, kwargs)
     if num_restarts > 1:
         return fit_repeatedly(call, guide, options, num_restarts)
-    return Loop(call, guide, options).run()
+    with private_store(model, guide) as (model, guide):
+        return Loop(replace(call, model=model), guide, options).run()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,18 +19,19 @@ from tqdm.auto import tqdm
 
 from ..checks import warn
 from ..compiled.losses import path_gradient
+from ..compiled.snapshot import Snapshot
 from ..compiled.svi import CHECK_EVERY, CompiledSVI
 from ..diagnostics.draws import Draws
 from ..diagnostics.sampling import draw_traced
 from ..diagnostics.tracer import Tracer
 from ..model.call import ModelCall
+from ..model.ownership import owned
 from ..model.sites import unchanged_random_state
 from . import start
 from .batches import Batches
 from .checkpoint import Checkpoint, random_state, set_random_state
 from .result import FitResult
 from .schedules import Round, RoundScore, doubling_rounds, got_worse, is_worth_another
-from .values import Values, load_modules
 
 # Where the number of steps is fixed beforehand.
 NUM_STEPS = 3000
@@ -88,27 +89,21 @@ class Loop:
         self.scores: list[RoundScore] = []
         self.num_skipped = self.num_rolled_back = 0
         # After the last round that did no harm.
-        self.best: Values | None = None
+        self.best: Snapshot | None = None
         self.interrupted = False
 
-    def run(self, initial: Values | None = None) -> FitResult:
-        """Fits the guide.
-
-        Arguments:
-            initial: Where parameters and buffers begin; by default where they are.
-        """
+    def run(self) -> FitResult:
+        """Fits the guide, whose parameters must be in a store of their own."""
         began = time.perf_counter()
         if self.options.seed is not None:
             pyro.set_rng_seed(self.options.seed)
         saved = self.options.checkpoint.load() if self.options.checkpoint else None
         self.tracer = start.set_up(self.call, self.guide)
-        if initial is not None:
-            initial.restore()
         start.check_start(self.tracer)
         if self.options.loss is None:
             start.check_discrete_sites(self.tracer)
         if saved is not None:
-            load_modules(saved["modules"], self.call.model, self.guide)
+            self._load_modules(saved["modules"])
         else:
             start.whiten(self.call, self.guide, self.options.whiten, self.tracer)
         self.rounds = self._choose_rounds()
@@ -116,11 +111,13 @@ class Loop:
             self._load(saved)
         with path_gradient(self.guide) if self.options.loss is None else contextlib.nullcontext():
             draws = self._train_and_judge(saved and saved["training"])
+        model, guide, parameters = owned(self.call.model, self.guide)
         return FitResult(
-            self.call.model,
-            self.guide,
+            model,
+            guide,
             self.call.args,
             dict(self.call.kwargs),
+            parameters=parameters,
             losses=np.array(self.losses),
             num_skipped=self.num_skipped,
             num_rolled_back=self.num_rolled_back,
@@ -131,15 +128,16 @@ class Loop:
     def _train_and_judge(self, saved: dict[str, Any] | None) -> Draws:
         """Round after round, until one more would not help; returns the draws of the last one that is kept."""
         for round in self.rounds[len(self.scores) :]:
-            stopped = self._train(round, saved)
+            steps = Steps(self, round, saved)
+            stopped = self._train(steps)
             saved = None
             draws = self._judge()
             if self.best is not None and got_worse(self.scores):
-                self.best.restore()
+                steps.svi.restore(self.best)
                 return self._draw()
             if stopped or not is_worth_another(self.scores):
                 return draws
-            self.best = Values(self.call.model, self.guide)
+            self.best = steps.svi.snapshot()
         return draws
 
     def _choose_rounds(self) -> tuple[Round, ...]:
@@ -158,11 +156,8 @@ class Loop:
 
     # --- a round ---------------------------------------------------------------------------------------------------------
 
-    def _train(self, round: Round, saved: dict[str, Any] | None) -> bool:
-        """The steps of a round; returns whether a callback or an interrupt has ended the training."""
-        steps = Steps(self, round)
-        if saved is not None:
-            steps.load_state_dict(saved)
+    def _train(self, steps: Steps) -> bool:
+        """Takes the steps of a round; returns whether a callback or an interrupt has ended the training."""
         stopped = steps.run()
         self.losses += steps.losses
         self.num_skipped += steps.svi.num_skipped
@@ -185,18 +180,15 @@ class Loop:
     def save(self, steps: Steps) -> None:
         """Writes the checkpoint in the middle of a round, or at its end."""
         assert self.options.checkpoint is not None
-        modules = (("model", self.call.model), ("guide", self.guide))
         self.options.checkpoint.save(
             {
-                "modules": {
-                    name: module.state_dict() for name, module in modules if isinstance(module, torch.nn.Module)
-                },
+                "modules": {name: module.state_dict() for name, module in self._modules().items()},
                 "num_steps": [round.num_steps for round in self.rounds],
                 "losses": self.losses,
                 "scores": [list(score) for score in self.scores],
                 "num_skipped": self.num_skipped,
                 "num_rolled_back": self.num_rolled_back,
-                "best": self.best and self.best.values,
+                "best": self.best and self.best.state_dict(),
                 "training": steps.state_dict(),
             }
         )
@@ -213,7 +205,23 @@ class Loop:
             saved[name] for name in ("losses", "num_skipped", "num_rolled_back")
         )
         self.scores = [RoundScore(*score) for score in saved["scores"]]
-        self.best = None if saved["best"] is None else Values(self.call.model, self.guide, values=saved["best"])
+        self.best = saved["best"] and Snapshot.from_state_dict(saved["best"])
+
+    def _modules(self) -> dict[str, torch.nn.Module]:
+        functions = {"model": self.call.model, "guide": self.guide}
+        return {name: function for name, function in functions.items() if isinstance(function, torch.nn.Module)}
+
+    def _load_modules(self, saved: Mapping[str, Any]) -> None:
+        """What steps do not change, such as the fixed map of a flow guide; and whether these are the same modules at all."""
+        modules = self._modules()
+        if other := saved.keys() ^ modules.keys():
+            raise ValueError(f"fit: the checkpoint is of another {min(other)}")
+        for name, module in modules.items():
+            try:
+                module.load_state_dict(saved[name])
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:300]
+                raise ValueError(f"fit: the checkpoint is of another {name}: {reason}") from error
 
 
 class Steps:
@@ -222,9 +230,10 @@ class Steps:
     Arguments:
         loop: The fit that they are of.
         round: How many they are, with how many particles.
+        saved: The :meth:`state_dict` to continue from, if any.
     """
 
-    def __init__(self, loop: Loop, round: Round) -> None:
+    def __init__(self, loop: Loop, round: Round, saved: dict[str, Any] | None) -> None:
         self.loop, self.round = loop, round
         options, schedule = loop.options, loop.options.schedule
         self.svi = CompiledSVI(
@@ -240,6 +249,8 @@ class Steps:
         self.losses: list[float] = []
         # Losses that have not been waited for.
         self.pending: list[Tensor] = []
+        if saved is not None:
+            self._load(saved)
 
     def run(self) -> bool:
         """Takes the steps; returns whether a callback or an interrupt has ended the training."""
@@ -312,8 +323,7 @@ class Steps:
             "batches": None if self.batches is None else self.batches.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a :meth:`state_dict`."""
+    def _load(self, state: dict[str, Any]) -> None:
         call = self.loop.call
         try:
             self.svi.load_state_dict(state["svi"], *call.args, **call.kwargs)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
 from ..diagnostics.arviz import Coords, Dims, Group
 from ..diagnostics.draws import Draws
@@ -17,22 +18,31 @@ from ..diagnostics.export import export
 from ..diagnostics.importance import Estimate
 from ..diagnostics.predictive import Conditioned, model_groups
 from ..diagnostics.sampling import draw
+from ..model.call import ModelCall
+
+# The names of parameters that a printed fit shows.
+NUM_SHOWN = 4
 
 
 @dataclass(repr=False)
 class FitResult:
     """A fitted guide. Made by :func:`fit`.
 
+    It owns all parameters that were trained: whatever is fitted, loaded or set in Pyro's parameter store later, or cleared
+    there, its guide and its model stay what they were.
+
     Attributes:
-        model: The model.
-        guide: The fitted guide.
+        model: The model, with the parameters that were trained with the guide, if it has any.
+        guide: The fitted guide, a copy of the guide that was given to ``fit``. A second ``fit`` of it continues with a copy.
         args: The positional arguments it was fitted on.
         model_kwargs: The keyword arguments it was fitted on.
         losses: The loss (−ELBO estimate) of every step, shape (steps,).
-        num_skipped: How many steps were skipped because loss or gradient were not finite.
-        num_rolled_back: How many times the training exploded and was taken back.
+        num_skipped: The number of steps that were skipped because loss or gradient were not finite.
+        num_rolled_back: The number of times that the training exploded and was taken back.
         wall_time: The seconds that the fit took, final draws included.
         draws: Draws from the fitted guide with their densities, 10,000 (1000 for a model that cannot be vectorised).
+        parameters: The trained parameters of the model (``pyro.param``, ``pyro.module``, ``PyroModule``) by name, in their own
+            (constrained) space.
         restarts: Draws of every independent fit, log-likelihoods included, in the order of their seeds; empty where there was
             only one. Everything else here is of the best of them by ELBO.
     """
@@ -46,13 +56,15 @@ class FitResult:
     num_rolled_back: int
     wall_time: float
     draws: Draws
-    restarts: tuple[Draws, ...] = field(default=())
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    restarts: tuple[Draws, ...] = ()
 
     def __repr__(self) -> str:
-        return (
-            f"FitResult of {type(self.guide).__name__}: ELBO {self.elbo} after {len(self.losses)} steps, "
-            f"{self.wall_time:.1f} s; {self.verdict}"
-        )
+        steps = f"{len(self.losses)} steps, {self.wall_time:.1f} s"
+        names = list(self.parameters)
+        shown = ", ".join(names[:NUM_SHOWN]) + (f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else "")
+        owns = f"owns the parameters {shown} of the model; " if names else ""
+        return f"FitResult of {name_of(self.guide)}: ELBO {self.elbo} after {steps}; {owns}{self.verdict}"
 
     @functools.cached_property
     def elbo(self) -> Estimate:
@@ -137,7 +149,7 @@ class FitResult:
             },
             coords=coords,
             dims=dims,
-            attrs={"name": conditioned.name, "guide": type(self.guide).__name__},
+            attrs={"name": conditioned.name, "guide": name_of(self.guide)},
         )
 
     def _variational_fit(self) -> Group:
@@ -164,3 +176,9 @@ class FitResult:
             {"elbo": ["step"], **{name: ["chain"] for name in ("khat", "khat_se", "final_elbo", "final_elbo_se")}},
             (),
         )
+
+
+def name_of(guide: Callable) -> str:
+    """The class of a guide, or the name of a plain function."""
+    guide = ModelCall(guide).as_written
+    return getattr(guide, "__name__", type(guide).__name__)
