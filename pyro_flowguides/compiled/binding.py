@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import internals
 from .capture import Parameters
+from .snapshot import Snapshot
 from .update import Adam, State, Update
 
 # Optimisers that treat every number alike, whatever tensor it is in: for them one vector is as good as many tensors.
@@ -95,13 +96,17 @@ class Binding:
 
     # --- views ---------------------------------------------------------------------------------------------------------
 
-    def split(self, matrices: Sequence[Tensor]) -> list[Tensor]:
-        """The parameters, as views of the first rows."""
-        values: list[Tensor] = [matrices[0]] * len(self.shapes)
+    def rows(self, matrices: Sequence[Tensor]) -> list[Tensor]:
+        """For each parameter a view of its columns, shape ``(rows, *shape)``."""
+        views: list[Tensor] = [matrices[0]] * len(self.shapes)
         for members, sizes, matrix in zip(self.members, self.sizes, matrices, strict=True):
-            for index, part in zip(members, matrix[0].split(sizes), strict=True):
-                values[index] = part.view(self.shapes[index])
-        return values
+            for index, part in zip(members, matrix.split(sizes, dim=1), strict=True):
+                views[index] = part.view(len(matrix), *self.shapes[index])
+        return views
+
+    def split(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """For each parameter its part of a vector, in the parameter's shape; the inverse of :meth:`join`."""
+        return [rows[0] for rows in self.rows([vector.unsqueeze(0) for vector in vectors])]
 
     def join(self, values: Sequence[Tensor]) -> list[Tensor]:
         """One vector for each dtype."""
@@ -109,7 +114,7 @@ class Binding:
 
     def _point(self) -> None:
         """Makes the parameters views of the vectors."""
-        self.values = self.split(self.state.vectors)
+        self.values = [rows[0] for rows in self.rows(self.state.vectors)]
         for leaf, view in zip(self.parameters.leaves, self.values, strict=True):
             leaf.data = view
         self._pointers = [leaf.data_ptr() for leaf in self.parameters.leaves]
@@ -138,35 +143,34 @@ class Binding:
 
     def _inherit(self, previous: Binding) -> None:
         """Takes over what was kept for parameters that were there before."""
-        places = {id(leaf): index for index, leaf in enumerate(previous.parameters.leaves)}
-        for row in range(1, len(self.state.vectors[0])):
-            sources = previous.split([matrix[row:] for matrix in previous.state.vectors])
-            targets = self.split([matrix[row:] for matrix in self.state.vectors])
-            for leaf, target in zip(self.parameters.leaves, targets, strict=True):
-                if id(leaf) in places:
-                    target.copy_(sources[places[id(leaf)]])
+        known = dict(zip(map(id, previous.parameters.leaves), previous.rows(previous.state.vectors), strict=True))
+        for leaf, rows in zip(self.parameters.leaves, self.rows(self.state.vectors), strict=True):
+            if id(leaf) in known:
+                rows[1:].copy_(known[id(leaf)][1:])
         self.state = self.state._replace(scalars=previous.state.scalars)
 
-    def snapshot(self) -> dict[str, Any]:
-        """The state, as a copy."""
-        return {
-            "vectors": [vectors.clone() for vectors in self.state.vectors],
-            "scalars": self.state.scalars.clone(),
-            "outside": self._outside_state(),
-        }
+    def snapshot(self, buffers: dict[str, Tensor]) -> Snapshot:
+        """The state, as a copy.
 
-    def restore(self, snapshot: dict[str, Any]) -> None:
-        """Goes back to a snapshot."""
+        Arguments:
+            buffers: Copies of the buffers that belong to it.
+        """
+        rows = self.rows([vectors.clone() for vectors in self.state.vectors])
+        named = dict(zip(self.parameters.names, rows, strict=True))
+        return Snapshot(named, self.state.scalars.clone(), self._outside_state(), buffers)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Goes back to a snapshot of the same parameters, in the same order, with the same number of rows."""
         with torch.no_grad():
-            for vectors, saved in zip(self.state.vectors, snapshot["vectors"], strict=True):
-                vectors.copy_(saved)
-        self.state = State(self.state.vectors, snapshot["scalars"].to(self.state.scalars).clone())
+            for rows, saved in zip(self.rows(self.state.vectors), snapshot.rows.values(), strict=True):
+                rows.copy_(saved)
+        self.state = State(self.state.vectors, snapshot.scalars.to(self.state.scalars).clone())
         if isinstance(self.outside, PyroOptim):
-            self.outside.set_state(snapshot["outside"])
+            self.outside.set_state(snapshot.optimizer)
             # The state is taken over by the next optimisers that are made.
             self.outside.optim_objs.clear()
         elif self.outside is not None:
-            self.outside.load_state_dict(copy.deepcopy(snapshot["outside"]))
+            self.outside.load_state_dict(copy.deepcopy(snapshot.optimizer))
 
     # --- a step --------------------------------------------------------------------------------------------------------
 
@@ -213,7 +217,7 @@ class Binding:
             factor: Of the learning rate.
         """
         leaves = self.vector_leaves if self.on_vectors else self.parameters.leaves
-        parts = gradients if self.on_vectors else self.split([gradient.unsqueeze(0) for gradient in gradients])
+        parts = gradients if self.on_vectors else self.split(gradients)
         for leaf, gradient in zip(leaves, parts, strict=True):
             # Optimisers write to it, which a tensor of inference mode would not have.
             leaf.grad = gradient.clone()

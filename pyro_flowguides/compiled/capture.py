@@ -67,6 +67,11 @@ class Parameters:
         """The shape of every parameter, by name."""
         return {name: list(leaf.shape) for name, leaf in zip(self.names, self.leaves, strict=True)}
 
+    def in_order(self, names: Iterable[str]) -> Parameters:
+        """The same parameters in another order, given by their names."""
+        leaves = dict(zip(self.names, self.leaves, strict=True))
+        return Parameters(tuple(names), tuple(leaves[name] for name in names))
+
     def union(self, other: Parameters) -> Parameters:
         """These parameters and those of the other that are new."""
         known = {id(leaf) for leaf in self.leaves}

@@ -337,7 +337,7 @@ def _target(value: Any) -> Any:
 
 
 def _is_pointwise(node: Node) -> bool:
-    return internals.is_operator(node.target) and torch.Tag.pointwise in node.target.tags and _is_pure(node)
+    return torch.Tag.pointwise in getattr(node.target, "tags", ()) and _is_pure(node)
 
 
 def _layout(node: Node) -> tuple[Any, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,8 +18,16 @@ class ExplosionDetector:
     """Judges window after window of losses by the last one that was good."""
 
     def __init__(self) -> None:
-        self.bound = np.inf
+        self.bound = float(np.inf)
         self.num_bad_in_a_row = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has learned from the windows so far."""
+        return {"bound": self.bound, "num_bad_in_a_row": self.num_bad_in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a :meth:`state_dict`."""
+        self.bound, self.num_bad_in_a_row = float(state["bound"]), int(state["num_bad_in_a_row"])
 
     def judge(self, losses: Sequence[float]) -> str:
         """``"good"`` if no loss of a window is bad, ``"exploded"`` at ten bad ones in a row, ``"bad"`` in between.

@@ -26,6 +26,7 @@ from .capture import CaptureError, Parameters
 from .guards import Surroundings
 from .losses import differentiable_loss
 from .rollback import ExplosionDetector
+from .snapshot import Buffers, Snapshot
 from .update import Scalars
 
 BACKENDS = ("auto", "replay", "inductor", "eager")
@@ -158,7 +159,8 @@ class CompiledSVI(SVI):
         self._recent: list[tuple[Tensor, Tensor]] = []
         self._num_skipped_in_a_row = 0
         self._detector = ExplosionDetector()
-        self._good: dict[str, Any] = {}
+        self._good: Snapshot | None = None
+        self._buffers = Buffers(model, guide)
 
     # --- steps ---------------------------------------------------------------------------------------------------------
 
@@ -197,8 +199,7 @@ class CompiledSVI(SVI):
         outputs = self._prepare(args, kwargs)()
         binding = self._bound()
         result = binding.read(outputs)
-        gradients = binding.split([gradient.unsqueeze(0) for gradient in result.gradients])
-        return result.loss, dict(zip(binding.parameters.names, gradients, strict=True))
+        return result.loss, dict(zip(binding.parameters.names, binding.split(result.gradients), strict=True))
 
     def prepare(self, args: tuple, kwargs: dict[str, Any], steps_left: int = 0) -> Callable[[], Tensor]:
         """What makes a step with these arguments, captured if it has to be.
@@ -295,12 +296,12 @@ class CompiledSVI(SVI):
                 )
         verdict = self._detector.judge(losses)
         if verdict == "good":
-            self._good = self._bound().snapshot()
+            self._good = self.snapshot()
         elif verdict == "exploded":
-            binding = self._bound()
-            num_skipped = binding.state.scalars[_NUM_SKIPPED]
-            binding.restore(self._good)
-            binding.state.scalars[_NUM_SKIPPED] = num_skipped
+            assert self._good is not None
+            num_skipped = self._bound().state.scalars[_NUM_SKIPPED]
+            self.restore(self._good)
+            self._bound().state.scalars[_NUM_SKIPPED] = num_skipped
             self.num_rolled_back += 1
             self.learning_rate_scale *= 0.5
 
@@ -335,19 +336,72 @@ class CompiledSVI(SVI):
         for vectors in self._bound().state.vectors:
             vectors[0].copy_(vectors[-1])
 
+    # --- what steps change ---------------------------------------------------------------------------------------------
+
+    def snapshot(self, *args: Any, **kwargs: Any) -> Snapshot:
+        """Copies of everything that steps change: parameters, optimiser, guard, buffers of model and guide.
+
+        Arguments:
+            args: The positional arguments of model and guide, needed before the first step: they are run once to find the
+                parameters.
+            kwargs: Their keyword arguments.
+        """
+        self._find_parameters(args, kwargs)
+        return self._bound().snapshot(self._buffers.copy())
+
+    def restore(self, snapshot: Snapshot, *args: Any, **kwargs: Any) -> None:
+        """Goes back to a snapshot, bit for bit; the counters of the steps stay as they are.
+
+        Arguments:
+            snapshot: Of this object, or of another one with the same model, guide and optimiser.
+            args: As for :meth:`snapshot`.
+            kwargs: As for :meth:`snapshot`.
+
+        Raises:
+            ValueError: if the snapshot is of other parameters, of another optimiser, or of other buffers.
+        """
+        self._find_parameters(args, kwargs)
+        self._check_same_parameters(snapshot)
+        names = tuple(snapshot.rows)
+        if names != self._bound().parameters.names:
+            # The state of an optimiser outside of the graph is one for the parameters in their order.
+            self._captures.clear()
+            self._set_parameters(self._bound().parameters.in_order(names))
+        self._buffers.restore(snapshot.buffers)
+        self._bound().restore(snapshot)
+
+    def _find_parameters(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Runs model and guide once, without a trace of it, unless the parameters are known."""
+        if self._binding is not None and not self._binding.in_place():
+            self._forget()
+        if self._binding is None:
+            with capture.without_side_effects(lambda: self._find_and_bind(args, kwargs)):
+                pass
+
+    def _check_same_parameters(self, snapshot: Snapshot) -> None:
+        binding = self._bound()
+        ours = dict(zip(binding.parameters.names, binding.rows(binding.state.vectors), strict=True))
+        for name in sorted({*ours, *snapshot.rows}):
+            there, here = (list(rows[name].shape[1:]) if name in rows else "none" for rows in (snapshot.rows, ours))
+            if there != here:
+                raise ValueError(
+                    f"the state is of another model, guide or set of arguments: parameter '{name}' has shape {there} there and "
+                    f"{here} here"
+                )
+            if len(snapshot.rows[name]) != len(ours[name]):
+                raise ValueError("the state is of another optimiser, or one of both keeps an average of the parameters")
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training has changed but the random state: parameters, moments, counters."""
+        """Everything that training has changed but the random state, as tensors and plain Python values."""
         return {
             "num_steps": self.num_steps,
             "num_rolled_back": self.num_rolled_back,
             "learning_rate_scale": self.learning_rate_scale,
             "recent": [(float(loss), bool(finite)) for loss, finite in self._recent],
             "num_skipped_in_a_row": self._num_skipped_in_a_row,
-            "bound": self._detector.bound,
-            "num_bad_in_a_row": self._detector.num_bad_in_a_row,
-            "good": self._good,
-            "now": self._bound().snapshot(),
-            "parameters": self._bound().parameters.shapes(),
+            "detector": self._detector.state_dict(),
+            "good": None if self._good is None else self._good.state_dict(),
+            "now": self.snapshot().state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -359,28 +413,20 @@ class CompiledSVI(SVI):
             kwargs: Their keyword arguments.
 
         Raises:
-            ValueError: if the state is of other parameters.
+            ValueError: if the state is of other parameters, of another optimiser, or of other buffers.
         """
         with capture.without_side_effects(lambda: self._find_and_bind(args, kwargs)):
             pass
-        ours, theirs = self._bound().parameters.shapes(), state["parameters"]
-        if ours != theirs:
-            name = min(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
-            raise ValueError(
-                f"the state is of another model, guide or set of arguments: parameter '{name}' has shape "
-                f"{theirs.get(name, 'none')} there and {ours.get(name, 'none')} here"
-            )
-        self._bound().restore(state["now"])
+        self.restore(Snapshot.from_state_dict(state["now"]))
         self.num_steps, self.num_rolled_back = state["num_steps"], state["num_rolled_back"]
         self.learning_rate_scale = state["learning_rate_scale"]
-        self._good = state["good"]
+        self._good = None if state["good"] is None else Snapshot.from_state_dict(state["good"])
         device = self._bound().state.scalars.device
         self._recent = [
             (torch.tensor(loss, device=device), torch.tensor(finite, device=device)) for loss, finite in state["recent"]
         ]
         self._num_skipped_in_a_row = state["num_skipped_in_a_row"]
-        self._detector.bound = state["bound"]
-        self._detector.num_bad_in_a_row = state["num_bad_in_a_row"]
+        self._detector.load_state_dict(state["detector"])
 
     # --- parameters ----------------------------------------------------------------------------------------------------
 
@@ -404,8 +450,11 @@ class CompiledSVI(SVI):
             raise ValueError(
                 "CompiledSVI: the loss has no gradient to any parameter: model and guide have none, or none that it depends on"
             )
+        self._set_parameters(parameters)
+
+    def _set_parameters(self, parameters: Parameters) -> None:
         self._binding = Binding(parameters, self._make_optimizer, self.optim, self._options, self._binding)
-        self._good, self._detector = {}, ExplosionDetector()
+        self._good, self._detector = None, ExplosionDetector()
 
     def _forget(self) -> None:
         self._binding = None

@@ -694,18 +694,20 @@ def test_a_step_that_is_not_finite_changes_nothing(backend, optimizer, y):
     svi = CompiledSVI(model, AutoNormal(model), OPTIMIZERS[optimizer](), Trace_ELBO(), backend=backend)
     for _ in range(3):
         svi.step(y)
-    before = svi.state_dict()
+    before = svi.snapshot()
     broken.fill_(True)
     assert np.isnan(svi.step(y))
-    after = svi.state_dict()
-    for old, new in zip(before["now"]["vectors"], after["now"]["vectors"], strict=True):
-        assert torch.equal(old, new)
-    assert str(before["now"]["outside"]) == str(after["now"]["outside"])
+    after = svi.snapshot()
+    for name, rows in before.rows.items():
+        assert torch.equal(after.rows[name], rows)
+    assert str(before.optimizer) == str(after.optimizer)
     assert svi.num_skipped == 1
     assert svi.scalars.step == 3
     broken.fill_(False)
     assert np.isfinite(svi.step(y))
-    assert not torch.equal(svi.state_dict()["now"]["vectors"][0], before["now"]["vectors"][0])
+    after = svi.snapshot()
+    for name, rows in before.rows.items():
+        assert not torch.equal(after.rows[name], rows)
     assert svi.num_skipped == 1
 
 
@@ -753,10 +755,11 @@ def test_a_rollback_halves_the_rates_of_a_pyro_optimiser(y):
             conjugate, AutoNormal(conjugate), pyro.optim.SGD(per_parameter), Trace_ELBO(), backend="eager"
         )
         svi.step(y)
-        before = svi.state_dict()["now"]["vectors"][0]
+        before = svi.snapshot().parameters
         svi.learning_rate_scale = scale
         svi.step(y)
-        moves.append(svi.state_dict()["now"]["vectors"][0] - before)
+        after = svi.snapshot().parameters
+        moves.append(torch.stack([after[name] - before[name] for name in before]))
         assert {group["lr"] for each in svi.optim.optim_objs.values() for group in each.param_groups} == {0.1, 0.01}
     torch.testing.assert_close(moves[1], 0.5 * moves[0])
 
