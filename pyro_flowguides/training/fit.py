@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from ..checks import warn
 from ..compiled.losses import path_gradient
-from ..compiled.svi import CHECK_EVERY, MAX_SKIPPED, CompiledSVI
+from ..compiled.svi import CHECK_EVERY, MAX_NONFINITE_STEPS, CompiledSVI
 from ..diagnostics.draws import Draws
 from ..diagnostics.sampling import draw_traced
 from ..diagnostics.tracer import Tracer
@@ -190,7 +190,7 @@ def fit(
         checkpoint_every=_positive("checkpoint_every", checkpoint_every, CHECKPOINT_EVERY),
         resume=resume,
         callbacks=callbacks,
-        max_skipped=_positive("max_skipped", max_skipped, MAX_SKIPPED),
+        max_skipped=_positive("max_skipped", max_skipped, MAX_NONFINITE_STEPS),
         progress=progress,
     )
     kwargs = dict(model_kwargs or {})
@@ -383,8 +383,8 @@ class _Training:
             if (schedule := settings.schedule) is None
             else lambda step: schedule(progress.fraction(step)),
             clip_factor=CLIP_FACTOR,
-            average=settings.average,
-            max_skipped=settings.max_skipped,
+            ema_decay=settings.average,
+            max_nonfinite_steps=settings.max_skipped,
         )
         self.losses: list[float] = []
         self.stopped = False
@@ -409,7 +409,7 @@ class _Training:
                 self._collect(bar)
                 warn(f"fit: interrupted after {len(self.losses)} of {self.round.num_steps} steps")
         if self.settings.average is not None:
-            self.svi.use_average()
+            self.svi.use_ema()
 
     def _take_steps(self, bar: tqdm) -> None:
         # What stays the same is looked at once in a while, unless a callback may change it.
@@ -418,7 +418,7 @@ class _Training:
         number, before = len(self.losses), len(self.history.losses)
         while number < self.progress.end and not self.stopped:
             if number % every == 0 or step is None:
-                step = self.svi.prepare(*self._next_arguments(), self.progress.end - number)
+                step = self.svi.compile_step(*self._next_arguments(), self.progress.end - number)
             self.pending.append(step())
             for callback in self.settings.callbacks:
                 self.stopped |= bool(callback(before + number, float(self.pending[-1])))
