@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from .. import internals
-from .rewrite import Run, _is_random
+from .nodes import is_random
+from .rewrite import Run
 
 
 def replay(module: GraphModule, example_inputs: Sequence[Tensor]) -> Run:
     """Runs a graph operation by operation, with the least overhead that there is without a compiler."""
-    drawn = [node for node in module.graph.nodes if _is_random(node) and not node.users]
+    drawn = [node for node in module.graph.nodes if is_random(node) and not node.users]
     with torch.no_grad(), warnings.catch_warnings():
         # Deprecated, and still the fastest; where it goes, or refuses an operation, the graph runs itself.
         warnings.simplefilter("ignore")

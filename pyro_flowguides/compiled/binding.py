@@ -1,20 +1,32 @@
-"""The parameters of a step as views of vectors, with everything that training keeps for them."""
+"""The parameters of a step as views of vectors, with everything that training keeps for them.
+
+A step is a function of tensors. What goes in and comes out, and what lies between steps:
+
+- ``tensors`` makes the inputs, and ``unpack`` takes them apart inside of the step;
+- ``pack`` makes the outputs inside of the step, ``read`` takes them apart, and ``take`` makes them the new state;
+- ``join``, ``split`` and ``rows`` lead from the shapes of the parameters to vectors and back;
+- ``is_current`` tells whether these are still the parameters that a step would train, ``adopt_moved_values`` reads those that
+  ``Module.to`` has given other memory;
+- ``snapshot`` copies the state by name, ``restore`` goes back to it.
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from pyro.optim import PyroOptim
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import internals
+from . import capture
 from .capture import Parameters
-from .snapshot import Snapshot
+from .losses import Objective
+from .snapshot import Buffers, Snapshot
 from .update import Adam, State, Update
 
 # Optimisers that treat every number alike, whatever tensor it is in: for them one vector is as good as many tensors.
@@ -40,10 +52,10 @@ class Binding:
 
     def __init__(
         self,
-        parameters: Parameters,
         make_optimizer: OptimizerFactory | None,
         pyro_optim: PyroOptim,
         options: dict[str, Any],
+        parameters: Parameters,
         previous: Binding | None,
     ) -> None:
         devices = {str(leaf.device) for leaf in parameters.leaves}
@@ -71,7 +83,7 @@ class Binding:
         self.num_tensors = self.num_states + 1 + len(self.shapes)
         if previous is not None:
             self._inherit(previous)
-        self._point()
+        self._attach()
 
     def _choose_optimizer(
         self, make_optimizer: OptimizerFactory | None, pyro_optim: PyroOptim, flat: Sequence[Tensor]
@@ -112,14 +124,14 @@ class Binding:
         """One vector for each dtype."""
         return [torch.cat([values[index].reshape(-1) for index in members]) for members in self.members]
 
-    def _point(self) -> None:
+    def _attach(self) -> None:
         """Makes the parameters views of the vectors."""
         self.values = [rows[0] for rows in self.rows(self.state.vectors)]
         for leaf, view in zip(self.parameters.leaves, self.values, strict=True):
             leaf.data = view
         self._pointers = [leaf.data_ptr() for leaf in self.parameters.leaves]
 
-    def in_place(self) -> bool:
+    def is_current(self) -> bool:
         """Whether these are still the parameters that a step would train, with their dtypes and devices, and in Pyro's store."""
         return all(
             leaf.requires_grad
@@ -132,14 +144,14 @@ class Binding:
             )
         )
 
-    def follow(self) -> None:
+    def adopt_moved_values(self) -> None:
         """Takes over parameters that have been given other memory, by ``to`` for example."""
         if [leaf.data_ptr() for leaf in self.parameters.leaves] == self._pointers:
             return
         with torch.no_grad():
             for view, leaf in zip(self.values, self.parameters.leaves, strict=True):
                 view.copy_(leaf)
-        self._point()
+        self._attach()
 
     def _inherit(self, previous: Binding) -> None:
         """Takes over what was kept for parameters that were there before."""
@@ -148,6 +160,19 @@ class Binding:
             if id(leaf) in known:
                 rows[1:].copy_(known[id(leaf)][1:])
         self.state = self.state._replace(scalars=previous.state.scalars)
+
+    def check_fits(self, snapshot: Snapshot) -> None:
+        """Raises ValueError unless a snapshot is of the same parameters, and of as many numbers for each."""
+        ours = dict(zip(self.parameters.names, self.rows(self.state.vectors), strict=True))
+        for name in sorted({*ours, *snapshot.rows}):
+            there, here = (list(rows[name].shape[1:]) if name in rows else "none" for rows in (snapshot.rows, ours))
+            if there != here:
+                raise ValueError(
+                    f"the state is of another model, guide or set of arguments: parameter '{name}' has shape {there} there and "
+                    f"{here} here"
+                )
+            if len(snapshot.rows[name]) != len(ours[name]):
+                raise ValueError("the state is of another optimiser, or one of both keeps an average of the parameters")
 
     def snapshot(self, buffers: dict[str, Tensor]) -> Snapshot:
         """The state, as a copy.
@@ -214,7 +239,7 @@ class Binding:
 
         Arguments:
             gradients: One vector for each dtype.
-            factor: Of the learning rate.
+            factor: What the learning rate is multiplied by.
         """
         leaves = self.vector_leaves if self.on_vectors else self.parameters.leaves
         parts = gradients if self.on_vectors else self.split(gradients)
@@ -237,6 +262,99 @@ class Binding:
         if isinstance(self.outside, PyroOptim):
             return copy.deepcopy(self.outside.get_state())
         return None if self.outside is None else copy.deepcopy(self.outside.state_dict())
+
+
+class Trained:
+    """What a training trains: the parameters that it has met so far, bound together, and the buffers of model and guide.
+
+    Arguments:
+        model: The model.
+        guide: The guide.
+        objective: The objective.
+        bind: Binds parameters, taking over the state of an earlier binding if there is one.
+        begin_anew: Called when the parameters are not those of before.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        objective: Objective,
+        bind: Callable[[Parameters, Binding | None], Binding],
+        begin_anew: Callable[[], None],
+    ) -> None:
+        self.loss = functools.partial(objective.loss, model, guide)
+        self.modules = [function for function in (model, guide) if isinstance(function, nn.Module)]
+        self.buffers = Buffers(model, guide)
+        # None before the first step.
+        self.binding: Binding | None = None
+        self._make_binding = bind
+        self._begin_anew = begin_anew
+
+    @property
+    def bound(self) -> Binding:
+        """The binding, after the first step."""
+        assert self.binding is not None
+        return self.binding
+
+    def drop_stale(self) -> None:
+        """Forgets the parameters if they were replaced, as by clearing or loading Pyro's store."""
+        if self.binding is not None and not self.binding.is_current():
+            self.binding = None
+
+    def differentiate(self, args: tuple, kwargs: dict[str, Any]) -> capture.Gradients:
+        """Loss and gradients by running model and guide, and the parameters that are new, bound."""
+        # The first time with Pyro's checks as the user has set them.
+        with capture.no_waiting() if self.binding is not None else nullcontext():
+            result = capture.differentiate(lambda: self.loss(args, kwargs))
+        self._bind(result.parameters)
+        return result
+
+    def find(self, args: tuple, kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+        """Binds the parameters for these arguments; on leaving, all that running model and guide has changed is undone."""
+
+        def run() -> None:
+            with capture.no_waiting():
+                self.differentiate(args, kwargs)
+
+        return capture.without_side_effects(run)
+
+    def ensure(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Finds the parameters unless they are known."""
+        self.drop_stale()
+        if self.binding is None:
+            with self.find(args, kwargs):
+                pass
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Goes back to a snapshot.
+
+        Raises:
+            ValueError: if it is of other parameters, of another optimiser, or of other buffers.
+        """
+        self.bound.check_fits(snapshot)
+        if tuple(snapshot.rows) != self.bound.parameters.names:
+            # The state of an optimiser outside of the graph is one of the parameters in their order.
+            self._rebind(self.bound.parameters.in_order(snapshot.rows))
+        self.buffers.restore(snapshot.buffers)
+        self.bound.restore(snapshot)
+
+    def _bind(self, parameters: Parameters) -> None:
+        """Makes sure that these parameters are trained."""
+        if self.binding is not None:
+            if {id(leaf) for leaf in parameters.leaves} <= self.binding.ids:
+                self.binding.adopt_moved_values()
+                return
+            parameters = self.binding.parameters.union(parameters)
+        elif not parameters.leaves:
+            raise ValueError(
+                "CompiledSVI: the loss has no gradient to any parameter: model and guide have none, or none that it depends on"
+            )
+        self._rebind(parameters)
+
+    def _rebind(self, parameters: Parameters) -> None:
+        self.binding = self._make_binding(parameters, self.binding)
+        self._begin_anew()
 
 
 @contextmanager

@@ -63,10 +63,6 @@ class Parameters:
     names: tuple[str, ...]
     leaves: tuple[Tensor, ...]
 
-    def shapes(self) -> dict[str, list[int]]:
-        """The shape of every parameter, by name."""
-        return {name: list(leaf.shape) for name, leaf in zip(self.names, self.leaves, strict=True)}
-
     def in_order(self, names: Iterable[str]) -> Parameters:
         """The same parameters in another order, given by their names."""
         leaves = dict(zip(self.names, self.leaves, strict=True))
@@ -140,14 +136,34 @@ def without_side_effects(first: Callable[[], Any]) -> Iterator[None]:
                 tensor.copy_(value)
 
 
-def find_parameters(run: Callable[[], Tensor]) -> tuple[Tensor, Parameters]:
-    """The value of a loss, and the parameters it met on the way: those that SVI would train.
+@dataclass(frozen=True)
+class Gradients:
+    """A loss with its gradients.
+
+    Attributes:
+        loss: The loss, detached.
+        parameters: The parameters that it depends on.
+        gradients: The gradients to them.
+    """
+
+    loss: Tensor
+    parameters: Parameters
+    gradients: tuple[Tensor, ...]
+
+    def gradients_of(self, parameters: Parameters) -> list[Tensor]:
+        """The gradients to other parameters; 0 for those that the loss does not depend on."""
+        known = dict(zip(map(id, self.parameters.leaves), self.gradients, strict=True))
+        return [known.get(id(leaf), torch.zeros_like(leaf)) for leaf in parameters.leaves]
+
+
+def differentiate(run: Callable[[], Tensor]) -> Gradients:
+    """A loss with the gradients to the parameters that SVI would train: those that it meets on its way and depends on.
 
     Arguments:
         run: Computes the loss.
     """
     with poutine.trace(param_only=True) as capture:
-        loss = run()
+        loss = torch.as_tensor(run())
     sites: list[Any] = sorted(capture.trace.nodes.values(), key=lambda site: site["name"])
     leaves: dict[int, tuple[str, Tensor]] = {}
     for site in sites:
@@ -156,19 +172,14 @@ def find_parameters(run: Callable[[], Tensor]) -> tuple[Tensor, Parameters]:
         leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
         if leaf.requires_grad:
             leaves.setdefault(id(leaf), (site["name"], leaf))
-    return loss, Parameters(tuple(name for name, _ in leaves.values()), tuple(leaf for _, leaf in leaves.values()))
-
-
-def with_gradient(value: Tensor, parameters: Parameters) -> tuple[Parameters, list[Tensor]]:
-    """The parameters that a loss has a gradient to, with the gradients."""
-    if not isinstance(value, Tensor) or not value.requires_grad:
-        return Parameters((), ()), []
-    gradients = torch.autograd.grad(value, parameters.leaves, allow_unused=True)
-    used = [index for index, gradient in enumerate(gradients) if gradient is not None]
-    return (
-        Parameters(tuple(parameters.names[index] for index in used), tuple(parameters.leaves[index] for index in used)),
-        [gradients[index] for index in used],
-    )
+    if not leaves or not loss.requires_grad:
+        return Gradients(loss.detach(), Parameters((), ()), ())
+    gradients = torch.autograd.grad(loss, [leaf for _, leaf in leaves.values()], allow_unused=True)
+    used = [
+        (*pair, gradient) for pair, gradient in zip(leaves.values(), gradients, strict=True) if gradient is not None
+    ]
+    names, trained, gradients = zip(*used, strict=True) if used else ((), (), ())
+    return Gradients(loss.detach(), Parameters(names, trained), gradients)
 
 
 @contextmanager

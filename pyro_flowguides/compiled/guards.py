@@ -25,7 +25,7 @@ _NUMBERS = (int, float, complex, str, bytes, type(None))
 _LIBRARIES = {"torch", "pyro", "numpy", "pyro_flowguides"}
 
 
-class Surroundings:
+class Guards:
     """The Python values that functions can see: what they close over, global variables, attributes of modules and objects.
 
     A graph has them baked in; :meth:`difference` tells whether they are what they were.

@@ -1,7 +1,7 @@
-"""Losses as tensors: the loss of every Pyro ELBO with its gradient attached, and the importance-weighted bound.
+"""Objectives: what a training minimises, as a scalar tensor whose gradient is the gradient of the estimator.
 
-Pyro's ELBOs hand out floats and call ``backward`` themselves, which waits for the device and cannot be captured. Here each of
-them is one scalar tensor whose value is the loss and whose gradient is that of the estimator.
+Pyro's ELBOs return floats and call ``backward`` themselves, which waits for the device and cannot be captured. Here each of them
+is one scalar tensor, whose value is the loss; its gradient is the one that Pyro's ELBO adds to the parameters.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pyro import poutine
@@ -25,39 +25,51 @@ from .. import internals
 from ..guides.amortized import AmortizedFlow
 from ..guides.auto import AutoFlow
 
-# The Jit variants replace these methods by compiled ones; what they compute is that of their parents.
-_BY_METHOD: tuple[tuple[type[ELBO], Callable[..., Any]], ...] = (
-    (TraceMeanField_ELBO, TraceMeanField_ELBO.differentiable_loss),
-    (TraceEnum_ELBO, TraceEnum_ELBO.differentiable_loss),
-    (Trace_ELBO, Trace_ELBO.differentiable_loss),
-)
+
+@runtime_checkable
+class Objective(Protocol):
+    """What a training minimises. A class of your own needs this one method."""
+
+    def loss(self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """A scalar whose value is the loss, and whose gradient is the gradient of the estimator.
+
+        Arguments:
+            model: The model.
+            guide: The guide.
+            args: The positional arguments of both.
+            kwargs: Their keyword arguments.
+        """
+        ...
 
 
-def differentiable_loss(loss: Any, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """The loss of an ELBO of Pyro as a scalar with the gradient of the estimator.
+class KL:
+    r"""KL(q, p) up to the log evidence: the negative ELBO, by the path gradient of flow guides.
 
-    Raises:
-        NotImplementedError: if this ELBO has no differentiable loss.
+    .. math:: E_q\left[\log q(x) - \log p(x, y)\right]
+
+    The gradient of a guide that is no flow guide is the one that ``Trace_ELBO`` takes.
+
+    Arguments:
+        num_particles: The number of draws.
+        vectorize_particles: Whether they are drawn together; else one by one.
+        max_plate_nesting: As in Pyro's ELBOs.
+
+    References:
+        Roeder, Wu & Duvenaud (2017), *Sticking the landing*, arXiv:1703.09194.
     """
-    if isinstance(loss, RenyiELBO):
-        return _renyi_loss(loss, model, guide, args, kwargs)
-    if isinstance(loss, TraceGraph_ELBO):
-        elbo, surrogate = internals.loss_and_surrogate(loss, model, guide, args, kwargs)
-        return surrogate - (elbo + surrogate).detach()
-    for kind, method in _BY_METHOD:
-        if isinstance(loss, kind) and not _overrides(loss, kind):
-            return method(loss, model, guide, *args, **kwargs)
-    if hasattr(loss, "differentiable_loss"):
-        return loss.differentiable_loss(model, guide, *args, **kwargs)
-    if callable(loss) and not isinstance(loss, ELBO):
-        return loss(model, guide, *args, **kwargs)
-    raise NotImplementedError(f"{type(loss).__name__} has no differentiable loss")
 
+    def __init__(
+        self, num_particles: int = 1, *, vectorize_particles: bool = True, max_plate_nesting: float = math.inf
+    ) -> None:
+        self.elbo = Trace_ELBO(
+            num_particles=num_particles,
+            vectorize_particles=vectorize_particles and num_particles > 1,
+            max_plate_nesting=max_plate_nesting,
+        )
 
-def _overrides(loss: Any, kind: type[ELBO]) -> bool:
-    """Whether a class from outside of Pyro has a differentiable loss of its own."""
-    own = type(loss).differentiable_loss
-    return not own.__module__.startswith("pyro.infer") and own is not kind.differentiable_loss  # type: ignore[attr-defined]
+    def loss(self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        with path_gradient(guide):
+            return self.elbo.differentiable_loss(model, guide, *args, **kwargs)
 
 
 class IWELBO(RenyiELBO):
@@ -70,8 +82,8 @@ class IWELBO(RenyiELBO):
     the model, such as the data of a variational autoencoder, there is one bound for each of its elements.
 
     The plain gradient has a signal-to-noise ratio that falls with K. The doubly reparameterised one,
-    :math:`\sum_k \tilde w_k^2\, \partial_x \log w_k \cdot \partial x_k` with normalised weights :math:`\tilde w`, has the
-    same mean and does not; it needs a guide that can take the path gradient, as all flow guides of this library can. The
+    :math:`\sum_k \tilde w_k^2\, \partial_x \log w_k \cdot \partial x_k` with normalized weights :math:`\tilde w`, has the
+    same mean and does not; it needs a guide with a path gradient, which every flow guide of this library has. The
     gradient to the parameters of the model has weights :math:`\tilde w_k` in both.
 
     Arguments:
@@ -81,7 +93,7 @@ class IWELBO(RenyiELBO):
         vectorize_particles: As in Pyro's ELBOs.
 
     Raises:
-        ValueError: if K or the gradient is wrong; at the first step, if the guide cannot take the path gradient.
+        ValueError: if K or the gradient is wrong; at the first step, if the guide has no path gradient.
 
     References:
         Burda, Grosse & Salakhutdinov (2016), *Importance weighted autoencoders*, arXiv:1509.00519.
@@ -113,31 +125,102 @@ class IWELBO(RenyiELBO):
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """The loss, with its gradient added to the parameters."""
-        loss = _renyi_loss(self, model, guide, args, kwargs)
+        loss = _importance_weighted_loss(self, model, guide, args, kwargs)
         loss.backward()
         return float(loss.detach())
 
 
-def _renyi_loss(loss: Any, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """Li & Turner (2016), arXiv:1602.02311; alpha = 0 is the importance-weighted bound."""
-    doubly = isinstance(loss, IWELBO) and loss.gradient == "doubly_reparameterized"
-    if doubly and not has_path_gradient(guide):
+# --- ELBOs of Pyro and functions -----------------------------------------------------------------------------------------
+
+Adapter = Callable[[Any, Callable, Callable, tuple, dict[str, Any]], Tensor]
+
+
+class PyroELBO:
+    """An ELBO of Pyro as an objective.
+
+    Arguments:
+        elbo: The ELBO: of Pyro, its Jit variants included, or of your own with a method ``differentiable_loss``.
+
+    Raises:
+        NotImplementedError: if this ELBO has no differentiable loss.
+    """
+
+    def __init__(self, elbo: Any) -> None:
+        self.elbo = elbo
+        self._adapter = _find_adapter(elbo)
+
+    def loss(self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        return self._adapter(self.elbo, model, guide, args, kwargs)
+
+
+class LossFunction:
+    """A function ``loss(model, guide, *args, **kwargs)`` that returns a tensor, as an objective."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
+
+    def loss(self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        return self.function(model, guide, *args, **kwargs)
+
+
+def as_objective(loss: Any) -> Objective:
+    """The objective that an ELBO of Pyro, a loss function or an objective stands for.
+
+    Raises:
+        NotImplementedError: if it is an ELBO without a differentiable loss.
+        TypeError: if it is none of these.
+    """
+    if any(hasattr(loss, name) for name in ("differentiable_loss", "loss_and_grads")):
+        return PyroELBO(loss)
+    if isinstance(loss, Objective):
+        return loss
+    if callable(loss):
+        return LossFunction(loss)
+    raise TypeError(
+        f"loss must be an ELBO of Pyro, an objective with a method loss(model, guide, args, kwargs), or a function "
+        f"loss(model, guide, *args, **kwargs), got {loss!r}"
+    )
+
+
+def as_function(objective: Objective) -> Callable[..., Tensor]:
+    """An objective as a function ``loss(model, guide, *args, **kwargs)``, which Pyro's SVI takes."""
+    return lambda model, guide, *args, **kwargs: objective.loss(model, guide, args, kwargs)
+
+
+def _importance_weighted_loss(
+    elbo: IWELBO, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]
+) -> Tensor:
+    if elbo.gradient == "total":
+        return _renyi_loss(elbo, model, guide, args, kwargs)
+    if not has_path_gradient(guide):
         raise ValueError(
             f"IWELBO: the doubly reparameterised gradient needs a flow guide, which {type(guide).__name__} is not (or not in "
             'all of its parts); use gradient="total"'
         )
+    with path_gradient(guide):
+        return _renyi_loss(elbo, model, guide, args, kwargs, doubly_reparameterized=True)
+
+
+def _renyi_loss(
+    elbo: RenyiELBO,
+    model: Callable,
+    guide: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    doubly_reparameterized: bool = False,
+) -> Tensor:
+    """Li & Turner (2016), arXiv:1602.02311; alpha = 0 is the importance-weighted bound."""
     log_weights, surrogates, guide_traces = [], [], []
-    with path_gradient(guide) if doubly else contextlib.nullcontext():
-        for model_trace, guide_trace in internals.elbo_traces(loss, model, guide, args, kwargs):
-            log_weight, surrogate = _log_weight_and_surrogate(loss.alpha, model_trace, guide_trace)
-            log_weights.append(log_weight)
-            surrogates.append(surrogate)
-            guide_traces.append(guide_trace)
-    vectorized = loss.vectorize_particles and loss.num_particles > 1
-    scaled = (1 - loss.alpha) * (log_weights[0] if vectorized else torch.stack(log_weights)).detach()
-    bound = (scaled.logsumexp(0) - math.log(loss.num_particles)) / (1 - loss.alpha)
+    for model_trace, guide_trace in internals.elbo_traces(elbo, model, guide, args, kwargs):
+        log_weight, surrogate = _log_weight_and_surrogate(elbo.alpha, model_trace, guide_trace)
+        log_weights.append(log_weight)
+        surrogates.append(surrogate)
+        guide_traces.append(guide_trace)
+    vectorized = elbo.vectorize_particles and elbo.num_particles > 1
+    scaled = (1 - elbo.alpha) * (log_weights[0] if vectorized else torch.stack(log_weights)).detach()
+    bound = (scaled.logsumexp(0) - math.log(elbo.num_particles)) / (1 - elbo.alpha)
     weights = scaled.softmax(0)
-    if doubly:
+    if doubly_reparameterized:
         for index, trace in enumerate(guide_traces):
             _weigh_gradients(trace, weights if vectorized else weights[index])
     surrogate = (weights * (surrogates[0] if vectorized else torch.stack(surrogates))).sum()
@@ -178,6 +261,47 @@ def _weigh_gradients(guide_trace: poutine.Trace, weights: Tensor) -> None:
             value.register_hook(functools.partial(torch.mul, factor))
 
 
+def _graph_loss(elbo: TraceGraph_ELBO, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    value, surrogate = internals.loss_and_surrogate(elbo, model, guide, args, kwargs)
+    return surrogate - (value + surrogate).detach()
+
+
+def _by_method_of(kind: Any) -> Adapter:
+    return lambda elbo, model, guide, args, kwargs: kind.differentiable_loss(elbo, model, guide, *args, **kwargs)
+
+
+def _by_own_method(elbo: Any, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    return elbo.differentiable_loss(model, guide, *args, **kwargs)
+
+
+# The first kind that an ELBO is of decides. The Jit variants replace the methods of their parents by compiled ones.
+_ADAPTERS: tuple[tuple[type[ELBO], Adapter], ...] = (
+    (IWELBO, _importance_weighted_loss),
+    (RenyiELBO, _renyi_loss),
+    (TraceGraph_ELBO, _graph_loss),
+    (TraceMeanField_ELBO, _by_method_of(TraceMeanField_ELBO)),
+    (TraceEnum_ELBO, _by_method_of(TraceEnum_ELBO)),
+    (Trace_ELBO, _by_method_of(Trace_ELBO)),
+)
+
+
+def _find_adapter(elbo: Any) -> Adapter:
+    own = getattr(type(elbo), "differentiable_loss", None)
+    for kind, adapter in _ADAPTERS:
+        if isinstance(elbo, kind) and not _overrides(own, getattr(kind, "differentiable_loss", own)):
+            return adapter
+    if own is None:
+        raise NotImplementedError(f"{type(elbo).__name__} has no differentiable loss")
+    return _by_own_method
+
+
+def _overrides(own: Any, inherited: Any) -> bool:
+    """Whether a class from outside of Pyro has a method of its own."""
+    return own is not inherited and not own.__module__.startswith("pyro.infer")
+
+
+# --- the path gradient -------------------------------------------------------------------------------------------------
+
 FLOW_GUIDES = (AutoFlow, AmortizedFlow)
 
 
@@ -195,7 +319,7 @@ def has_path_gradient(guide: Callable) -> bool:
 
 @contextlib.contextmanager
 def path_gradient(guide: Callable) -> Iterator[None]:
-    """Lets the flow guides in a guide use the path gradient for a while."""
+    """Lets the flow guides in a guide take the path gradient within."""
     parts = flow_guides(guide)
     previous = [part.gradient for part in parts]
     for part in parts:

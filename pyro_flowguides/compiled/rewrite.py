@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from .. import internals
+from .nodes import if_alike, is_pointwise, is_pure, layout, target_of, written_nodes
 
 aten = torch.ops.aten
 
@@ -27,7 +28,7 @@ def constants(module: GraphModule, varying: Sequence[Tensor] = ()) -> list[Tenso
         module: The graph.
         varying: Tensors that others are known to write to.
     """
-    written = _written(module, varying)
+    written = written_nodes(module, varying)
     names = [node.target for node in module.graph.nodes if node.op == "get_attr" and node not in written]
     return [value for name in names if isinstance(value := getattr(module, str(name)), Tensor)]
 
@@ -43,7 +44,7 @@ def simplify(module: GraphModule, varying: Sequence[Tensor] = ()) -> None:
         varying: Tensors that others are known to write to, which are not taken for constant.
     """
     graph = module.graph
-    written = _written(module, varying)
+    written = written_nodes(module, varying)
     _fold_constants(module, written)
     _merge_equal_nodes(graph, written)
     changes = True
@@ -53,52 +54,6 @@ def simplify(module: GraphModule, varying: Sequence[Tensor] = ()) -> None:
         _remove_unused(graph)
     graph.lint()
     module.recompile()
-
-
-def _is_pure(node: Node) -> bool:
-    """Whether a node's value depends on its arguments alone, and nothing else depends on the node."""
-    if node.target is operator.getitem:
-        return True
-    if not internals.is_operator(node.target):
-        return False
-    if _is_random(node) or internals.is_mutable(node.target):
-        return False
-    # Memory that somebody else fills.
-    return "empty" not in str(node.target)
-
-
-def _is_random(node: Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
-def _written(module: GraphModule, varying: Sequence[Tensor]) -> set[Node]:
-    """Every node whose memory is written to, by the graph or by others, with the views that share it."""
-    graph = module.graph
-    written = set()
-    for node in graph.nodes:
-        if node.op == "get_attr" and any(getattr(module, node.target) is tensor for tensor in varying):
-            written.add(node)
-        if internals.is_operator(node.target) and internals.is_mutable(node.target):
-            written.add(node)
-            values = internals.written_arguments(node.target, node.args, node.kwargs)
-            written.update(value for value in values if isinstance(value, Node))
-    # Memory is shared along views, in both directions.
-    size = -1
-    while len(written) > size:
-        size = len(written)
-        for node in graph.nodes:
-            family = {node, *node.all_input_nodes}
-            if _may_alias(node) and family & written:
-                written |= family
-    return written
-
-
-def _may_alias(node: Node) -> bool:
-    if node.target is operator.getitem:
-        return True
-    if not internals.is_operator(node.target):
-        return False
-    return not internals.is_mutable(node.target) and internals.returns_view(node.target)
 
 
 # --- constants ---------------------------------------------------------------------------------------------------------
@@ -122,7 +77,7 @@ def _fold_constants(module: GraphModule, written: set[Node]) -> None:
             continue
         if node.op == "get_attr":
             values[node] = getattr(module, node.target)
-        elif node.op == "call_function" and _is_pure(node):
+        elif node.op == "call_function" and is_pure(node):
             if node.target in _FILLS and isinstance(_FILLS[node.target](*node.args), (int, float)):
                 like = node.meta["val"]
                 values[node] = torch.full(
@@ -153,25 +108,6 @@ def _add_constant(module: GraphModule, node: Node, value: Tensor) -> Node:
 
 # --- nodes that another node is equal to -----------------------------------------------------------------------------------
 
-_IDENTITIES = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}
-# They return their first argument if nothing about its layout changes.
-_RESHAPES = {
-    *(aten.view.default, internals.UNSAFE_VIEW, aten.expand.default, aten.slice.Tensor, aten.squeeze.dim),
-    *(aten.sum.dim_IntList, aten.permute.default, aten.transpose.int, aten.unsqueeze.default),
-}
-_NEUTRAL: dict[Any, float] = {
-    aten.add.Tensor: 0.0,
-    aten.add.Scalar: 0.0,
-    aten.sub.Tensor: 0.0,
-    aten.mul.Tensor: 1.0,
-    aten.mul.Scalar: 1.0,
-    aten.div.Tensor: 1.0,
-    aten.div.Scalar: 1.0,
-    aten.pow.Tensor_Scalar: 1.0,
-}
-_COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor}
-_INVOLUTIONS = {aten.neg.default, aten.t.default}
-
 
 def _replace_nodes(module: GraphModule, written: set[Node]) -> int:
     """Replaces nodes by equivalent ones; returns how many."""
@@ -180,7 +116,9 @@ def _replace_nodes(module: GraphModule, written: set[Node]) -> int:
         if node.op != "call_function" or node in written or not node.users:
             continue
         with module.graph.inserting_before(node):
-            other = _equivalent(module, node)
+            rules = _RULES.get(node.target, ())
+            source = node.args[0] if node.args else None
+            other = next((other for rule in rules if (other := rule(module, node, source)) is not None), None)
         if other is not None:
             if "val" not in other.meta:
                 other.meta = dict(node.meta)
@@ -189,114 +127,108 @@ def _replace_nodes(module: GraphModule, written: set[Node]) -> int:
     return count
 
 
-def _equivalent(module: GraphModule, node: Node) -> Node | None:
-    """A node with the same values, that is there already or costs less."""
-    source: Any = node.args[0] if node.args else None
-    if node.target in _IDENTITIES:
-        return source
-    if node.target in _INVOLUTIONS and source.target is node.target:
-        return _if_alike(node, source.args[0])
-    if node.target in _RESHAPES:
-        return _reshaped(module.graph, node, source)
-    if node.target is internals.TO_COPY and set(node.kwargs) <= {"dtype", "device", "layout"}:
-        return _if_alike(node, source)
-    if node.target is operator.getitem and source.target is aten.unbind.int:
-        return _slice_of_rows(module.graph, node, source)
-    if node.target in _NEUTRAL and not node.kwargs:
-        return _without_neutral_element(module, node, source) or _with_fewer_signs(module.graph, node, source)
-    return None
+# Each rule takes the graph, a node and its first argument, and returns a node with the same values, that is there already or
+# costs less, or None.
 
 
-def _without_neutral_element(module: GraphModule, node: Node, source: Any) -> Node | None:
-    neutral = _NEUTRAL[node.target]
-    second: Any = node.args[1]
-    if _uniform(module, second) == neutral:
-        return _if_alike(node, source)
-    if node.target in _COMMUTATIVE and _uniform(module, source) == neutral:
-        return _if_alike(node, second)
-    if node.target is aten.mul.Tensor:
-        # The gradient of something that is not used.
-        for factor in (source, second):
-            if isinstance(factor, Node) and _uniform(module, factor) == 0.0:
-                return _if_alike(node, factor)
-    # The gradient of c·tanh(a / c).
-    if node.target is aten.div.Tensor and _target(source) is aten.tanh_backward.default and len(source.users) == 1:
-        scaled = source.args[0]
-        if _target(scaled) is aten.mul.Tensor and scaled.args[1] == second and isinstance(second, (int, float)):
-            return module.graph.call_function(aten.tanh_backward.default, (scaled.args[0], source.args[1]))
-    return None
+def _no_effect(module: GraphModule, node: Node, source: Any) -> Node | None:
+    """``detach(x)`` → ``x``."""
+    return source
 
 
-def _with_fewer_signs(graph: Graph, node: Node, source: Any) -> Node | None:
-    second: Any = node.args[1]
-    opposites: dict[Any, Any] = {aten.add.Tensor: aten.sub.Tensor, aten.sub.Tensor: aten.add.Tensor}
-    opposite = opposites.get(node.target)
-    if (
-        opposite is not None
-        and _target(second) is aten.neg.default
-        and len(second.users) == 1
-        and isinstance(source, Node)
-    ):
-        return graph.call_function(opposite, (source, second.args[0]))
-    return None
+def _same_layout(module: GraphModule, node: Node, source: Any) -> Node | None:
+    """``view(x, shape of x)`` → ``x``; so for every operation that changes nothing but the layout, or the dtype."""
+    return if_alike(node, source)
 
 
-def _reshaped(graph: Graph, node: Node, source: Any) -> Node | None:
-    shape = tuple(node.meta["val"].shape)
-    if node.target is aten.sum.dim_IntList and source.meta["val"].numel() != node.meta["val"].numel():
+def _sum_of_nothing(module: GraphModule, node: Node, source: Any) -> Node | None:
+    """``sum(x, dims of size 1)`` → ``x``, with the dims kept."""
+    return if_alike(node, source) if source.meta["val"].numel() == node.meta["val"].numel() else None
+
+
+def _there_and_back(module: GraphModule, node: Node, source: Any) -> Node | None:
+    """``neg(neg(x))`` → ``x``; ``transpose(transpose(x, i, j), i, j)`` → ``x``."""
+    back = source.target is node.target and source.args[1:] == node.args[1:]
+    return if_alike(node, source.args[0]) if back else None
+
+
+def _cast_to_the_same(module: GraphModule, node: Node, source: Any) -> Node | None:
+    """``to(x, dtype of x)`` → ``x``."""
+    return if_alike(node, source) if set(node.kwargs) <= {"dtype", "device", "layout"} else None
+
+
+def _slice_of_cat(module: GraphModule, node: Node, cat: Any) -> Node | None:
+    """``cat([x, y])[start of y : end of y]`` → ``y``."""
+    if cat.target is not aten.cat.default or len(node.args) > 4:
         return None
-    if node.target in (aten.transpose.int, aten.permute.default):
-        back = node.target is aten.transpose.int and source.target is node.target and source.args[1:] == node.args[1:]
-        return _if_alike(node, source.args[0]) if back else None
-    if (same := _if_alike(node, source)) is not None:
-        return same
-    if node.target is aten.slice.Tensor and source.target is aten.cat.default:
-        return _piece(node, source)
-    if node.target is not aten.view.default:
-        return None
-    if (moved := _view_before_operation(graph, node, source)) is not None:
-        return moved
-    if source.target is aten.view.default or (
-        source.target is internals.UNSAFE_VIEW and source.meta["val"].is_contiguous()
-    ):
-        # What is left may be nothing.
-        first = source.args[0]
-        return _if_alike(node, first) or graph.call_function(aten.view.default, (first, list(shape)))
-    if source.target is aten.sum.dim_IntList and source.args[2:] == (True,) and len(source.users) == 1:
-        kept = [size for dim, size in enumerate(source.meta["val"].shape) if dim not in _dims(source)]
-        if tuple(kept) == shape:
-            return graph.call_function(aten.sum.dim_IntList, source.args[:2])
-    if source.target is aten.stack.default and len(source.users) == 1:
-        parts = source.args[0]
-        rows, width = parts[0].meta["val"].shape[:-1], parts[0].meta["val"].shape[-1]
-        if source.args[1:] == (-2,) and shape == (*rows, len(parts) * width):
-            return graph.call_function(aten.cat.default, (parts, -1))
-    return None
-
-
-def _dims(reduction: Node) -> set[int]:
-    source: Any = reduction.args[0]
-    dims: Any = reduction.args[1]
-    return {dim % source.meta["val"].dim() for dim in dims}
-
-
-def _piece(node: Node, cat: Any) -> Node | None:
-    """What a slice cuts out of tensors side by side, if it is one of them."""
     _, dim, start, end = (*node.args, *(0, 0, 2**63 - 1)[len(node.args) - 1 :])[:4]
     rank, size = cat.meta["val"].dim(), cat.meta["val"].shape[dim]
-    if len(node.args) > 4 or (cat.args[1] if len(cat.args) > 1 else 0) % rank != dim % rank:
+    if (cat.args[1] if len(cat.args) > 1 else 0) % rank != dim % rank:
         return None
     place = 0
     for part in cat.args[0]:
         width = part.meta["val"].shape[dim] if part.meta["val"].dim() == rank else 0
         if place == start and place + width == min(end, size):
-            return _if_alike(node, part)
+            return if_alike(node, part)
         place += width
     return None
 
 
-def _slice_of_rows(graph: Graph, node: Node, unbind: Any) -> Node | None:
-    """A row of a matrix that is a view of longer rows: a slice of those."""
+def _view_of_operation(module: GraphModule, node: Node, operation: Any) -> Node | None:
+    """``view(f(view(x)), shape of x)`` → ``f(x)`` for an elementwise f."""
+    if not is_pointwise(operation) or any(user.target is not aten.view.default for user in operation.users):
+        return None
+    wanted = node.meta["val"]
+    if any(user.meta["val"].shape != wanted.shape for user in operation.users):
+        return None
+    sources = {}
+    for argument in operation.all_input_nodes:
+        original = argument.args[0] if argument.target is aten.view.default else None
+        if not isinstance(original, Node) or layout(original) != layout(node):
+            return None
+        if argument.meta["val"].shape != operation.meta["val"].shape:
+            return None
+        sources[argument] = original
+    args, kwargs = torch.fx.node.map_arg((operation.args, operation.kwargs), sources.__getitem__)
+    return module.graph.call_function(target_of(operation), args, kwargs)
+
+
+def _view_of_view(module: GraphModule, node: Node, view: Any) -> Node | None:
+    """``view(view(x))`` → ``view(x)``."""
+    is_view = view.target is aten.view.default
+    if not is_view and not (view.target is internals.UNSAFE_VIEW and view.meta["val"].is_contiguous()):
+        return None
+    # What is left may be nothing.
+    first = view.args[0]
+    shape = list(node.meta["val"].shape)
+    return if_alike(node, first) or module.graph.call_function(aten.view.default, (first, shape))
+
+
+def _view_of_sum(module: GraphModule, node: Node, total: Any) -> Node | None:
+    """``view(sum(x, dims, keepdim=True))`` → ``sum(x, dims)``."""
+    if total.target is not aten.sum.dim_IntList or total.args[2:] != (True,) or len(total.users) != 1:
+        return None
+    value = total.meta["val"]
+    dims = {dim % value.dim() for dim in total.args[1]}
+    kept = tuple(size for dim, size in enumerate(value.shape) if dim not in dims)
+    same = kept == tuple(node.meta["val"].shape)
+    return module.graph.call_function(aten.sum.dim_IntList, total.args[:2]) if same else None
+
+
+def _view_of_stack(module: GraphModule, node: Node, stack: Any) -> Node | None:
+    """``view(stack([x, y], -2), rows side by side)`` → ``cat([x, y], -1)``."""
+    if stack.target is not aten.stack.default or stack.args[1:] != (-2,) or len(stack.users) != 1:
+        return None
+    parts = stack.args[0]
+    *rows, width = parts[0].meta["val"].shape
+    same = tuple(node.meta["val"].shape) == (*rows, len(parts) * width)
+    return module.graph.call_function(aten.cat.default, (parts, -1)) if same else None
+
+
+def _row_of_view(module: GraphModule, node: Node, unbind: Any) -> Node | None:
+    """``unbind(view(x, (n, m)))[i]`` → ``x[i * m : (i + 1) * m]``."""
+    if unbind.target is not aten.unbind.int:
+        return None
     view = unbind.args[0]
     matrix = view.meta["val"]
     if (
@@ -310,52 +242,79 @@ def _slice_of_rows(graph: Graph, node: Node, unbind: Any) -> Node | None:
     if tuple(source.meta["val"].shape) != (*matrix.shape[:-2], count * width):
         return None
     index: Any = node.args[1]
-    return graph.call_function(aten.slice.Tensor, (source, matrix.dim() - 2, index * width, (index + 1) * width))
+    bounds = (matrix.dim() - 2, index * width, (index + 1) * width)
+    return module.graph.call_function(aten.slice.Tensor, (source, *bounds))
 
 
-def _view_before_operation(graph: Graph, node: Node, operation: Node) -> Node | None:
-    """The view of an elementwise operation on views, without the views: the operation on what they are views of."""
-    if not _is_pointwise(operation) or any(user.target is not aten.view.default for user in operation.users):
+_NEUTRAL: dict[Any, float] = {
+    aten.add.Tensor: 0.0,
+    aten.add.Scalar: 0.0,
+    aten.sub.Tensor: 0.0,
+    aten.mul.Tensor: 1.0,
+    aten.mul.Scalar: 1.0,
+    aten.div.Tensor: 1.0,
+    aten.div.Scalar: 1.0,
+    aten.pow.Tensor_Scalar: 1.0,
+}
+_COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor}
+
+
+def _neutral_element(module: GraphModule, node: Node, source: Any) -> Node | None:
+    """``x + 0`` → ``x``; ``1 * x`` → ``x``; ``x * 0`` → ``0``, which is the gradient of something that is not used."""
+    if node.kwargs:
         return None
-    wanted = node.meta["val"]
-    if any(user.meta["val"].shape != wanted.shape for user in operation.users):
+    neutral, second = _NEUTRAL[node.target], node.args[1]
+    if _uniform(module, second) == neutral:
+        return if_alike(node, source)
+    if node.target in _COMMUTATIVE and _uniform(module, source) == neutral:
+        return if_alike(node, second)
+    if node.target is aten.mul.Tensor:
+        for factor in (source, second):
+            if isinstance(factor, Node) and _uniform(module, factor) == 0.0:
+                return if_alike(node, factor)
+    return None
+
+
+def _gradient_of_clipping(module: GraphModule, node: Node, source: Any) -> Node | None:
+    """``tanh_backward(c * g, t) / c`` → ``tanh_backward(g, t)``, in the gradient of c·tanh(a / c)."""
+    divisor: Any = node.args[1]
+    if target_of(source) is not aten.tanh_backward.default or len(source.users) != 1:
         return None
-    sources = {}
-    for argument in operation.all_input_nodes:
-        original = argument.args[0] if argument.target is aten.view.default else None
-        if not isinstance(original, Node) or _layout(original) != _layout(node):
-            return None
-        if argument.meta["val"].shape != operation.meta["val"].shape:
-            return None
-        sources[argument] = original
-    args, kwargs = torch.fx.node.map_arg((operation.args, operation.kwargs), sources.__getitem__)
-    return graph.call_function(_target(operation), args, kwargs)
-
-
-def _target(value: Any) -> Any:
-    return value.target if isinstance(value, Node) else None
-
-
-def _is_pointwise(node: Node) -> bool:
-    return internals.is_operator(node.target) and torch.Tag.pointwise in node.target.tags and _is_pure(node)
-
-
-def _layout(node: Node) -> tuple[Any, ...]:
-    value = node.meta["val"]
-    return value.shape, value.stride(), value.device
-
-
-def _if_alike(node: Node, other: Any) -> Node | None:
-    """The other node, if it can stand in the place of this one."""
-    if not isinstance(other, Node) or "val" not in other.meta:
+    scaled = source.args[0]
+    if target_of(scaled) is not aten.mul.Tensor or scaled.args[1] != divisor or not isinstance(divisor, (int, float)):
         return None
-    ours, theirs = node.meta["val"], other.meta["val"]
-    if ours.shape != theirs.shape or ours.dtype != theirs.dtype or ours.device != theirs.device:
+    return module.graph.call_function(aten.tanh_backward.default, (scaled.args[0], source.args[1]))
+
+
+def _fewer_signs(module: GraphModule, node: Node, source: Any) -> Node | None:
+    """``x + (-y)`` → ``x - y``; ``x - (-y)`` → ``x + y``."""
+    second: Any = node.args[1]
+    if (
+        node.kwargs
+        or target_of(second) is not aten.neg.default
+        or len(second.users) != 1
+        or not isinstance(source, Node)
+    ):
         return None
-    # Another layout does no harm where nobody looks at it: rows in their order stay so through these operations.
-    strides = [stride for stride, size in zip(theirs.stride(), theirs.shape, strict=True) if size > 1]
-    in_order = strides == sorted(strides, reverse=True)
-    return other if ours.stride() == theirs.stride() or (in_order and all(map(_ignores_layout, node.users))) else None
+    opposite = aten.sub.Tensor if node.target is aten.add.Tensor else aten.add.Tensor
+    return module.graph.call_function(opposite, (source, second.args[0]))
+
+
+# The first rule that applies is used.
+_RULES: dict[Any, tuple[Callable[[GraphModule, Node, Any], Node | None], ...]] = {
+    **dict.fromkeys([aten.detach.default, aten.alias.default, aten.lift_fresh.default], (_no_effect,)),
+    **dict.fromkeys([aten.neg.default, aten.t.default, aten.transpose.int], (_there_and_back,)),
+    **dict.fromkeys([internals.UNSAFE_VIEW, aten.expand.default, aten.squeeze.dim], (_same_layout,)),
+    **dict.fromkeys(_NEUTRAL, (_neutral_element,)),
+    aten.add.Tensor: (_neutral_element, _fewer_signs),
+    aten.sub.Tensor: (_neutral_element, _fewer_signs),
+    aten.div.Tensor: (_neutral_element, _gradient_of_clipping),
+    aten.sum.dim_IntList: (_sum_of_nothing,),
+    aten.slice.Tensor: (_same_layout, _slice_of_cat),
+    aten.view.default: (_same_layout, _view_of_operation, _view_of_view, _view_of_sum, _view_of_stack),
+    internals.TO_COPY: (_cast_to_the_same,),
+    operator.getitem: (_row_of_view,),
+}
 
 
 def _uniform(module: GraphModule, value: Any) -> float | None:
@@ -369,13 +328,6 @@ def _uniform(module: GraphModule, value: Any) -> float | None:
         return None
     first = tensor.flatten()[0]
     return float(first) if bool((tensor == first).all()) else None
-
-
-def _ignores_layout(user: Node) -> bool:
-    return _is_pointwise(user) or user.target in {
-        *(aten.mm.default, aten.addmm.default, aten.cat.default, aten.stack.default),
-        *(aten.sum.default, aten.sum.dim_IntList, aten.index_select.default),
-    }
 
 
 # --- gradients of slices ---------------------------------------------------------------------------------------------------
@@ -435,7 +387,7 @@ def _merge_equal_nodes(graph: Graph, written: set[Node]) -> None:
     """Computes once what the graph computes several times from the same arguments."""
     seen: dict[Any, Node] = {}
     for node in list(graph.nodes):
-        merges = node.op == "get_attr" or (node.op == "call_function" and _is_pure(node))
+        merges = node.op == "get_attr" or (node.op == "call_function" and is_pure(node))
         if not merges or node in written:
             continue
         key = (node.op, node.target, _hashable(node.args), _hashable(node.kwargs))
@@ -456,8 +408,5 @@ def _hashable(value: Any) -> Any:
 def _remove_unused(graph: Graph) -> None:
     """Drops what nobody uses; random numbers stay, so that the stream is that of the step which was captured."""
     for node in reversed(list(graph.nodes)):
-        if not node.users and (node.op == "get_attr" or (node.op == "call_function" and _is_pure(node))):
+        if not node.users and (node.op == "get_attr" or (node.op == "call_function" and is_pure(node))):
             graph.erase_node(node)
-
-
-# --- backends ----------------------------------------------------------------------------------------------------------------

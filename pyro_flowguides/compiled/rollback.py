@@ -1,39 +1,46 @@
-"""Notices when training explodes: losses far above what they were, and for many steps."""
+"""Watches the losses of a training: whether it explodes (losses far above what they were), or is lost (no finite loss)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
+import torch
+from pyro import poutine
+from torch import Tensor
 
-# A loss is bad if it is above the mean of the last good window by so many of its standard deviations,
+from ..model.sites import site_without_density
+from . import capture
+from .snapshot import Snapshot
+
+# A loss is bad if it is above the mean of the last good window by this many of its standard deviations,
 NUM_DEVIATIONS = 20.0
-# and by so much in any case, since the deviation goes to 0 where a guide is exact.
+# and by this much in any case, relative to the mean: the deviation goes to 0 where a guide is exact.
 SLACK = 1e-4
 NUM_BAD_STEPS = 10
 
 
 class ExplosionDetector:
-    """Judges window after window of losses by the last one that was good."""
+    """Judges each window of losses by the last one that was good."""
 
     def __init__(self) -> None:
-        self.bound = float(np.inf)
+        self.bound = np.inf
         self.num_bad_in_a_row = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What it has learned from the windows so far."""
-        return {"bound": self.bound, "num_bad_in_a_row": self.num_bad_in_a_row}
+        """What the windows so far have left."""
+        return {"bound": float(self.bound), "num_bad_in_a_row": self.num_bad_in_a_row}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a :meth:`state_dict`."""
-        self.bound, self.num_bad_in_a_row = float(state["bound"]), int(state["num_bad_in_a_row"])
+        """Continues from a :meth:`state_dict`."""
+        self.bound, self.num_bad_in_a_row = state["bound"], state["num_bad_in_a_row"]
 
-    def judge(self, losses: Sequence[float]) -> str:
+    def judge(self, losses: Sequence[float]) -> Literal["good", "bad", "exploded"]:
         """``"good"`` if no loss of a window is bad, ``"exploded"`` at ten bad ones in a row, ``"bad"`` in between.
 
-        A good window is what the next ones are judged by. A loss that is not finite is a bad one among others, but does not spoil
-        a window by itself: its step was skipped.
+        The next windows are judged by a good one. A loss that is not finite counts as a bad one, but does not make its window
+        bad: its step was skipped.
         """
         values = np.asarray(losses, dtype=np.float64)
         finite = values[np.isfinite(values)]
@@ -47,3 +54,84 @@ class ExplosionDetector:
         mean = float(finite.mean())
         self.bound = mean + NUM_DEVIATIONS * float(finite.std()) + SLACK * (1 + abs(mean))
         return "good"
+
+
+class Watch:
+    """Collects losses without waiting for them, and judges them together.
+
+    Arguments:
+        max_nonfinite_steps: After this many consecutive steps without a finite loss and gradient a training is lost.
+
+    Attributes:
+        max_nonfinite_steps: As given.
+        good: The state at the end of the last good window, if it was kept; what a rollback goes back to.
+    """
+
+    def __init__(self, max_nonfinite_steps: int) -> None:
+        self.max_nonfinite_steps = max_nonfinite_steps
+        self.good: Snapshot | None = None
+        # Losses that have not been judged, and whether their steps were finite.
+        self._unseen: list[tuple[Tensor, Tensor]] = []
+        self._num_nonfinite_in_a_row = 0
+        self._detector = ExplosionDetector()
+
+    @property
+    def num_unseen(self) -> int:
+        """The number of losses since the last judgement."""
+        return len(self._unseen)
+
+    def add(self, loss: Tensor, finite: Tensor) -> None:
+        """Keeps the loss of a step.
+
+        Arguments:
+            loss: The loss.
+            finite: Whether loss and gradient were finite.
+        """
+        self._unseen.append((loss, finite))
+
+    def judge(self) -> Literal["good", "bad", "exploded", "lost"]:
+        """What has become of the training since the last judgement; waits for the device."""
+        losses, finite = (torch.stack(each).tolist() for each in zip(*self._unseen, strict=True))
+        self._unseen.clear()
+        for each in finite:
+            self._num_nonfinite_in_a_row = 0 if each else self._num_nonfinite_in_a_row + 1
+            if self._num_nonfinite_in_a_row == self.max_nonfinite_steps:
+                return "lost"
+        return self._detector.judge(losses)
+
+    def begin_anew(self) -> None:
+        """Forgets the good losses and the state of that time, which are of other parameters."""
+        self.good, self._detector = None, ExplosionDetector()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that it remembers, as tensors and plain Python values."""
+        return {
+            "good": None if self.good is None else self.good.state_dict(),
+            "unseen": [(float(loss), bool(finite)) for loss, finite in self._unseen],
+            "num_nonfinite_in_a_row": self._num_nonfinite_in_a_row,
+            "detector": self._detector.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Continues from a :meth:`state_dict`.
+
+        Arguments:
+            state: The state.
+            device: Where the next losses are.
+        """
+        self.good = None if state["good"] is None else Snapshot.from_state_dict(state["good"])
+        self._unseen = [
+            (torch.tensor(loss, device=device), torch.tensor(finite, device=device)) for loss, finite in state["unseen"]
+        ]
+        self._num_nonfinite_in_a_row = state["num_nonfinite_in_a_row"]
+        self._detector.load_state_dict(state["detector"])
+
+
+@torch.no_grad()
+def why_lost(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> str:
+    """A clause about the first site of a fresh draw whose log-probability is not finite."""
+    with capture.no_waiting(), poutine.block():
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        site = site_without_density(guide_trace, model_trace)
+    return site or "every site's log-probability is finite, its gradient is not"

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import internals
-
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -47,7 +45,7 @@ class Snapshot:
 
 
 class Buffers:
-    """The buffers of model and guide; copies of those that were not written to in between are shared.
+    """The buffers of model and guide, if they are modules.
 
     Arguments:
         model: The model.
@@ -57,20 +55,11 @@ class Buffers:
     def __init__(self, model: Callable, guide: Callable) -> None:
         functions = {"model": model, "guide": guide}
         self._modules = {name: module for name, module in functions.items() if isinstance(module, nn.Module)}
-        # The buffer, its version at its last copy, and the copy.
-        self._last: dict[str, tuple[Tensor, int, Tensor]] = {}
 
     def copy(self) -> dict[str, Tensor]:
         """Copies of all buffers."""
-        last, self._last = self._last, {}
-        for name, buffer in self._named().items():
-            version = internals.version(buffer)
-            known = last.get(name)
-            if known is not None and known[0] is buffer and known[1] == version:
-                self._last[name] = known
-            else:
-                self._last[name] = buffer, version, buffer.detach().clone()
-        return {name: copy for name, (_, _, copy) in self._last.items()}
+        # All of them: the versions of tensors do not tell of the writes of BatchNorm.
+        return {name: buffer.detach().clone() for name, buffer in self._named().items()}
 
     @torch.no_grad()
     def restore(self, saved: Mapping[str, Tensor]) -> None:

@@ -30,6 +30,9 @@ class Scalars(NamedTuple):
     num_skipped: Any = 0.0
 
 
+NUM_SKIPPED = Scalars._fields.index("num_skipped")
+
+
 class State(NamedTuple):
     """Everything that a step changes.
 
@@ -132,13 +135,13 @@ class Update:
         optimizer: The optimiser, or None if the parameters are moved by one outside.
         clip_norm: The gradient is scaled down to this norm; None for no such bound.
         clip_factor: The gradient is scaled down to this multiple of the running mean of its norm; None for no such bound.
-        average: The decay of the exponential moving average of the parameters; None to keep none.
+        ema_decay: The decay of the exponential moving average of the parameters; None to keep none.
     """
 
     optimizer: Adam | None
     clip_norm: float | None = None
     clip_factor: float | None = None
-    average: float | None = None
+    ema_decay: float | None = None
 
     def start(self, parameters: Sequence[Tensor]) -> State:
         """The state before the first step, from a vector of parameters for each dtype."""
@@ -146,7 +149,7 @@ class Update:
         vectors = []
         for vector in parameters:
             rows = [vector, *[torch.zeros_like(vector)] * num_moments]
-            vectors.append(torch.stack([*rows, vector] if self.average is not None else rows))
+            vectors.append(torch.stack([*rows, vector] if self.ema_decay is not None else rows))
         scalars = torch.tensor(Scalars(), dtype=vectors[0].dtype, device=vectors[0].device)
         return State(tuple(vectors), scalars)
 
@@ -202,9 +205,9 @@ class Update:
         if self.optimizer is not None:
             step, learning_rate = step.to(matrix.dtype), learning_rate.to(matrix.dtype)
             new = list(self.optimizer(rows[: 1 + self.optimizer.num_moments], gradient, step, learning_rate))
-        if self.average is not None:
+        if self.ema_decay is not None:
             # The mean of all steps at first, of the last ones later on.
-            weight = (1 / step).clamp(min=1 - self.average)
+            weight = (1 / step).clamp(min=1 - self.ema_decay)
             new.append(rows[-1] + weight.to(matrix.dtype) * (new[0] - rows[-1]))
         return torch.stack(new)
 

@@ -100,7 +100,7 @@ def test_clipping_by_the_running_norm(dtype):
 
 def test_the_average_is_a_mean_at_first_and_then_forgets(dtype, tolerance):
     decay = 0.9
-    update = Update(Adam(), average=decay)
+    update = Update(Adam(), ema_decay=decay)
     state = update.start([start(dtype)])
     expected = None
     for number, gradient in enumerate(gradients(dtype), 1):
@@ -116,7 +116,7 @@ def test_the_average_is_a_mean_at_first_and_then_forgets(dtype, tolerance):
 )
 @pytest.mark.parametrize("wrong", ["loss", "nan", "inf"])
 def test_a_step_that_is_not_finite_changes_nothing(optimizer, wrong, dtype):
-    update = Update(optimizer, clip_factor=2.0, average=0.9)
+    update = Update(optimizer, clip_factor=2.0, ema_decay=0.9)
     state = update.start([start(dtype)])
     one, rate = torch.tensor(1.0, dtype=dtype), torch.tensor(0.1, dtype=dtype)
     for gradient in gradients(dtype)[:3]:
@@ -141,7 +141,7 @@ def test_a_step_that_is_not_finite_changes_nothing(optimizer, wrong, dtype):
 
 
 def test_a_first_step_that_is_not_finite(dtype):
-    update = Update(Adam(), clip_factor=2.0, average=0.9)
+    update = Update(Adam(), clip_factor=2.0, ema_decay=0.9)
     state = update.start([start(dtype)])
     gradient = torch.ones(7, dtype=dtype)
     state, _, _ = update(state, gradient.new_tensor(torch.nan), [gradient], gradient.new_tensor(0.1))

@@ -1,0 +1,302 @@
+"""The captured steps of a training: one for each kind of arguments, as long as all that it has seen is as it was."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from .. import internals
+from ..checks import warn
+from ..model.sites import unchanged_random_state
+from . import backends, capture, rewrite
+from .binding import Trained
+from .capture import CaptureError
+from .guards import Guards
+
+# The number of captured steps that are kept.
+MAX_CAPTURES = 8
+# A captured step that is dropped before it has run this often was wasted; after this many of them capturing ends.
+MIN_NUM_RUNS = 50
+MAX_WASTED = 5
+# The time that compiling takes, and the part of a replayed step that it saves.
+COMPILE_SECONDS, COMPILE_SECONDS_PER_NODE, SAVED_PART = 10.0, 0.05, 0.5
+# These are rough: compiling has to repay itself this many times over.
+PAYBACK = 3.0
+
+
+class Key(NamedTuple):
+    """What must be the same for a captured step to be the step of other arguments.
+
+    Attributes:
+        structure: How the arguments are nested.
+        default_dtype: The default dtype of torch.
+        kinds: Of a tensor its shape, dtype, device, strides and ``requires_grad``; of anything else its value, or its identity.
+    """
+
+    structure: Any
+    default_dtype: torch.dtype
+    kinds: tuple[tuple[Any, ...], ...]
+
+    def difference(self, other: Key) -> str:
+        """What is new in another key, as a clause."""
+        if self.structure != other.structure:
+            return "the number or structure of its arguments is another"
+        for before, now in zip(self.kinds, other.kinds, strict=True):
+            if before != now and now[0] == "tensor":
+                return f"a tensor argument has shape {tuple(now[1])} and dtype {now[2]}"
+            if before != now:
+                return f"an argument that is no tensor is {now[1]!r}"
+        return f"the default dtype is {other.default_dtype}"
+
+
+class _SameObject:
+    """Equal to itself alone; keeps the object, so that nothing else gets its id."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _SameObject) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __repr__(self) -> str:
+        return f"another {type(self.value).__name__}"
+
+
+def _kind(leaf: Any) -> tuple[Any, ...]:
+    if isinstance(leaf, Tensor):
+        return "tensor", leaf.shape, leaf.dtype, leaf.device, leaf.stride(), leaf.requires_grad
+    if isinstance(leaf, np.ndarray):
+        return "array", leaf.shape, leaf.dtype.str, leaf.tobytes()
+    if isinstance(leaf, (int, float, complex, str, bytes, torch.dtype, torch.device, type(None))):
+        return type(leaf), leaf
+    return "object", _SameObject(leaf)
+
+
+class Arguments:
+    """The arguments of model and guide: tensors, which are inputs of a graph, and everything else, which is baked into it.
+
+    Arguments:
+        args: The positional arguments.
+        kwargs: The keyword arguments.
+    """
+
+    def __init__(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs = args, kwargs
+        self._leaves, self._structure = internals.flatten((args, kwargs))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors among them."""
+        return [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+
+    @property
+    def others(self) -> list[Any]:
+        """What is no tensor among them."""
+        return [leaf for leaf in self._leaves if not isinstance(leaf, Tensor)]
+
+    def key(self) -> Key:
+        """The kind of arguments that these are."""
+        return Key(self._structure, torch.get_default_dtype(), tuple(map(_kind, self._leaves)))
+
+    def with_tensors(self, tensors: Iterable[Tensor]) -> tuple[tuple, dict[str, Any]]:
+        """The same arguments with other tensors."""
+        rest = iter(tensors)
+        leaves = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        return internals.unflatten(leaves, self._structure)
+
+
+@dataclass
+class CapturedStep:
+    """One captured step.
+
+    Attributes:
+        module: The graph.
+        run: Runs it.
+        guards: What it has seen apart from its inputs.
+        seconds: The times of its first runs.
+        is_settled: Whether the choice between replay and inductor has been made.
+        is_compiled: Whether inductor has compiled it.
+    """
+
+    module: GraphModule
+    run: rewrite.Run
+    guards: Guards
+    seconds: list[float] = field(default_factory=list)
+    is_settled: bool = False
+    is_compiled: bool = False
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The outputs of the step."""
+        start = time.perf_counter()
+        outputs = self.run(*inputs)
+        if len(self.seconds) < MIN_NUM_RUNS:
+            self.seconds.append(time.perf_counter() - start)
+        return outputs
+
+    def choose_backend(self, backend: str, example: Callable[[], Sequence[Tensor]], steps_left: int) -> None:
+        """Moves from replay to inductor, where the user has asked for it, or where it pays.
+
+        Arguments:
+            backend: What the user has asked for.
+            example: Makes inputs to compile for.
+            steps_left: The number of steps that are expected.
+        """
+        if self.is_settled or backend == "replay" or (backend == "auto" and not self._pays(steps_left)):
+            return
+        self.is_settled = True
+        inputs = example()
+        if not backends.has_compiler(inputs[0].device):
+            if backend == "inductor":
+                warn("CompiledSVI: no compiler was found for inductor; the graph is replayed instead")
+            return
+        try:
+            self.run = backends.compile_with_inductor(self.module, inputs)
+            self.is_compiled = True
+        except Exception as error:
+            message = " ".join(str(error).split())[:300]
+            warn(f"CompiledSVI: inductor failed, the graph is replayed instead: {message}")
+
+    def _pays(self, steps_left: int) -> bool:
+        if len(self.seconds) < MIN_NUM_RUNS:
+            return False
+        saved = steps_left * float(np.median(self.seconds)) * SAVED_PART
+        return saved >= PAYBACK * (COMPILE_SECONDS + COMPILE_SECONDS_PER_NODE * len(self.module.graph.nodes))
+
+
+class Captures:
+    """A cache of captured steps.
+
+    Attributes:
+        varying: Tensors that others write to, found out by their guards: a new graph reads them at every step.
+    """
+
+    def __init__(self) -> None:
+        self.varying: list[Tensor] = []
+        self._steps: OrderedDict[Key, CapturedStep] = OrderedDict()
+        self._num_wasted = 0
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @property
+    def num_compiled(self) -> int:
+        """The number of captured steps that inductor has compiled."""
+        return sum(step.is_compiled for step in self._steps.values())
+
+    def find(self, key: Key) -> CapturedStep | None:
+        """The step that was captured for arguments of this kind; None if there is none, or no longer.
+
+        Raises:
+            CaptureError: if captured steps are dropped again and again that have hardly been used.
+        """
+        step = self._steps.get(key)
+        if step is None:
+            if len(self._steps) >= MAX_CAPTURES:
+                oldest = next(iter(self._steps))
+                self._drop(oldest, oldest.difference(key))
+            return None
+        difference = step.guards.difference()
+        if difference is None:
+            self._steps.move_to_end(key)
+            return step
+        self.varying.extend(step.guards.changed_constants())
+        self._drop(key, difference)
+        return None
+
+    def add(self, key: Key, step: CapturedStep) -> None:
+        """Keeps a captured step for arguments of this kind."""
+        self._steps[key] = step
+
+    def clear(self) -> None:
+        """Drops all of them, since the parameters have changed."""
+        self._steps.clear()
+
+    def _drop(self, key: Key, difference: str) -> None:
+        if len(self._steps.pop(key).seconds) >= MIN_NUM_RUNS:
+            return
+        self._num_wasted += 1
+        if self._num_wasted == MAX_WASTED:
+            raise CaptureError(
+                f"what it depends on keeps changing, each time it has to be captured anew, and now {difference}. Give what "
+                "changes to the model as an argument, as a tensor"
+            )
+
+
+def capture_step(
+    trained: Trained,
+    arguments: Arguments,
+    learning_rate: float,
+    seen: Iterable[Any],
+    varying: Sequence[Tensor],
+) -> CapturedStep:
+    """Captures a step: records it, rewrites the graph, and checks it against the step itself.
+
+    Arguments:
+        trained: The loss and its parameters.
+        arguments: The arguments of this step.
+        learning_rate: The learning rate of this step.
+        seen: Whatever Python values the step is computed from, which the guards look into.
+        varying: Tensors that others write to.
+
+    Raises:
+        CaptureError: if it cannot be captured; the message says why and where.
+    """
+    binding, loss = trained.bound, trained.loss
+    with capture.no_waiting():
+        capture.check_size(lambda: loss(arguments.args, arguments.kwargs))
+
+    def step(*tensors: Tensor) -> Sequence[Tensor]:
+        own, inputs = tensors[: binding.num_tensors], tensors[binding.num_tensors :]
+        state, rate, values = binding.unpack(own)
+        args, kwargs = arguments.with_tensors(inputs)
+        value, gradients = capture.loss_and_gradients(
+            lambda: loss(args, kwargs), binding.parameters, values, trained.modules
+        )
+        return binding.pack(state, value, gradients, rate)
+
+    example = [*binding.tensors(learning_rate), *arguments.tensors]
+    module = capture.record(step, example)
+    # Before it is rewritten: some of them are gone when what is computed from them has become a constant.
+    constants = rewrite.constants(module, varying)
+    rewrite.simplify(module, varying)
+    run = backends.replay(module, example)
+    _check_against_eager(run, trained, arguments)
+    return CapturedStep(module, run, Guards((*seen, *arguments.others), constants))
+
+
+def _check_against_eager(run: rewrite.Run, trained: Trained, arguments: Arguments) -> None:
+    """Raises CaptureError unless loss and gradients are those of the step itself, here and at moved parameters."""
+    binding = trained.bound
+    before = [vectors.clone() for vectors in binding.state.vectors]
+    try:
+        for move in (0.0, capture.CHECK_STEP):
+            for vectors in binding.state.vectors:
+                vectors[0].add_(move * torch.randn_like(vectors[0]))
+            random_state = torch.random.get_rng_state()
+            with unchanged_random_state(), torch.inference_mode():
+                result = binding.read(run(*binding.tensors(0.0), *arguments.tensors))
+            torch.random.set_rng_state(random_state)
+            with capture.no_waiting():
+                eager = capture.differentiate(lambda: trained.loss(arguments.args, arguments.kwargs))
+            expected = eager.gradients_of(binding.parameters)
+            difference = capture.compare((result.loss, result.gradients), (eager.loss, expected))
+            if difference:
+                raise CaptureError(
+                    f"its {difference} is not that of the captured step under the same random numbers; it depends on more than "
+                    "tensors and torch's random numbers (numpy's or Python's own, a counter), or a parameter reaches it by a "
+                    "way that cannot be followed"
+                )
+    finally:
+        for vectors, values in zip(binding.state.vectors, before, strict=True):
+            vectors.copy_(values)
