@@ -5,7 +5,19 @@ __version__ = "0.1.0"
 from . import bases, flows, transforms
 from .calibration import Calibration, calibration
 from .compiled import IWELBO, CompiledSVI
-from .diagnostics import Draws, Estimate, compare, draw, plot_elbo, plot_flow, plot_marginals, plot_weights, to_arviz
+from .diagnostics import (
+    Draws,
+    Estimate,
+    Verdict,
+    VerdictKind,
+    compare,
+    draw,
+    plot_elbo,
+    plot_flow,
+    plot_marginals,
+    plot_weights,
+    to_arviz,
+)
 from .distributions import NormalizingFlow
 from .guides import (
     AmortizedFlow,
@@ -37,6 +49,8 @@ __all__ = [
     "FlowFit",
     "IWELBO",
     "NormalizingFlow",
+    "Verdict",
+    "VerdictKind",
     "__version__",
     "bases",
     "calibration",

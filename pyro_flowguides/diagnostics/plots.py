@@ -103,7 +103,7 @@ def plot_weights(weights: ImportanceWeights, *, ax: Any = None) -> Any:
     num_draws = len(weights)
     above = (num_draws - np.arange(num_draws)) / num_draws
     tail = slice(-min(num_draws // 2, 10 * int(num_draws**0.5)), None)
-    khat = weights.khat()
+    khat = weights.khat
     relative = np.log(num_draws)
     ax.loglog(np.exp(raw[tail] + relative), above[tail], ".", color="0.5", markersize=3, label="weights")
     ax.loglog(np.exp(smooth[tail] + relative), above[tail], color="C1", label="Pareto-smoothed")

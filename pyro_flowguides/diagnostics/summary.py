@@ -13,7 +13,7 @@ from . import moments
 from .importance import ImportanceWeights
 
 
-def summarise(
+def summarize(
     values: Mapping[str, np.ndarray],
     dims: Mapping[str, Sequence[str]],
     coords: Mapping[str, Sequence[Any]],
@@ -67,7 +67,7 @@ def diagnose(
         weights: Of the draws.
 
     Returns:
-        A data frame indexed like that of :func:`summarise`, with columns ``khat`` (see
+        A data frame indexed like that of :func:`summarize`, with columns ``khat`` (see
         :meth:`ImportanceWeights.khat_of_mean`), ``shift`` (by how many standard deviations the weights move the mean), ``ess``
         (how many draws of the posterior would estimate the mean as well as the weighted draws) and ``mcse_mean`` (the standard
         error of the weighted mean).

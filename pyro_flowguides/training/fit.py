@@ -29,6 +29,7 @@ from ..diagnostics.draws import Draws
 from ..diagnostics.sampling import draw_traced
 from ..diagnostics.tracer import Tracer
 from ..guides.auto import AutoFlow
+from ..model.call import ModelCall
 from ..model.sites import latent_sites, observed_sites, site_without_density, unchanged_random_state
 from . import checkpoint as checkpoints
 from .result import FlowFit
@@ -220,7 +221,7 @@ def _fit_once(
     saved = _read_checkpoint(settings)
     if isinstance(guide, AutoFlow):
         guide.setup(*args, **kwargs)
-    tracer = Tracer(model, guide, args, kwargs)
+    tracer = Tracer(ModelCall(model, args, kwargs), guide)
     if initial is not None:
         initial.restore()
     _check_start(tracer)
@@ -314,7 +315,7 @@ def _final_draws(tracer: Tracer, log_likelihood: bool) -> Draws:
 def _has_weights(tracer: Tracer) -> bool:
     """Whether draws have weights by which the fit can be judged."""
     with unchanged_random_state():
-        return draw_traced(tracer, 2).no_weights is None
+        return draw_traced(tracer, 2).weights_error is None
 
 
 def _default_loss(tracer: Tracer, num_particles: int) -> Trace_ELBO:
@@ -338,7 +339,7 @@ class _History:
 
     def add(self, training: _Training, draws: Draws) -> None:
         self.losses += training.losses
-        elbo = draws.elbo()
+        elbo = draws.elbo
         self.standings.append(Standing(elbo.value, elbo.se, spread(draws.log_weights)))
         self.num_skipped += training.svi.num_skipped
         self.num_rolled_back += training.svi.num_rolled_back
@@ -629,7 +630,9 @@ def _fit_repeatedly(
             break
     if not fits:
         raise errors[0]
-    best, values, state = max(fits, key=lambda entry: -math.inf if math.isnan(entry[0].elbo) else entry[0].elbo)
+    best, values, state = max(
+        fits, key=lambda entry: -math.inf if math.isnan(entry[0].elbo.value) else entry[0].elbo.value
+    )
     values.restore()
     if starts_anew:
         store.set_state(state)
@@ -656,7 +659,7 @@ def _initial_values(
         guide = copy.deepcopy(guide) if starts_anew else guide
         if isinstance(guide, AutoFlow):
             guide.setup(*args, **kwargs)
-        Tracer(model, guide, args, kwargs)
+        Tracer(ModelCall(model, args, kwargs), guide)
         return _Values(model, guide)
 
 

@@ -31,10 +31,10 @@ def test_exact_where_the_family_holds_the_posterior(Guide):
     fit = quick(conjugate, Guide(conjugate), y)
     mean, sd, log_evidence = conjugate_answer(y)
     # Whitening finds the normal posterior, and the path gradient of an exact guide is 0: every draw has weight p(y).
-    assert fit.elbo == pytest.approx(log_evidence, abs=1e-6)
-    assert fit.elbo_se < 1e-6
-    assert np.isnan(fit.khat)
-    assert fit.verdict.startswith("exact")
+    assert fit.elbo.value == pytest.approx(log_evidence, abs=1e-6)
+    assert fit.elbo.se < 1e-6
+    assert np.isnan(fit.khat.value)
+    assert str(fit.verdict).startswith("exact")
     summary = fit.summary()
     assert abs(summary.loc["mu", "mean"] - mean) < 4 * sd / 10_000**0.5
     assert abs(summary.loc["mu", "sd"] / sd - 1) < 4 / 20_000**0.5
@@ -48,14 +48,14 @@ def test_eight_schools_with_the_defaults():
         EIGHT_SCHOOLS.model, fg.AutoCoupling(EIGHT_SCHOOLS.model), model_kwargs=data, seed=0, progress=False
     )
     normal = fg.fit(EIGHT_SCHOOLS.model, AutoNormal(EIGHT_SCHOOLS.model), model_kwargs=data, seed=0, progress=False)
-    assert coupling.elbo < -31.311 + 4 * coupling.elbo_se
-    assert coupling.elbo > -31.311 - 0.05
-    assert coupling.elbo > normal.elbo + 0.1
+    assert coupling.elbo.value < -31.311 + 4 * coupling.elbo.se
+    assert coupling.elbo.value > -31.311 - 0.05
+    assert coupling.elbo.value > normal.elbo.value + 0.1
     summary = coupling.summary()
     for label, mean, sd in [("mu", 4.397, 3.318), ("tau", 3.598, 3.220), ("theta[0]", 6.212, 5.593)]:
         assert abs(summary.loc[label, "mean"] - mean) < 0.1 * sd
         assert abs(summary.loc[label, "sd"] / sd - 1) < 0.05
-    assert coupling.verdict.startswith("good")
+    assert str(coupling.verdict).startswith("good")
 
 
 def test_reports_what_happened():
@@ -68,8 +68,8 @@ def test_reports_what_happened():
 
 def test_a_fit_prints_what_one_wants_to_know():
     fit = quick(conjugate, fg.AutoCoupling(conjugate), torch.tensor(Y))
-    assert repr(fit).startswith(f"FlowFit of AutoCoupling: ELBO {fit.elbo:.4f} ± {fit.elbo_se:.4f} after 20 steps, ")
-    assert repr(fit).endswith(fit.verdict)
+    assert repr(fit).startswith(f"FlowFit of AutoCoupling: ELBO {fit.elbo} after 20 steps, ")
+    assert repr(fit).endswith(str(fit.verdict))
     assert "tensor" not in repr(fit)
 
 
@@ -170,7 +170,7 @@ def test_an_interrupt_returns_what_was_reached():
     with pytest.warns(UserWarning, match="interrupted after 4 of 20 steps"):
         fit = quick(conjugate, fg.AutoCoupling(conjugate), torch.tensor(Y), callbacks=[interrupt])
     assert len(fit.losses) == 4
-    assert np.isfinite(fit.elbo)
+    assert np.isfinite(fit.elbo.value)
 
 
 def faulty(broken):
@@ -200,7 +200,7 @@ def test_a_step_that_is_not_finite_changes_nothing(backend):
     assert np.isfinite(np.delete(fit.losses, 3)).all()
     assert all(torch.equal(a, b) for a, b in zip(before[2], before[3], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(before[3], before[4], strict=True))
-    assert np.isfinite(fit.elbo)
+    assert np.isfinite(fit.elbo.value)
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])
@@ -388,14 +388,14 @@ def test_the_best_of_several_restarts_is_kept(Guide):
     options = {"whiten": None} if isinstance(guide, fg.AutoFlow) else {}
     fit = quick(conjugate, guide, y, num_restarts=3, num_steps=15, **options)
     assert fit.guide is guide
-    elbos = [draws.elbo().value for draws in fit.restarts]
+    elbos = [draws.elbo.value for draws in fit.restarts]
     assert len(elbos) == 3
     assert len({round(elbo, 9) for elbo in elbos}) == 3
-    assert fit.elbo == max(elbos)
+    assert fit.elbo.value == max(elbos)
     # The guide itself is the best one.
-    again = fg.draw(conjugate, guide, y, num_samples=10_000).elbo()
-    assert abs(again.value - fit.elbo) < 4 * (again.se**2 + fit.elbo_se**2) ** 0.5 + 1e-6
-    assert abs(again.value - min(elbos)) > abs(again.value - fit.elbo)
+    again = fg.draw(conjugate, guide, y, num_samples=10_000).elbo
+    assert abs(again.value - fit.elbo.value) < 4 * (again.se**2 + fit.elbo.se**2) ** 0.5 + 1e-6
+    assert abs(again.value - min(elbos)) > abs(again.value - fit.elbo.value)
     # And what Pyro's store holds is what the guide holds.
     stored = pyro.get_param_store()._params
     for name, leaf in guide.named_parameters():
@@ -425,8 +425,8 @@ def test_restarts_of_a_model_with_a_network():
     y = torch.tensor(Y)
     guide = fg.AutoPlanar(model, num_layers=1)
     fit = quick(model, guide, y, num_restarts=2, whiten=None, num_steps=60)
-    again = fg.draw(model, guide, y, num_samples=10_000).elbo()
-    assert abs(again.value - fit.elbo) < 4 * (again.se**2 + fit.elbo_se**2) ** 0.5 + 1e-6
+    again = fg.draw(model, guide, y, num_samples=10_000).elbo
+    assert abs(again.value - fit.elbo.value) < 4 * (again.se**2 + fit.elbo.se**2) ** 0.5 + 1e-6
     for name, leaf in network.named_parameters():
         assert torch.equal(pyro.param(f"network$$${name}"), leaf)
 
