@@ -66,7 +66,10 @@ class VerdictKind(enum.Enum):
 
     EXACT = "exact: {reason}. A mode that the guide never reaches cannot be detected."
     GOOD = "good: {reason}. A mode that the guide never reaches cannot be detected."
-    GOOD_ONCE_WEIGHTED = "good once the draws are weighted or resampled: {reason}. A mode that the guide never reaches cannot be detected."
+    GOOD_ONCE_WEIGHTED = (
+        "good once the draws are weighted or resampled: {reason}. "
+        "A mode that the guide never reaches cannot be detected."
+    )
     DOUBTFUL = (
         "doubtful: {reason}. Neither its draws nor weights can be trusted there. Try, in this order, another "
         "parameterisation of the model (non-centred for weak data), base='student_t' for heavy tails, a flow with more "
