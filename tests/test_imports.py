@@ -9,10 +9,25 @@ import pyro_flowguides
 
 ROOT = Path(pyro_flowguides.__file__).parent
 # From the ground to the roof. A room is a folder or a file of the package, and imports from rooms before it alone.
-ROOMS = (
-    "checks internals examples transforms bases distributions flows model guides diagnostics compiled training calibration "
-    "__init__ cli __main__ testing"
-).split()
+ROOMS = [
+    "checks",
+    "internals",
+    "examples",
+    "transforms",
+    "bases",
+    "distributions",
+    "flows",
+    "model",
+    "guides",
+    "diagnostics",
+    "compiled",
+    "training",
+    "calibration",
+    "__init__",
+    "cli",
+    "__main__",
+    "testing",
+]
 
 
 def module_files(root):

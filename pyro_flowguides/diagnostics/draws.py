@@ -117,8 +117,8 @@ class Draws:
     def resample(self, num_samples: int, *, replace: bool = True, seed: int | None = None) -> Draws:
         """Draws of the posterior with equal weights: these, taken with their smoothed weights as probabilities.
 
-        With replacement their moments are those of the weighted draws, up to noise; without, no draw is there twice, and the
-        fewer are taken the nearer they are to the posterior. Trust them where the verdict is good.
+        With replacement they have the moments of the weighted draws, up to noise. Without, no draw is taken twice, and the fewer
+        are taken the nearer they are to the posterior. Trust them where the verdict is good.
 
         Arguments:
             num_samples: The number of draws to take.
@@ -138,7 +138,7 @@ class Draws:
         return {name: to_numpy(value) for name, value in {**self.values, **self.deterministic}.items()}
 
     def mean(self, *, weighted: bool = True) -> dict[str, np.ndarray]:
-        """The posterior mean of every site, by the smoothed importance weights or of the guide's draws as they are."""
+        """The posterior mean of every site, by the smoothed importance weights, or the mean of the guide's draws as they are."""
         return {name: moments.mean(draws, self._weights(weighted)) for name, draws in self.posterior().items()}
 
     def sd(self, *, weighted: bool = True) -> dict[str, np.ndarray]:
@@ -191,7 +191,7 @@ class Draws:
             kind: ``"stats"``: mean, standard deviation and quantiles; ``"diagnostics"``: what the importance weights say about
                 the mean, see :func:`pyro_flowguides.diagnostics.summary.diagnose`; ``"all"``: both.
             quantiles: Numbers between 0 and 1.
-            weighted: Whether mean, standard deviation and quantiles are those of the weighted draws.
+            weighted: Whether to weigh the draws for mean, standard deviation and quantiles.
             coords: Labels along a dimension, by the name of its plate.
             dims: Names of dimensions, by site, where the plates do not give them.
 
