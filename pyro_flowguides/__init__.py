@@ -5,7 +5,19 @@ __version__ = "0.1.0"
 from . import bases, flows, transforms
 from .calibration import Calibration, check_calibration
 from .compiled import IWELBO, CompiledSVI
-from .diagnostics import Draws, Estimate, compare, draw, plot_elbo, plot_flow, plot_marginals, plot_weights, to_arviz
+from .diagnostics import (
+    Draws,
+    Estimate,
+    Verdict,
+    VerdictKind,
+    compare,
+    draw,
+    plot_elbo,
+    plot_flow,
+    plot_marginals,
+    plot_weights,
+    to_arviz,
+)
 from .distributions import NormalizingFlow
 from .guides import (
     AmortizedFlow,
@@ -38,6 +50,8 @@ __all__ = [
     "FitResult",
     "IWELBO",
     "NormalizingFlow",
+    "Verdict",
+    "VerdictKind",
     "__version__",
     "bases",
     "check_calibration",

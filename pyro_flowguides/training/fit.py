@@ -14,7 +14,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from ..checks import check_positive_integer
-from ..compiled.svi import MAX_SKIPPED
+from ..compiled.svi import MAX_NONFINITE_STEPS
 from ..model.call import ModelCall
 from ..model.ownership import private_store
 from .batches import arguments
@@ -44,7 +44,7 @@ def fit(
     ema_decay: float | None = None,
     checkpoint: Checkpoint | str | Path | None = None,
     callbacks: Sequence[Callable[[int, float], bool | None]] = (),
-    max_nonfinite_steps: int = MAX_SKIPPED,
+    max_nonfinite_steps: int = MAX_NONFINITE_STEPS,
 ) -> FitResult:
     """Fits a guide to a model and judges the result.
 
@@ -135,7 +135,7 @@ def fit(
         loss=loss,
         optim=optim,
         schedule=None if isinstance(optim, PyroOptim) else find_schedule(schedule),
-        svi={"backend": backend, "average": ema_decay, "max_skipped": max_nonfinite_steps},
+        svi={"backend": backend, "ema_decay": ema_decay, "max_nonfinite_steps": max_nonfinite_steps},
         whiten=whiten,
         seed=seed,
         checkpoint=checkpoint,

@@ -12,18 +12,16 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
-from pyro.infer import Trace_ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checks import warn
-from ..compiled.losses import path_gradient
+from ..compiled.losses import KL
 from ..compiled.snapshot import Snapshot
 from ..compiled.svi import CHECK_EVERY, CompiledSVI
 from ..diagnostics.draws import Draws
 from ..diagnostics.sampling import draw_traced
-from ..diagnostics.tracer import Tracer
 from ..model.call import ModelCall
 from ..model.ownership import owned
 from ..model.sites import unchanged_random_state
@@ -109,8 +107,7 @@ class Loop:
         self.rounds = self._choose_rounds()
         if saved is not None:
             self._load(saved)
-        with path_gradient(self.guide) if self.options.loss is None else contextlib.nullcontext():
-            draws = self._train_and_judge(saved and saved["training"])
+        draws = self._train_and_judge(saved and saved["training"])
         model, guide, parameters = owned(self.call.model, self.guide)
         return FitResult(
             model,
@@ -152,7 +149,7 @@ class Loop:
 
     def _has_weights(self) -> bool:
         with unchanged_random_state():
-            return draw_traced(self.tracer, 2).no_weights is None
+            return draw_traced(self.tracer, 2).weights_error is None
 
     # --- a round ---------------------------------------------------------------------------------------------------------
 
@@ -240,7 +237,7 @@ class Steps:
             loop.call.model,
             loop.guide,
             options.optim or functools.partial(torch.optim.Adam, lr=LEARNING_RATE),
-            options.loss or _default_loss(loop.tracer, round.num_particles),
+            options.loss or self._default_loss(),
             schedule=schedule and (lambda step: schedule(step / round.num_steps)),
             clip_factor=CLIP_FACTOR,
             **options.svi,
@@ -251,6 +248,12 @@ class Steps:
         self.pending: list[Tensor] = []
         if saved is not None:
             self._load(saved)
+
+    def _default_loss(self) -> KL:
+        tracer = self.loop.tracer
+        return KL(
+            self.round.num_particles, vectorize_particles=tracer.vectorizes, max_plate_nesting=tracer.max_plate_nesting
+        )
 
     def run(self) -> bool:
         """Takes the steps; returns whether a callback or an interrupt has ended the training."""
@@ -267,8 +270,8 @@ class Steps:
                 stopped = loop.interrupted = True
                 self._collect(bar)
                 warn(f"fit: interrupted after {len(self.losses)} of {self.round.num_steps} steps")
-        if loop.options.svi["average"] is not None:
-            self.svi.use_average()
+        if loop.options.svi["ema_decay"] is not None:
+            self.svi.use_ema()
         return stopped
 
     def _take(self, bar: tqdm) -> bool:
@@ -280,7 +283,7 @@ class Steps:
         stopped = False
         while number < self.round.num_steps and not stopped:
             if number % every == 0 or step is None:
-                step = self.svi.prepare(*self._next_arguments(), self.round.num_steps - number)
+                step = self.svi.compile_step(*self._next_arguments(), self.round.num_steps - number)
             self.pending.append(step())
             for callback in callbacks:
                 stopped |= bool(callback(before + number, float(self.pending[-1])))
@@ -333,11 +336,3 @@ class Steps:
         if self.batches is not None and state["batches"] is not None:
             self.batches.load_state_dict(state["batches"])
         set_random_state(state["random"])
-
-
-def _default_loss(tracer: Tracer, num_particles: int) -> Trace_ELBO:
-    return Trace_ELBO(
-        num_particles=num_particles,
-        vectorize_particles=tracer.vectorizes and num_particles > 1,
-        max_plate_nesting=tracer.max_plate_nesting,
-    )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +12,8 @@ from torch import Tensor
 
 from ..diagnostics.arviz import Coords, Dims, Group
 from ..diagnostics.draws import Draws
-from ..diagnostics.export import export
-from ..diagnostics.importance import Estimate
-from ..diagnostics.predictive import Conditioned, model_groups
+from ..diagnostics.importance import Estimate, Verdict
+from ..diagnostics.posterior import Posterior, to_arviz
 from ..diagnostics.sampling import draw
 from ..model.call import ModelCall
 
@@ -66,25 +63,28 @@ class FitResult:
         owns = f"owns the parameters {shown} of the model; " if names else ""
         return f"FitResult of {name_of(self.guide)}: ELBO {self.elbo} after {steps}; {owns}{self.verdict}"
 
-    @functools.cached_property
+    @property
     def elbo(self) -> Estimate:
         """The evidence lower bound in nats, from the final draws."""
-        return self.draws.elbo()
+        return self.draws.elbo
 
-    @functools.cached_property
+    @property
     def khat(self) -> Estimate:
-        """The Pareto shape of the importance weights; NaN where they are constant, a perfect fit, or where there are none."""
-        return Estimate(math.nan, math.nan) if self.draws.no_weights else self.draws.khat()
+        """The Pareto shape of the importance weights; NaN where they are constant, a perfect fit, or do not exist.
 
-    @functools.cached_property
+        The verdict tells the two apart.
+        """
+        return self.draws.khat
+
+    @property
     def ess(self) -> Estimate:
         """The effective number of the final draws."""
-        return Estimate(math.nan, math.nan) if self.draws.no_weights else self.draws.ess()
+        return self.draws.ess
 
-    @functools.cached_property
-    def verdict(self) -> str:
-        """Whether to believe the fit, in words."""
-        return f"unknown: {self.draws.no_weights}." if self.draws.no_weights else self.draws.verdict()
+    @property
+    def verdict(self) -> Verdict:
+        """Whether to believe the fit; ``print`` gives a sentence."""
+        return self.draws.verdict
 
     def summary(
         self,
@@ -98,21 +98,22 @@ class FitResult:
         """One row per scalar: mean, sd and quantiles, diagnostics, or both; see :meth:`pyro_flowguides.Draws.summary`."""
         return self.draws.summary(kind=kind, quantiles=quantiles, weighted=weighted, coords=coords, dims=dims)
 
-    def chains(self, num_samples: int = 4000) -> list[Draws]:
-        """Draws with log-likelihoods of every independent fit: up to so many of each restart, or fresh ones of the only fit."""
+    def to_posterior(self, num_samples: int = 4000) -> Posterior:
+        """The fit as chains with log-likelihoods: ``num_samples`` fresh draws, or with restarts up to as many of each."""
+        call = ModelCall(self.model, self.args, self.model_kwargs)
         if self.restarts:
             number = min(num_samples, *map(len, self.restarts))
-            return [draws[:number] for draws in self.restarts]
-        return [
-            draw(
-                self.model,
-                self.guide,
-                *self.args,
-                model_kwargs=self.model_kwargs,
-                num_samples=num_samples,
-                log_likelihood=True,
-            )
-        ]
+            chains = [draws[:number] for draws in self.restarts]
+        else:
+            options: dict[str, Any] = {"num_samples": num_samples, "log_likelihood": True}
+            chains = [draw(self.model, self.guide, *self.args, model_kwargs=self.model_kwargs, **options)]
+        return Posterior(
+            chains,
+            call,
+            groups={"variational_fit": self._variational_fit()},
+            attrs={"guide": name_of(self.guide)},
+            seconds=self.wall_time,
+        )
 
     def to_arviz(
         self,
@@ -122,41 +123,23 @@ class FitResult:
         prior: bool = True,
         coords: Coords | None = None,
         dims: Dims | None = None,
+        seed: int | None = None,
     ) -> Any:
-        """The fit as ArviZ's ``InferenceData`` (0.x) or ``DataTree`` (1.x), with a chain per independent fit.
-
-        Groups: posterior, unconstrained_posterior, sample_stats (``lp``, ``log_q``, ``log_weight``), log_likelihood,
-        posterior_predictive, prior, prior_predictive, observed_data, constant_data and variational_fit (the ELBO of every
-        step, ``num_skipped`` steps, how often it was taken back, ``wall_time`` in seconds, k-hat and final ELBO of every chain).
-
-        Arguments:
-            num_samples: The number of draws in a chain.
-            predictive: Whether to sample new data at every draw.
-            prior: Whether to sample from the prior as well.
-            coords: Labels along a dimension, by the name of its plate.
-            dims: Names of dimensions, by site, where the plates do not give them.
-
-        Raises:
-            ValueError: if names clash or labels do not fit, see :func:`pyro_flowguides.diagnostics.arviz.to_tree`.
-        """
-        conditioned = Conditioned(self.model, self.args, self.model_kwargs)
-        chains = self.chains(num_samples)
-        return export(
-            chains,
-            more_groups={
-                **model_groups(conditioned, chains, predictive=predictive, prior=prior),
-                "variational_fit": self._variational_fit(),
-            },
+        """The fit as ArviZ's ``InferenceData`` or ``DataTree``, a chain per independent fit; see :func:`to_arviz`."""
+        return to_arviz(
+            self,
+            num_samples=num_samples,
+            predictive=predictive,
+            prior=prior,
             coords=coords,
             dims=dims,
-            attrs={"name": conditioned.name, "guide": name_of(self.guide)},
+            seed=seed,
         )
 
     def _variational_fit(self) -> Group:
         # The draws that were judged, not those that are exported: they are more.
         judged = self.restarts or (self.draws,)
-        khats = [Estimate(math.nan, math.nan) if draws.no_weights else draws.khat() for draws in judged]
-        elbos = [draws.elbo() for draws in judged]
+        khats, elbos = [draws.khat for draws in judged], [draws.elbo for draws in judged]
         return Group(
             {
                 "elbo": -self.losses,

@@ -100,8 +100,7 @@ class RoundScore(NamedTuple):
     @classmethod
     def of(cls, draws: Draws) -> RoundScore:
         """The score of these draws."""
-        elbo = draws.elbo()
-        return cls(elbo.value, elbo.se, log_weight_sd(draws.log_weights))
+        return cls(draws.elbo.value, draws.elbo.se, log_weight_sd(draws.log_weights))
 
 
 def is_worth_another(scores: Sequence[RoundScore]) -> bool:

@@ -21,7 +21,7 @@ def set_up(call: ModelCall, guide: Callable) -> Tracer:
     """Builds a guide that is not built yet; returns what traces it with its model."""
     if isinstance(guide, AutoFlow):
         guide.setup(*call.args, **call.kwargs)
-    return Tracer(call.model, guide, call.args, call.kwargs)
+    return Tracer(call, guide)
 
 
 def check_start(tracer: Tracer) -> None:

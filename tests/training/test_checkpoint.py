@@ -157,7 +157,7 @@ def test_restarts_are_resumed_one_by_one(tmp_path):
         fg.fit(conjugate, CASES["flow"][1](conjugate), torch.tensor(Y), callbacks=[kill_in_the_second], **options)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["fit-0.pt", "fit-1.pt"]
     resumed = run("flow", path, resume=True, num_restarts=3)
-    assert [float(draws.elbo()) for draws in resumed.restarts] == [float(draws.elbo()) for draws in whole.restarts]
+    assert [float(draws.elbo) for draws in resumed.restarts] == [float(draws.elbo) for draws in whole.restarts]
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_the_best_of_several_restarts_is_kept(Guide):
     guide, start = ready(Guide, conjugate), ready(Guide, conjugate)
     options = {"whiten": None} if isinstance(guide, fg.AutoFlow) else {}
     fit = quick(conjugate, guide, y, num_restarts=3, num_steps=15, **options)
-    elbos = [float(draws.elbo()) for draws in fit.restarts]
+    elbos = [float(draws.elbo) for draws in fit.restarts]
     assert len(elbos) == 3
     assert len({round(elbo, 9) for elbo in elbos}) == 3
     assert float(fit.elbo) == max(elbos)

@@ -26,10 +26,10 @@ def test_reports_what_happened():
 
 def test_a_fit_has_the_estimates_of_its_draws():
     fit = quick(conjugate, AutoNormal(conjugate), torch.tensor(Y))
-    assert fit.elbo == fit.draws.elbo()
-    assert fit.khat == fit.draws.khat()
-    assert fit.ess == fit.draws.ess()
-    assert fit.verdict == fit.draws.verdict()
+    assert fit.elbo == fit.draws.elbo
+    assert fit.khat == fit.draws.khat
+    assert fit.ess == fit.draws.ess
+    assert fit.verdict == fit.draws.verdict
     assert 1 < float(fit.ess) < 10_000
 
 
