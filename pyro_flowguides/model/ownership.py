@@ -56,7 +56,7 @@ class PrivateStore:
         params: Mapping[str, Tensor] | None = None,
         constraints: Mapping[str, Any] | None = None,
         held: Mapping[str, Tensor] | None = None,
-        leaves: Mapping[str, nn.Parameter] | None = None,
+        leaves: Mapping[str, Tensor] | None = None,
         belongs_to_fit: bool = False,
     ) -> None:
         self.params = dict(params or {})

@@ -191,6 +191,7 @@ class Loop:
         )
 
     def _load(self, saved: dict[str, Any]) -> None:
+        assert self.options.checkpoint is not None
         num_steps = [round.num_steps for round in self.rounds]
         if saved["num_steps"] != num_steps:
             then, now = (" + ".join(map(str, numbers)) for numbers in (saved["num_steps"], num_steps))
@@ -327,11 +328,12 @@ class Steps:
         }
 
     def _load(self, state: dict[str, Any]) -> None:
-        call = self.loop.call
+        call, checkpoint = self.loop.call, self.loop.options.checkpoint
+        assert checkpoint is not None
         try:
             self.svi.load_state_dict(state["svi"], *call.args, **call.kwargs)
         except ValueError as error:
-            raise ValueError(f"fit: checkpoint '{self.loop.options.checkpoint.path}' does not fit: {error}") from error
+            raise ValueError(f"fit: checkpoint '{checkpoint.path}' does not fit: {error}") from error
         self.losses = list(state["losses"])
         if self.batches is not None and state["batches"] is not None:
             self.batches.load_state_dict(state["batches"])
