@@ -84,6 +84,7 @@ def test_a_model_that_prints_a_latent_is_run_draw_by_draw(capsys):
     assert capsys.readouterr().out.count("mu = ") >= 3
 
 
+@pytest.mark.slow
 def test_fit_of_a_model_that_mixes_draws():
     y = torch.tensor(3.0)
     with pytest.warns(UserWarning, match="mixes the draws"):
