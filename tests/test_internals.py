@@ -166,7 +166,7 @@ def test_elbos_look_at_no_value():
 
 
 def test_pyro_and_nobody_else_takes_the_branches_for_tracing():
-    zero = torch.zeros(())
+    zero = torch.tensor(0)
     # It looks at the value, except while it is traced.
     assert is_identically_zero(zero)
     with internals.branches_for_tracing():
@@ -192,6 +192,7 @@ def test_the_traces_of_an_elbo():
 def test_the_surrogate_of_the_graph_elbo():
     y = torch.tensor([0.3, 1.4])
     guide = AutoNormal(conjugate)
+    guide(y)
     pyro.set_rng_seed(0)
     elbo, surrogate = internals.loss_and_surrogate(TraceGraph_ELBO(), conjugate, guide, (y,), {})
     pyro.set_rng_seed(0)
