@@ -3,9 +3,21 @@
 __version__ = "0.1.0"
 
 from . import bases, flows, transforms
-from .calibration import Calibration, calibration
+from .calibration import Calibration, check_calibration
 from .compiled import IWELBO, CompiledSVI
-from .diagnostics import Draws, Estimate, compare, draw, plot_elbo, plot_flow, plot_marginals, plot_weights, to_arviz
+from .diagnostics import (
+    Draws,
+    Estimate,
+    Verdict,
+    VerdictKind,
+    compare,
+    draw,
+    plot_elbo,
+    plot_flow,
+    plot_marginals,
+    plot_weights,
+    to_arviz,
+)
 from .distributions import NormalizingFlow
 from .guides import (
     AmortizedFlow,
@@ -18,7 +30,7 @@ from .guides import (
     AutoSpline,
     AutoSylvester,
 )
-from .training import FlowFit, fit
+from .training import Checkpoint, FitResult, fit
 
 __all__ = [
     "AmortizedFlow",
@@ -31,15 +43,18 @@ __all__ = [
     "AutoSpline",
     "AutoSylvester",
     "Calibration",
+    "Checkpoint",
     "CompiledSVI",
     "Draws",
     "Estimate",
-    "FlowFit",
+    "FitResult",
     "IWELBO",
     "NormalizingFlow",
+    "Verdict",
+    "VerdictKind",
     "__version__",
     "bases",
-    "calibration",
+    "check_calibration",
     "compare",
     "draw",
     "fit",

@@ -36,7 +36,7 @@ from .diagnostics.replay import simulate
 from .diagnostics.summary import scalars
 from .training.fit import fit
 
-# So many simulations are expected in a bin of the histogram of ranks, at least, and so many bins there are, at most.
+# The histogram of ranks has at least this many simulations in a bin, in expectation, and at most this many bins.
 MIN_EXPECTED_IN_BIN = 10
 MAX_BINS = 20
 # The level of all tests of a table together, by Bonferroni's bound.
@@ -47,26 +47,26 @@ Infer = Callable[[Callable, Callable, int], Draws]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Where the true values fell among the draws of their fits. Made by :func:`calibration`.
+    """Where the true values fell among the draws of their fits. Made by :func:`check_calibration`.
 
     Attributes:
         ranks: By site, how many of the L draws are below the true value, shape ``(num_simulations,) + shape``.
-        probabilities: By site, the fraction of all draws that are, of the same shape.
-        num_draws: The number L of draws that the ranks are among.
+        probabilities: By site, the fraction of all draws that is below it, of the same shape.
+        num_samples: The number L of draws that a true value is ranked among.
         dims: The names of the dimensions of a site.
     """
 
     ranks: Mapping[str, np.ndarray]
     probabilities: Mapping[str, np.ndarray]
-    num_draws: int
+    num_samples: int
     dims: Dims
 
     def table(self, *, coords: Coords | None = None) -> pd.DataFrame:
         r"""A pandas table with one row per scalar.
 
-        Columns: ``sbc_p``, the p-value of the :math:`\chi^2` test that the ranks are uniform; ``vsbc_p``, that of
-        :func:`symmetry_p_value`; ``shift``, the mean of P − 1/2 (positive: the guide is too
-        low); ``width``, the variance of P by that of a uniform number (above 1: too narrow); and ``finding`` in words. A p-value
+        Columns: ``sbc_p``, the p-value of the :math:`\chi^2` test that the ranks are uniform; ``vsbc_p``, the p-value of
+        :func:`symmetry_p_value`; ``shift``, the mean of P − 1/2 (positive: the guide is too low); ``width``, the variance of P
+        divided by the variance of a uniform number (above 1: too narrow); and ``finding`` in words. A p-value
         counts where it is below 1 % divided by the number of all tests of the table.
 
         Arguments:
@@ -88,11 +88,12 @@ class Calibration:
 
     def _histogram(self, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The counts in bins of neighbouring ranks, and what uniform ranks would give: bins may differ by one rank."""
-        num_bins = max(2, min(MAX_BINS, len(ranks) // MIN_EXPECTED_IN_BIN, self.num_draws + 1))
-        edges = np.linspace(0, self.num_draws + 1, num_bins + 1).round().astype(int)
+        num_bins = max(2, min(MAX_BINS, len(ranks) // MIN_EXPECTED_IN_BIN, self.num_samples + 1))
+        edges = np.linspace(0, self.num_samples + 1, num_bins + 1).round().astype(int)
         counts = np.histogram(ranks, edges)[0]
-        return counts, len(ranks) * np.diff(edges) / (self.num_draws + 1)
+        return counts, len(ranks) * np.diff(edges) / (self.num_samples + 1)
 
+    @property
     def verdict(self) -> str:
         """What the table finds, in a sentence."""
         findings = self.table()["finding"]
@@ -118,14 +119,14 @@ class Calibration:
                 for group, values in (("prior_sbc", self.ranks), ("prior_vsbc", self.probabilities))
             },
             coords,
-            {"modeling_interface": "pyro_flowguides", "num_draws": self.num_draws},
+            {"modeling_interface": "pyro_flowguides", "num_samples": self.num_samples},
         )
 
 
 def symmetry_p_value(probabilities: np.ndarray) -> float:
     r"""The p-value of the hypothesis that numbers are distributed symmetrically about 1/2.
 
-    The statistic D is that of Kolmogorov and Smirnov between P and 1 − P, as in VSBC. These are not two independent samples,
+    The statistic D is the distance of Kolmogorov and Smirnov between P and 1 − P, as in VSBC. These are not two independent samples,
     and the usual p-value would be too small. Under symmetry the signs of P − 1/2, from the farthest to the nearest, are a fair
     random walk, of which n D is the largest distance from 0; its law is exact for every n. Butler (1969), *A test for symmetry
     using the sample distribution function*, Annals of Mathematical Statistics 40(6). Cost O(n² D).
@@ -143,7 +144,7 @@ def symmetry_p_value(probabilities: np.ndarray) -> float:
     reached = int(np.abs(np.cumsum(steps)).max(initial=0))
     if reached == 0:
         return 1.0
-    # The probabilities of the places that a walk can be at without having been as far as that.
+    # The probabilities of the places of a walk that has not been as far as that before.
     inside = np.zeros(2 * reached + 1)
     inside[reached] = 1.0
     for _ in steps:
@@ -153,35 +154,34 @@ def symmetry_p_value(probabilities: np.ndarray) -> float:
 
 
 def fit_and_draw(model: Callable, guide: Callable, seed: int, **options: Any) -> Draws:
-    """The draws of :func:`fit`, with its options; what :func:`calibration` does with a model and a guide if not told."""
+    """The draws of :func:`fit`, with its options; the default of ``infer`` in :func:`check_calibration`."""
     return fit(model, guide, seed=seed, progress=False, **options).draws
 
 
-def calibration(
+def check_calibration(
     model_factory: Callable[[], Callable],
     guide_factory: Callable[[Callable], Callable],
     num_simulations: int,
     *,
     infer: Infer = fit_and_draw,
-    num_draws: int = 199,
+    num_samples: int = 199,
     num_processes: int = 1,
     seed: int = 0,
     progress: bool = True,
 ) -> Calibration:
     """Simulates data from the model, fits the guide to each data set and ranks the true values among the draws.
 
-    Cost: ``num_simulations`` fits. One hundred show a guide whose standard deviations are half of what they should be, some
-    hundreds one that is off by a fifth.
+    Cost: ``num_simulations`` fits. One hundred simulations detect a guide whose standard deviations are half of what they should
+    be, several hundred one that is off by a fifth.
 
     Arguments:
-        model_factory: Makes the model, a function without arguments (``functools.partial`` binds them); whatever it observes is
+        model_factory: Makes the model, a function without arguments (``functools.partial`` binds them); its observed sites are
             simulated, so that only the shapes of its data count. Its priors must be proper. Called once in every process.
-        guide_factory: Makes a guide for the model that it is given, which observes simulated data; a class such as
-            ``AutoCoupling`` will do.
+        guide_factory: Makes a guide for a model that observes simulated data; a class such as ``AutoCoupling`` will do.
         num_simulations: How many data sets.
         infer: A function of model, guide and seed that returns :class:`Draws`; by default it fits. With
             ``functools.partial(fit_and_draw, num_steps=500)`` it fits with other options.
-        num_draws: The number L of draws that a true value is ranked among; the first ones of those that there are.
+        num_samples: The number L of draws that a true value is ranked among, the first L that ``infer`` returns.
         num_processes: How many processes to spread the fits over. With more than one, the three functions must be importable
             by name, which lambdas are not.
         seed: The seed of the first simulation; the others follow. The result does not depend on the number of processes.
@@ -198,18 +198,18 @@ def calibration(
             return functools.partial(EIGHT_SCHOOLS.model, **data)
 
         if __name__ == "__main__":
-            result = fg.calibration(model_factory, fg.AutoCoupling, 200, num_processes=4)
-            print(result.verdict())
+            result = fg.check_calibration(model_factory, fg.AutoCoupling, 200, num_processes=4)
+            print(result.verdict)
             print(result.table(coords=EIGHT_SCHOOLS.coords))
     """
     for name, number, least in (
         ("num_simulations", num_simulations, 20),
-        ("num_draws", num_draws, 1),
+        ("num_samples", num_samples, 1),
         ("num_processes", num_processes, 1),
     ):
         if number < least:
-            raise ValueError(f"calibration: {name} must be at least {least}, got {number}")
-    one = partial(_simulate_and_rank, model_factory, guide_factory, infer, num_draws)
+            raise ValueError(f"check_calibration: {name} must be at least {least}, got {number}")
+    one = partial(_simulate_and_rank, model_factory, guide_factory, infer, num_samples)
     seeds = range(seed, seed + num_simulations)
     results: dict[int, tuple[dict[str, np.ndarray], dict[str, np.ndarray], Dims]] = {}
     with tqdm(total=num_simulations, disable=not progress, desc="calibration") as bar:
@@ -219,7 +219,7 @@ def calibration(
     ranks, probabilities = (
         {name: np.stack([results[i][part][name] for i in seeds]) for name in results[seed][part]} for part in (0, 1)
     )
-    return Calibration(ranks, probabilities, num_draws, results[seed][2])
+    return Calibration(ranks, probabilities, num_samples, results[seed][2])
 
 
 def _run(one: Callable[[int], Any], seeds: range, num_processes: int) -> Iterator[tuple[int, Any]]:
@@ -232,7 +232,7 @@ def _run(one: Callable[[int], Any], seeds: range, num_processes: int) -> Iterato
         pickle.dumps(one)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ValueError(
-            "calibration: model_factory, guide_factory and infer must be importable by name to run in several processes, "
+            "check_calibration: model_factory, guide_factory and infer must be importable by name to run in several processes, "
             f"which lambdas and inner functions are not; or leave num_processes at 1. The error was: {error}"
         ) from error
     # A fresh interpreter each: torch's threads and CUDA do not survive a fork.
@@ -255,7 +255,7 @@ def _simulate_and_rank(
     model_factory: Callable[[], Callable],
     guide_factory: Callable[[Callable], Callable],
     infer: Infer,
-    num_draws: int,
+    num_samples: int,
     seed: int,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Dims]:
     """Ranks, probabilities and names of dimensions of one simulation."""
@@ -272,19 +272,19 @@ def _simulate_and_rank(
             draws = infer(
                 poutine.condition(model, data=data), guide_factory(poutine.condition(model, data=data)), fit_seed
             )
-        if len(draws) < num_draws:
-            raise ValueError(f"there are {len(draws)} draws, and num_draws asks for {num_draws}")
+        if len(draws) < num_samples:
+            raise ValueError(f"there are {len(draws)} draws, and num_samples asks for {num_samples}")
         below = {name: value < true_values[name] for name, value in draws.values.items() if value.is_floating_point()}
     except Exception as error:
         raise RuntimeError(
-            f"calibration: the simulation with seed {seed} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            f"check_calibration: the simulation with seed {seed} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         ) from error
 
     def numpy(value: Tensor) -> np.ndarray:
         return value.cpu().numpy()
 
     return (
-        {name: numpy(value[:num_draws].sum(0)) for name, value in below.items()},
+        {name: numpy(value[:num_samples].sum(0)) for name, value in below.items()},
         {name: numpy(value.double().mean(0)) for name, value in below.items()},
         draws.dims,
     )

@@ -1,7 +1,8 @@
-"""Checks of arguments, and warnings that point at the user's own line, however deep in the package they are raised."""
+"""Checks of arguments, warnings that point at the user's own line however deep in the package they are raised, the version."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 import warnings
 from pathlib import Path
@@ -26,3 +27,11 @@ def check_positive_integer(owner: str, argument: str, value: int) -> int:
     if value < 1:
         raise ValueError(f"{owner}: {argument} must be at least 1, got {value}")
     return value
+
+
+def version() -> str:
+    """The version of this package as it was installed, "unknown" where it runs from its source alone."""
+    try:
+        return importlib.metadata.version("pyro-flowguides")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

@@ -20,14 +20,16 @@ import torch
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
 
 from . import __version__
-from .diagnostics.compare import Compared, compared_from_tree, comparison_table
+from .diagnostics.compare import comparison_table
+from .diagnostics.importance import VerdictKind
 from .diagnostics.plots import plot_marginals
-from .diagnostics.summary import scalars, summarise
+from .diagnostics.posterior import Posterior, posterior_from_tree
+from .diagnostics.summary import scalars, summarize
 from .examples import EXAMPLES
 from .examples.example import Example
 from .guides.named import AutoCoupling, AutoIAF, AutoPlanar, AutoRadial, AutoResidual, AutoSpline, AutoSylvester
 from .training.fit import fit
-from .training.result import FlowFit
+from .training.result import FitResult
 
 GUIDES: dict[str, tuple[Callable, str]] = {
     "coupling": (AutoCoupling, "affine couplings (RealNVP); the first choice"),
@@ -120,14 +122,14 @@ def _fit(options: argparse.Namespace) -> None:
     print(moments_table(fits, example, reference))
     for name, result in fits.items():
         print(f"{name}: {result.verdict}")
-        if not result.draws.no_weights:
-            print(f"  {result.draws.weights.meaning()}")
+        if result.verdict.kind is not VerdictKind.UNKNOWN:
+            print(f"  {result.verdict.khat_meaning}")
     if options.out is not None:
         for path in _write(options.out, fits, example, reference):
             print(f"wrote {path}")
 
 
-def _fit_one(example: Example, name: str, options: argparse.Namespace) -> FlowFit:
+def _fit_one(example: Example, name: str, options: argparse.Namespace) -> FitResult:
     pyro.clear_param_store()
     guide = GUIDES[name][0](example.model)
     # The errors of fit are about the user's model and data; what lies deeper keeps its traceback.
@@ -149,20 +151,21 @@ def _fit_one(example: Example, name: str, options: argparse.Namespace) -> FlowFi
 def _compare(options: argparse.Namespace) -> None:
     stems = [path.stem for path in options.files]
     names = [path.stem if stems.count(path.stem) == 1 else str(path) for path in options.files]
-    compared = {name: _read_posterior(path) for name, path in zip(names, options.files, strict=True)}
+    posteriors = {name: _read_posterior(path) for name, path in zip(names, options.files, strict=True)}
     try:
-        table = comparison_table(compared, options.reference)
+        table = comparison_table(posteriors, options.reference)
     except ValueError as error:
         raise UserError(str(error)) from error
     # One posterior is a row of numbers of different sizes: by columns they line up.
     print(table.T.to_string(float_format=lambda number: f"{number:.3f}", na_rep="–"))
-    for name, one in compared.items():
-        if one.weights is not None:
-            print(f"{name}: {one.weights.verdict()}")
-            print(f"  {one.weights.meaning()}")
+    for name, one in posteriors.items():
+        verdict = one.best().verdict
+        if verdict.kind is not VerdictKind.UNKNOWN:
+            print(f"{name}: {verdict}")
+            print(f"  {verdict.khat_meaning}")
 
 
-def _read_posterior(path: Path) -> Compared:
+def _read_posterior(path: Path) -> Posterior:
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     with _quiet_arviz():
@@ -174,7 +177,7 @@ def _read_posterior(path: Path) -> Compared:
             raise UserError(f"{path} cannot be read as netCDF: {' '.join(str(error).split())[:200]}") from error
     if "posterior" not in tree:
         raise UserError(f"{path} has no group 'posterior'")
-    return compared_from_tree(tree)
+    return posterior_from_tree(tree)
 
 
 # --- models and data of the user ----------------------------------------------------------------------------------------
@@ -274,17 +277,17 @@ def _check_arguments(model: Callable, arguments: Mapping[str, Any], data: Path |
 # --- results ------------------------------------------------------------------------------------------------------------
 
 
-def moments_table(fits: Mapping[str, FlowFit], example: Example, reference: Mapping[str, np.ndarray] | None) -> str:
+def moments_table(fits: Mapping[str, FitResult], example: Example, reference: Mapping[str, np.ndarray] | None) -> str:
     """ELBO, k-hat, and every reported scalar's mean and sd under each guide, next to the reference."""
     columns: dict[str, dict[str, str]] = {}
     for name, result in fits.items():
-        khat = "–" if np.isnan(result.khat) else f"{result.khat:.2f} ± {result.draws.khat().se:.2f}"
-        column = {"ELBO": str(result.draws.elbo()), "k-hat": khat}
+        khat = "–" if np.isnan(result.khat.value) else f"{result.khat:.2f} ± {result.khat.se:.2f}"
+        column = {"ELBO": str(result.elbo), "k-hat": khat}
         columns[name] = column | _moments(result.summary(coords=example.coords, quantiles=()), example.report)
     if reference is not None:
         dims = next(iter(fits.values())).draws.dims
         column = {"ELBO": f"log Z = {example.log_evidence}" if example.log_evidence else "", "k-hat": ""}
-        columns["NUTS"] = column | _moments(summarise(reference, dims, example.coords, ()), example.report)
+        columns["NUTS"] = column | _moments(summarize(reference, dims, example.coords, ()), example.report)
     table = pd.DataFrame(columns).fillna("")
     table.index.name = "mean (sd)"
     return table.to_string()
@@ -303,7 +306,7 @@ def _make_directory(path: Path) -> None:
 
 
 def _write(
-    directory: Path, fits: Mapping[str, FlowFit], example: Example, reference: Mapping[str, np.ndarray] | None
+    directory: Path, fits: Mapping[str, FitResult], example: Example, reference: Mapping[str, np.ndarray] | None
 ) -> list[Path]:
     """One netCDF file per guide and a PNG of the marginals; a file is whole or not there."""
     written = []

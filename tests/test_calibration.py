@@ -51,7 +51,7 @@ def draw_only(model, guide, seed, num_samples=500):
 
 def calibrate(num_simulations=NUM, **options):
     options = {"guide_factory": guide_with(), "infer": draw_only, "progress": False, **options}
-    return fg.calibration(model_factory, num_simulations=num_simulations, **options)
+    return fg.check_calibration(model_factory, num_simulations=num_simulations, **options)
 
 
 def test_an_exact_guide_passes():
@@ -62,7 +62,7 @@ def test_an_exact_guide_passes():
     table = result.table()
     assert list(table.index) == ["effects[0]", "effects[1]"]
     assert (table["finding"] == "calibrated").all()
-    assert result.verdict() == "calibrated: 300 simulations show no departure in 2 scalars"
+    assert result.verdict == "calibrated: 300 simulations show no departure in 2 scalars"
     # A tenth of the ranks in each tenth: binomial, within four and a half of its sds.
     counts = np.stack([np.histogram(r, np.linspace(0, 200, 11))[0] for r in result.ranks["effects"].T])
     assert (np.abs(counts - NUM / 10) < 4.5 * (NUM * 0.1 * 0.9) ** 0.5).all()
@@ -76,7 +76,7 @@ def test_a_wrong_width_is_flagged_by_its_law(scale):
     result = calibrate(guide_factory=guide_with(scale=scale))
     table = result.table()
     assert (table["finding"] == ("too narrow" if scale < 1 else "too wide")).all()
-    assert result.verdict().startswith("not calibrated: 2 of 2 scalars, over 300 simulations: effects[0] too ")
+    assert result.verdict.startswith("not calibrated: 2 of 2 scalars, over 300 simulations: effects[0] too ")
     # P is beyond its 5% and 95% points as often as a standard normal is beyond scale × 1.645.
     outside = (np.abs(result.probabilities["effects"] - 0.5) > 0.45).mean(0)
     expected = 2 * norm.sf(1.645 * scale)
@@ -176,12 +176,12 @@ def test_what_cannot_be_calibrated():
     with pytest.raises(ValueError, match="num_processes must be at least 1, got 0"):
         calibrate(20, num_processes=0)
     with pytest.raises(
-        RuntimeError, match="seed 7 failed: ValueError: there are 500 draws, and num_draws asks for 501"
+        RuntimeError, match="seed 7 failed: ValueError: there are 500 draws, and num_samples asks for 501"
     ):
-        calibrate(20, num_draws=501, seed=7)
+        calibrate(20, num_samples=501, seed=7)
 
     def nothing_observed():
         pyro.sample("x", dist.Normal(0.0, 1.0))
 
     with pytest.raises(RuntimeError, match="the model observes nothing"):
-        fg.calibration(lambda: nothing_observed, guide_with(), 20, progress=False)
+        fg.check_calibration(lambda: nothing_observed, guide_with(), 20, progress=False)

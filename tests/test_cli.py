@@ -101,7 +101,7 @@ def written(tmp_path):
             observed={"y": y},
             dims={"mu": [], "y": []},
         )
-        draws.to_arviz().to_netcdf(str(tmp_path / f"{name}.nc"))
+        fg.to_arviz(draws).to_netcdf(str(tmp_path / f"{name}.nc"))
     return tmp_path
 
 

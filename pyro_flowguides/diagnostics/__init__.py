@@ -2,7 +2,7 @@
 
 from .compare import compare
 from .draws import Draws
-from .importance import Estimate
+from .importance import Estimate, Verdict, VerdictKind
 from .plots import plot_elbo, plot_flow, plot_marginals, plot_weights
 from .posterior import to_arviz
 from .sampling import draw
@@ -10,6 +10,8 @@ from .sampling import draw
 __all__ = [
     "Draws",
     "Estimate",
+    "Verdict",
+    "VerdictKind",
     "compare",
     "draw",
     "plot_elbo",

@@ -6,13 +6,12 @@ This module works on numpy arrays and needs no torch.
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-
-from .importance import arviz_generation
 
 Coords = Mapping[str, Sequence[Any]]
 Dims = Mapping[str, Sequence[str]]
@@ -20,6 +19,11 @@ Dims = Mapping[str, Sequence[str]]
 SAMPLE_DIMS = ("chain", "draw")
 # Names of dimensions that ArviZ's schema keeps for itself.
 RESERVED_DIMS = ("chain", "draw", "sample", "pred_id")
+
+
+def arviz_generation() -> int:
+    """0 for ArviZ 0.x (InferenceData), 1 for 1.x and later (DataTree)."""
+    return min(1, int(importlib.metadata.version("arviz").split(".")[0]))
 
 
 @dataclass(frozen=True)

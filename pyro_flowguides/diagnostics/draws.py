@@ -15,9 +15,8 @@ from torch import Tensor
 
 from . import moments
 from .arviz import Coords, Dims
-from .export import export
-from .importance import Estimate, ImportanceWeights, elbo
-from .summary import diagnose, scalars, summarise
+from .importance import UNKNOWN, Estimate, ImportanceWeights, Verdict, VerdictKind, elbo
+from .summary import diagnose, scalars, summarize
 
 
 @dataclass(frozen=True)
@@ -25,21 +24,24 @@ class Draws:
     """Draws from a guide. Made by :func:`draw`; every tensor has the draws as its first dimension.
 
     Attributes:
-        values: The latent sites of the model, in their own (constrained) space; without those in a subsampled plate, of which
-            every minibatch has others.
+        values: The latent sites of the model, in their own (constrained) space. Sites in a subsampled plate are left out, since
+            every minibatch has other ones.
         unconstrained: The same in unconstrained space.
         deterministic: The deterministic sites.
         log_p: The log joint density of model and data, shape (S,).
         log_q: The log-density of the guide, shape (S,).
-        log_likelihood: Of every observed site, per observation; empty unless asked for.
+        log_likelihood: The log-likelihood of every observed site, per observation; empty unless asked for.
         observed: The data.
-        dims: The names of the dimensions of a site (without that of the draws), from the names of its plates.
-        no_weights: Why these draws have no importance weights, or None if they have: the guide's log-density is a random
-            estimate (as that of a residual flow with ``log_det="hutchinson"``), a latent is a single point, or the data are
-            subsampled. Only :meth:`elbo` is to be had then; k-hat, weights, ESS and verdict raise ValueError.
-        no_elbo: Why there is not even an ELBO, or None if there is: the draws have been resampled, or come from MCMC.
-        minibatch_size: How many draws in a row share one minibatch of subsampled data; None where nothing is subsampled.
+        dims: The names of a site's dimensions behind the one of the draws, from the names of its plates.
+        weights_error: Why these draws have no importance weights, or None if they have: the log-density of the guide is a random
+            estimate (a residual flow with ``log_det="hutchinson"``), a latent is a single point, or the data are subsampled. Only
+            :attr:`elbo` is available in that case.
+        elbo_error: Why there is no ELBO either, or None if there is: the draws have been resampled, or come from MCMC.
+        minibatch_size: The number of consecutive draws that share one minibatch of subsampled data; None where nothing is
+            subsampled.
         non_finite_site: The site of model or guide that has no finite density in the first draw whose weight is not finite.
+
+    Where there is no ELBO, k-hat or ESS, these attributes are NaN, and :attr:`verdict` is unknown and says why.
     """
 
     values: dict[str, Tensor]
@@ -50,8 +52,8 @@ class Draws:
     log_likelihood: dict[str, Tensor]
     observed: dict[str, Tensor]
     dims: dict[str, list[str]]
-    no_weights: str | None = None
-    no_elbo: str | None = None
+    weights_error: str | None = None
+    elbo_error: str | None = None
     minibatch_size: int | None = None
     non_finite_site: str = ""
 
@@ -63,6 +65,11 @@ class Draws:
         """log p − log q, not normalised and not smoothed."""
         return self.log_p - self.log_q
 
+    @property
+    def _error(self) -> str | None:
+        """Why there are no weights, whatever the reason."""
+        return self.elbo_error or self.weights_error
+
     @functools.cached_property
     def weights(self) -> ImportanceWeights:
         """The importance weights.
@@ -70,78 +77,78 @@ class Draws:
         Raises:
             ValueError: if these draws have none, with the reason.
         """
-        reason = self.no_elbo or self.no_weights
-        if reason:
-            raise ValueError(f"These draws have no importance weights, k-hat, ESS or verdict: {reason}")
-        return ImportanceWeights(_numpy(self.log_p), _numpy(self.log_q), self.non_finite_site)
+        if self._error:
+            raise ValueError(f"These draws have no importance weights: {self._error}")
+        return ImportanceWeights(to_numpy(self.log_p), to_numpy(self.log_q), self.non_finite_site)
 
     @property
     def smoothed_log_weights(self) -> np.ndarray:
-        """Pareto-smoothed log weights that add up to 1."""
+        """Pareto-smoothed log weights that add up to 1; raises ValueError where there are none."""
         return self.weights.smoothed_log_weights
 
+    @functools.cached_property
     def elbo(self) -> Estimate:
-        """The evidence lower bound, the mean of the log weights, in nats.
-
-        Raises:
-            ValueError: if the draws have been resampled, or come from MCMC.
-        """
-        if self.no_elbo:
-            raise ValueError(f"These draws have no ELBO: {self.no_elbo}")
-        return elbo(_numpy(self.log_weights).astype(np.float64), self.minibatch_size)
+        """The evidence lower bound, the mean of the log weights, in nats."""
+        if self.elbo_error:
+            return UNKNOWN
+        return elbo(to_numpy(self.log_weights).astype(np.float64), self.minibatch_size)
 
     def iw_elbo(self, num_weights: int = 10) -> Estimate:
-        """The importance-weighted bound with so many weights; see :func:`pyro_flowguides.diagnostics.importance.iw_elbo`."""
+        """The importance-weighted bound with K = ``num_weights``; see :func:`pyro_flowguides.diagnostics.importance.iw_elbo`."""
         return self.weights.iw_elbo(num_weights)
 
+    @property
     def khat(self) -> Estimate:
         """The Pareto shape of the weights' tail, with a bootstrap standard error; NaN where all weights are equal."""
-        return self.weights.khat()
+        return UNKNOWN if self._error else self.weights.khat
 
+    @property
     def ess(self) -> Estimate:
         """The effective number of draws, ``1 / Σ w²`` of the smoothed weights, with a bootstrap standard error."""
-        return self.weights.ess()
+        return UNKNOWN if self._error else self.weights.ess
 
-    def verdict(self) -> str:
-        """What the weights say about the guide, in words; see :func:`pyro_flowguides.diagnostics.importance.verdict`."""
-        return self.weights.verdict()
+    @property
+    def verdict(self) -> Verdict:
+        """What the weights say about the guide; see :func:`pyro_flowguides.diagnostics.importance.judge`."""
+        if self._error:
+            return Verdict(VerdictKind.UNKNOWN, UNKNOWN.value, UNKNOWN.value, len(self), self._error)
+        return self.weights.verdict
 
     def resample(self, num_samples: int, *, replace: bool = True, seed: int | None = None) -> Draws:
         """Draws of the posterior with equal weights: these, taken with their smoothed weights as probabilities.
 
-        With replacement their moments are those of the weighted draws, up to noise; without, no draw is there twice, and the
-        fewer are taken the nearer they are to the posterior. Trustworthy where the verdict is good.
+        With replacement they have the moments of the weighted draws, up to noise. Without, no draw is taken twice, and the fewer
+        are taken the nearer they are to the posterior. Trust them where the verdict is good.
 
         Arguments:
-            num_samples: How many to take.
+            num_samples: The number of draws to take.
             replace: Whether a draw may be taken more than once.
-            seed: Of the choice; by default it follows Pyro's own seed.
+            seed: The seed of the choice; by default it follows Pyro's own.
 
         Raises:
-            ValueError: if there are no weights, or more draws are asked for than can be had without replacement.
+            ValueError: if there are no weights, or there are fewer draws with a weight than are to be taken without replacement.
         """
         rng = np.random.default_rng(int(torch.randint(2**31, ())) if seed is None else seed)
         index = torch.as_tensor(self.weights.resample(num_samples, replace, rng), device=self.log_p.device)
-        reason = "they have been resampled by their weights, and have equal weights now"
-        return dataclasses.replace(self[index], no_elbo=reason)
+        reason = "the draws have been resampled by their weights, and have equal weights now"
+        return dataclasses.replace(self[index], elbo_error=reason)
 
     def posterior(self) -> dict[str, np.ndarray]:
         """The latent and the deterministic sites as numpy arrays."""
-        return {name: _numpy(value) for name, value in {**self.values, **self.deterministic}.items()}
+        return {name: to_numpy(value) for name, value in {**self.values, **self.deterministic}.items()}
 
     def mean(self, *, weighted: bool = True) -> dict[str, np.ndarray]:
-        """The posterior mean of every site, by the smoothed importance weights or of the guide's draws as they are."""
+        """The posterior mean of every site, by the smoothed importance weights, or the mean of the guide's draws as they are."""
         return {name: moments.mean(draws, self._weights(weighted)) for name, draws in self.posterior().items()}
 
     def sd(self, *, weighted: bool = True) -> dict[str, np.ndarray]:
         """The posterior standard deviation of every site, weighted or not as in :meth:`mean`."""
         return {name: moments.sd(draws, self._weights(weighted)) for name, draws in self.posterior().items()}
 
-    def quantiles(self, levels: Sequence[float], *, weighted: bool = True) -> dict[str, np.ndarray]:
-        """The posterior quantiles of every site, ``(len(levels),) + shape``, weighted or not as in :meth:`mean`."""
-        return {
-            name: moments.quantiles(draws, levels, self._weights(weighted)) for name, draws in self.posterior().items()
-        }
+    def quantiles(self, quantiles: Sequence[float], *, weighted: bool = True) -> dict[str, np.ndarray]:
+        """The posterior quantiles of every site, ``(len(quantiles),) + shape``, weighted or not as in :meth:`mean`."""
+        weights = self._weights(weighted)
+        return {name: moments.quantiles(draws, quantiles, weights) for name, draws in self.posterior().items()}
 
     def _weights(self, weighted: bool) -> np.ndarray | None:
         return self.weights.weights if weighted else None
@@ -159,8 +166,8 @@ class Draws:
             ValueError: if labels do not fit, or a site has the name of one of these columns.
         """
         columns = scalars(self.posterior(), {**self.dims, **(dims or {})}, coords or {})
-        densities = {name: _numpy(getattr(self, name)) for name in ("log_p", "log_q")}
-        if not (self.no_elbo or self.no_weights):
+        densities = {name: to_numpy(getattr(self, name)) for name in ("log_p", "log_q")}
+        if not self._error:
             densities["log_weight"] = self.smoothed_log_weights
         for name in densities:
             if name in columns:
@@ -184,19 +191,19 @@ class Draws:
             kind: ``"stats"``: mean, standard deviation and quantiles; ``"diagnostics"``: what the importance weights say about
                 the mean, see :func:`pyro_flowguides.diagnostics.summary.diagnose`; ``"all"``: both.
             quantiles: Numbers between 0 and 1.
-            weighted: Whether mean, standard deviation and quantiles are those of the weighted draws.
+            weighted: Whether to weigh the draws for mean, standard deviation and quantiles.
             coords: Labels along a dimension, by the name of its plate.
             dims: Names of dimensions, by site, where the plates do not give them.
 
         Raises:
-            ValueError: if the kind is unknown; if weights are asked for that the draws have not; if labels do not fit.
+            ValueError: if the kind is unknown; if weights are asked for and the draws have none; if labels do not fit.
         """
         if kind not in ("stats", "diagnostics", "all"):
             raise ValueError(f'summary: kind must be "stats", "diagnostics" or "all", got {kind!r}')
         posterior, names, labels = self.posterior(), {**self.dims, **(dims or {})}, coords or {}
         tables = []
         if kind != "diagnostics":
-            tables.append(summarise(posterior, names, labels, quantiles, self._weights(weighted)))
+            tables.append(summarize(posterior, names, labels, quantiles, self._weights(weighted)))
         if kind != "stats":
             tables.append(diagnose(posterior, names, labels, self.weights))
         return pd.concat(tables, axis=1)
@@ -217,21 +224,23 @@ class Draws:
             log_likelihood=taken(self.log_likelihood),
         )
 
-    def to_arviz(self, *, coords: Coords | None = None, dims: Dims | None = None) -> Any:
-        """These draws alone as ArviZ's ``InferenceData`` (0.x) or ``DataTree`` (1.x), with one chain.
 
-        Groups: posterior, unconstrained_posterior, sample_stats, log_likelihood where it was computed, observed_data. With
-        :func:`pyro_flowguides.to_arviz` and the model come the predictive groups, the prior and the model's arguments.
+def concatenate(parts: Sequence[Draws]) -> Draws:
+    """Draws of one model one after the other; what does not vary between draws is taken from the first part."""
+    first = parts[0]
+    sites: dict[str, Any] = {
+        field: {name: torch.cat([getattr(part, field)[name] for part in parts]) for name in getattr(first, field)}
+        for field in ("values", "unconstrained", "deterministic", "log_likelihood")
+    }
+    return dataclasses.replace(
+        first,
+        **sites,
+        log_p=torch.cat([part.log_p for part in parts]),
+        log_q=torch.cat([part.log_q for part in parts]),
+        non_finite_site=next(filter(None, (part.non_finite_site for part in parts)), ""),
+    )
 
-        Arguments:
-            coords: Labels along a dimension, by the name of its plate.
-            dims: Names of dimensions, by site, where the plates do not give them.
 
-        Raises:
-            ValueError: if names clash or labels do not fit.
-        """
-        return export([self], coords=coords, dims=dims)
-
-
-def _numpy(value: Tensor) -> np.ndarray:
+def to_numpy(value: Tensor) -> np.ndarray:
+    """A tensor of any device, with or without a graph, as a numpy array."""
     return value.detach().cpu().numpy()

@@ -9,12 +9,14 @@ This module works on numpy arrays and needs no torch.
 
 from __future__ import annotations
 
+import enum
 import functools
-import importlib.metadata
 import math
 from dataclasses import dataclass
 
 import numpy as np
+
+from .arviz import arviz_generation
 
 NUM_BOOTSTRAP = 25
 # A tail of at least five draws is needed to fit its shape, and a fifth of the draws is taken as the tail.
@@ -29,9 +31,15 @@ WELL_FITTED_ESS = 0.9
 class Estimate:
     """A number that was estimated from draws, with its standard error.
 
+    ``print`` shows both, to the first digit of the standard error; ``float`` and a format such as ``f"{estimate:.2f}"`` take the
+    value alone. Where there is no such number, both are NaN.
+
     Example:
-        >>> print(Estimate(-31.3271, 0.0042))
+        >>> estimate = Estimate(-31.3271, 0.0042)
+        >>> print(estimate)
         -31.327 ± 0.004
+        >>> f"{estimate:.1f}"
+        '-31.3'
     """
 
     value: float
@@ -46,10 +54,113 @@ class Estimate:
         digits = max(0, -math.floor(math.log10(self.se)))
         return f"{self.value:.{digits}f} ± {self.se:.{digits}f}"
 
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec) if spec else str(self)
 
-def arviz_generation() -> int:
-    """0 for ArviZ 0.x (InferenceData), 1 for 1.x and later (DataTree)."""
-    return min(1, int(importlib.metadata.version("arviz").split(".")[0]))
+
+UNKNOWN = Estimate(float("nan"), float("nan"))
+
+
+class VerdictKind(enum.Enum):
+    """What importance weights can say about a guide; the value is the sentence, for the reason to be put into."""
+
+    EXACT = "exact: {reason}. A mode that the guide never reaches cannot be detected."
+    GOOD = "good: {reason}. A mode that the guide never reaches cannot be detected."
+    GOOD_ONCE_WEIGHTED = (
+        "good once the draws are weighted or resampled: {reason}. "
+        "A mode that the guide never reaches cannot be detected."
+    )
+    DOUBTFUL = (
+        "doubtful: {reason}. Neither its draws nor weights can be trusted there. Try, in this order, another "
+        "parameterisation of the model (non-centred for weak data), base='student_t' for heavy tails, a flow with more "
+        "layers, more steps, and NUTS in the space of the flow (NeuTra)."
+    )
+    UNKNOWN = "unknown: {reason}."
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether to believe a guide, by the importance weights of its draws; ``print`` gives the sentence. Made by :func:`judge`.
+
+    Attributes:
+        kind: Exact, good, good once weighted, doubtful or unknown.
+        khat: The Pareto shape of the weights' tail; NaN where all weights are equal or unknown.
+        ess_fraction: The effective sample size as a fraction of the draws; NaN where it is unknown.
+        num_draws: The number S of draws.
+        reason: The findings, or why there are none, in words.
+    """
+
+    kind: VerdictKind
+    khat: float
+    ess_fraction: float
+    num_draws: int
+    reason: str
+
+    def __str__(self) -> str:
+        return self.kind.value.format(reason=self.reason)
+
+    @property
+    def khat_meaning(self) -> str:
+        r"""What k-hat says here, in words.
+
+        Weights of Pareto shape k are reliable from about :math:`10^{1 / (1 - \max(0, k))}` draws on: Vehtari et al. (2024),
+        *Pareto smoothed importance sampling*, arXiv:1507.02646.
+
+        Example:
+            >>> print(judge(0.75, 0.5, 10_000).khat_meaning)
+            k-hat is the shape of the upper tail of p / q. At 0.75, weights would be reliable from about 10,000 draws on; there
+            are 10,000.
+            >>> print(judge(1.2, 0.01, 10_000).khat_meaning)
+            k-hat is the shape of the upper tail of p / q. From 1 on, as here, no number of draws makes the weights reliable.
+        """
+        if self.kind is VerdictKind.UNKNOWN:
+            return f"k-hat, the shape of the upper tail of p / q, is unknown: {self.reason}."
+        if math.isnan(self.khat):
+            return "k-hat, the shape of the upper tail of p / q, cannot be estimated where p / q is the same at every draw."
+        start = "k-hat is the shape of the upper tail of p / q."
+        if self.khat >= 1:
+            return f"{start} From 1 on, as here, no number of draws makes the weights reliable."
+        exponent = 1 / (1 - max(0.0, self.khat))
+        needed = (
+            f"about {round(10**exponent, 1 - math.floor(exponent)):,.0f}" if exponent < 12 else f"10^{exponent:.0f}"
+        )
+        return f"{start} At {self.khat:.2f}, weights would be reliable from {needed} draws on; there are {self.num_draws:,}."
+
+
+def judge(khat: float, ess_fraction: float, num_draws: int) -> Verdict:
+    """What k-hat and the effective sample size say about the guide.
+
+    Arguments:
+        khat: The Pareto shape; NaN where the weights are constant.
+        ess_fraction: The effective sample size as a fraction of the draws.
+        num_draws: The number S of draws.
+
+    Example:
+        >>> verdict = judge(0.31, 0.95, 10_000)
+        >>> verdict.kind is VerdictKind.GOOD
+        True
+        >>> print(verdict)
+        good: k-hat 0.31 is below 0.70 and 95% of the draws are effective. A mode that the guide never reaches cannot be detected.
+    """
+    if math.isnan(khat):
+        kind, reason = VerdictKind.EXACT, "every draw has the same weight, up to rounding"
+    elif khat < (threshold := khat_threshold(num_draws)):
+        kind = VerdictKind.GOOD if ess_fraction > WELL_FITTED_ESS else VerdictKind.GOOD_ONCE_WEIGHTED
+        reason = f"k-hat {khat:.2f} is below {threshold:.2f} and {ess_fraction:.0%} of the draws are effective"
+    elif ess_fraction > NEAR_PERFECT_ESS:
+        kind = VerdictKind.GOOD
+        reason = f"{ess_fraction:.1%} of the draws are effective; the heavy tail (k-hat {khat:.2f}) carries negligible weight"
+    else:
+        kind = VerdictKind.DOUBTFUL
+        reason = f"k-hat {khat:.2f} is not below {threshold:.2f}: the guide misses part of the posterior"
+        if ess_fraction > WELL_FITTED_ESS:
+            reason += f", a small one: {ess_fraction:.0%} of the draws are effective"
+    return Verdict(kind, khat, ess_fraction, num_draws, reason)
+
+
+def khat_threshold(num_samples: int) -> float:
+    """The k-hat below which the importance weights of S draws are reliable: min(1 − 1/log10 S, 0.7)."""
+    return min(1 - 1 / math.log10(num_samples), 0.7)
 
 
 def psis(log_ratios: np.ndarray, where: str = "") -> tuple[np.ndarray, np.ndarray]:
@@ -66,15 +177,9 @@ def psis(log_ratios: np.ndarray, where: str = "") -> tuple[np.ndarray, np.ndarra
         ValueError: if there are too few draws, or a ratio is NaN or +inf.
     """
     log_ratios = np.asarray(log_ratios, dtype=np.float64)
-    num_draws = log_ratios.shape[-1]
-    if num_draws < MIN_DRAWS:
-        raise ValueError(f"PSIS needs at least {MIN_DRAWS} draws to fit the tail of their weights, got {num_draws}")
-    wrong = (np.isnan(log_ratios) | np.isposinf(log_ratios)).reshape(-1, num_draws).any(0)
-    if wrong.any():
-        raise ValueError(
-            f"{wrong.sum()} of {num_draws} draws have a log weight that is NaN or infinite (the first is draw "
-            f"{int(wrong.argmax())}{where and ', at ' + where}); the model or the guide gives no finite log-probability there"
-        )
+    error = _psis_error(log_ratios, where)
+    if error:
+        raise ValueError(error)
     # A draw without probability has weight 0; the smoother wants a finite logarithm.
     finite = np.where(np.isneginf(log_ratios), -1e30, log_ratios)
     # The quantiles of a very heavy tail overflow: the smoothed weights there are then as large as the largest one was.
@@ -91,8 +196,25 @@ def psis(log_ratios: np.ndarray, where: str = "") -> tuple[np.ndarray, np.ndarra
     return np.asarray(log_weights), np.asarray(khat, dtype=np.float64)
 
 
+def _psis_error(log_ratios: np.ndarray, where: str) -> str | None:
+    """Why log ratios cannot be smoothed, or None."""
+    num_samples = log_ratios.shape[-1]
+    if num_samples < MIN_DRAWS:
+        return f"PSIS needs at least {MIN_DRAWS} draws to fit the tail of their weights, got {num_samples}"
+    wrong = (np.isnan(log_ratios) | np.isposinf(log_ratios)).reshape(-1, num_samples).any(0)
+    if wrong.any():
+        return (
+            f"{wrong.sum()} of {num_samples} draws have a log weight that is NaN or infinite (the first is draw "
+            f"{int(wrong.argmax())}{where and ', at ' + where}); the model or the guide gives no finite log-probability there"
+        )
+    return None
+
+
 class ImportanceWeights:
     r"""The weights :math:`w \propto p / q` of draws, Pareto-smoothed; everything is computed when it is first asked for.
+
+    Where the weights cannot be smoothed, :attr:`khat` and :attr:`ess` are NaN and :attr:`verdict` says why; everything else
+    raises ValueError with that reason.
 
     Arguments:
         log_p: The log-density of the target at every draw, up to a constant, shape (S,).
@@ -112,6 +234,11 @@ class ImportanceWeights:
         return len(self.log_ratios)
 
     @functools.cached_property
+    def error(self) -> str | None:
+        """Why these weights cannot be smoothed, or None: too few draws, or a ratio that is NaN or +inf."""
+        return None if self.are_constant else _psis_error(self.log_ratios, self.where)
+
+    @functools.cached_property
     def _psis(self) -> tuple[np.ndarray, float]:
         if self.are_constant:
             return np.full(len(self), -np.log(len(self))), float("nan")
@@ -120,32 +247,47 @@ class ImportanceWeights:
 
     @property
     def smoothed_log_weights(self) -> np.ndarray:
-        """Their logarithms; the weights add up to 1."""
+        """Their logarithms; the weights add up to 1.
+
+        Raises:
+            ValueError: if they cannot be smoothed, see :attr:`error`.
+        """
         return self._psis[0]
 
     @functools.cached_property
     def weights(self) -> np.ndarray:
-        """The smoothed weights, which add up to 1."""
+        """The smoothed weights, which add up to 1; raises as :attr:`smoothed_log_weights` does."""
         return np.exp(self.smoothed_log_weights)
 
-    def khat(self) -> Estimate:
-        """The Pareto shape of the tail, with a bootstrap standard error; NaN where all weights are equal."""
-        return self._khat
+    @functools.cached_property
+    def elbo(self) -> Estimate:
+        """The evidence lower bound, see :func:`elbo`."""
+        return elbo(self.log_ratios)
 
     @functools.cached_property
-    def _khat(self) -> Estimate:
-        khat = self._psis[1]
-        if np.isnan(khat):
-            return Estimate(khat, float("nan"))
+    def khat(self) -> Estimate:
+        """The Pareto shape of the tail, with a bootstrap standard error; NaN where all weights are equal."""
+        if self.error or math.isnan(self._psis[1]):
+            return UNKNOWN
         rng = np.random.default_rng(0)
         repeats = [psis(rng.choice(self.log_ratios, len(self)))[1] for _ in range(NUM_BOOTSTRAP)]
-        return Estimate(khat, float(np.std(repeats, ddof=1)))
+        return Estimate(self._psis[1], float(np.std(repeats, ddof=1)))
 
+    @functools.cached_property
     def ess(self) -> Estimate:
         """The effective number of draws, ``1 / Σ w²``, with a bootstrap standard error."""
+        if self.error:
+            return UNKNOWN
         rng = np.random.default_rng(0)
         repeats = [_effective_number(rng.choice(self.weights, len(self))) for _ in range(NUM_BOOTSTRAP)]
         return Estimate(_effective_number(self.weights), float(np.std(repeats, ddof=1)))
+
+    @functools.cached_property
+    def verdict(self) -> Verdict:
+        """What k-hat and the effective sample size say about the guide, see :func:`judge`."""
+        if self.error:
+            return Verdict(VerdictKind.UNKNOWN, UNKNOWN.value, UNKNOWN.value, len(self), self.error)
+        return judge(self._psis[1], _effective_number(self.weights) / len(self), len(self))
 
     def iw_elbo(self, num_weights: int) -> Estimate:
         """See :func:`iw_elbo`."""
@@ -154,8 +296,9 @@ class ImportanceWeights:
     def khat_of_mean(self, values: np.ndarray) -> float:
         r"""The Pareto shape that decides on the weighted mean of one scalar.
 
-        The larger of that of the weights and that of :math:`|h - \bar h| w`, of which the error of the mean is made: Vehtari
-        et al. (2024), *Pareto smoothed importance sampling*, arXiv:1507.02646, section 3. NaN where all weights are equal.
+        The larger of two shapes: the one of the weights, and the one of :math:`|h - \bar h| w`, the terms that make up the error
+        of the mean. Vehtari et al. (2024), *Pareto smoothed importance sampling*, arXiv:1507.02646, section 3. NaN where all
+        weights are equal.
 
         Arguments:
             values: The scalar at every draw, shape (S,).
@@ -168,16 +311,8 @@ class ImportanceWeights:
             distance = np.log(np.abs(values - self.weights @ values))
         return max(self._psis[1], float(psis(distance + self.log_ratios)[1]))
 
-    def verdict(self) -> str:
-        """See :func:`verdict`."""
-        return verdict(self._psis[1], _effective_number(self.weights) / len(self), len(self))
-
-    def meaning(self) -> str:
-        """See :func:`khat_in_words`."""
-        return khat_in_words(self._psis[1], len(self))
-
     def resample(self, num_samples: int, replace: bool, rng: np.random.Generator) -> np.ndarray:
-        """The indices of draws that are taken with their weights as probabilities, shape (num_samples,).
+        """The indices of draws chosen with their weights as probabilities, shape (num_samples,).
 
         Raises:
             ValueError: without replacement, if more are asked for than there are draws with a weight above 0.
@@ -202,8 +337,8 @@ def elbo(log_ratios: np.ndarray, minibatch_size: int | None = None) -> Estimate:
 
     Arguments:
         log_ratios: log p − log q of every draw, shape (S,).
-        minibatch_size: How many draws in a row share the noise of one minibatch of data, if they do: what varies is the mean
-            over them.
+        minibatch_size: The number of consecutive draws that share one minibatch of data, if they do; then the standard error is
+            the one between the means of minibatches.
     """
     values = log_ratios
     if minibatch_size is not None:
@@ -215,7 +350,7 @@ def iw_elbo(log_ratios: np.ndarray, num_weights: int) -> Estimate:
     r"""The importance-weighted bound :math:`\mathbb E \log \frac1K \sum_{k=1}^K w_k`, between ELBO (K = 1) and log evidence.
 
     Burda, Grosse and Salakhutdinov (2016), *Importance weighted autoencoders*, arXiv:1509.00519. The mean over S // K disjoint
-    groups of draws, so that it is without bias and its standard error is that of a mean.
+    groups of draws: it is unbiased, and its standard error is the one of a mean.
 
     Arguments:
         log_ratios: log p − log q of every draw, shape (S,).
@@ -238,68 +373,3 @@ def _standard_error(values: np.ndarray) -> float:
     # A draw without density has a log weight of −inf, and then there is no standard error.
     with np.errstate(invalid="ignore"):
         return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
-
-
-def khat_threshold(num_draws: int) -> float:
-    """The k-hat below which importance weights of so many draws are reliable: min(1 − 1/log10 S, 0.7)."""
-    return min(1 - 1 / math.log10(num_draws), 0.7)
-
-
-def verdict(khat: float, ess_fraction: float, num_draws: int) -> str:
-    """What k-hat and the effective sample size say about the guide, in words.
-
-    Arguments:
-        khat: The Pareto shape; NaN where the weights are constant.
-        ess_fraction: The effective sample size as a fraction of the draws.
-        num_draws: The number S of draws.
-
-    Example:
-        >>> print(verdict(0.31, 0.95, 10_000))
-        good: k-hat 0.31 is below 0.70 and 95% of the draws are effective. A mode that no draw has reached would not show.
-    """
-    unseen = "A mode that no draw has reached would not show."
-    if math.isnan(khat):
-        return f"exact: every draw has the same weight, up to rounding. {unseen}"
-    threshold = khat_threshold(num_draws)
-    if ess_fraction > NEAR_PERFECT_ESS and khat >= threshold:
-        return (
-            f"good: {ess_fraction:.1%} of the draws are effective; k-hat {khat:.2f} is the shape of a tail that carries no "
-            f"weight. {unseen}"
-        )
-    if khat < threshold:
-        head = "good" if ess_fraction > WELL_FITTED_ESS else "good once the draws are weighted or resampled"
-        return f"{head}: k-hat {khat:.2f} is below {threshold:.2f} and {ess_fraction:.0%} of the draws are effective. {unseen}"
-    small = f", a small one: {ess_fraction:.0%} of the draws are effective" if ess_fraction > WELL_FITTED_ESS else ""
-    return (
-        f"doubtful: k-hat {khat:.2f} is not below {threshold:.2f}: the guide misses part of the posterior{small}. Neither its "
-        "draws nor weights can be trusted there. Try, in this order, another parameterisation of the model (non-centred for "
-        "weak data), base='student_t' for heavy tails, a flow with more layers, more steps, and NUTS in the space of the flow "
-        "(NeuTra)."
-    )
-
-
-def khat_in_words(khat: float, num_draws: int) -> str:
-    r"""What k-hat says here, in words.
-
-    Weights of Pareto shape k are reliable from about :math:`10^{1 / (1 - \max(0, k))}` draws on: Vehtari et al. (2024), *Pareto
-    smoothed importance sampling*, arXiv:1507.02646.
-
-    Arguments:
-        khat: The Pareto shape; NaN where the weights are constant.
-        num_draws: The number S of draws.
-
-    Example:
-        >>> print(khat_in_words(0.75, 10_000))
-        k-hat is the shape of the upper tail of p / q. At 0.75, weights would be reliable from about 10,000 draws on; there are
-        10,000.
-        >>> print(khat_in_words(1.2, 10_000))
-        k-hat is the shape of the upper tail of p / q. From 1 on, as here, no number of draws makes the weights reliable.
-    """
-    if math.isnan(khat):
-        return "k-hat, the shape of the upper tail of p / q, cannot be estimated where p / q is the same at every draw."
-    start = "k-hat is the shape of the upper tail of p / q."
-    if khat >= 1:
-        return f"{start} From 1 on, as here, no number of draws makes the weights reliable."
-    exponent = 1 / (1 - max(0.0, khat))
-    needed = f"about {round(10**exponent, 1 - math.floor(exponent)):,.0f}" if exponent < 12 else f"10^{exponent:.0f}"
-    return f"{start} At {khat:.2f}, weights would be reliable from {needed} draws on; there are {num_draws:,}."

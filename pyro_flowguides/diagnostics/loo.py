@@ -20,7 +20,7 @@ import numpy as np
 
 from .importance import psis
 
-# So many numbers are smoothed at a time, which bounds the memory.
+# The number of weights to smooth at a time; bounds the memory.
 MAX_BATCH_ELEMENTS = 2**22
 
 
@@ -49,7 +49,7 @@ class Loo:
 
 
 def loo(log_likelihood: np.ndarray, log_ratios: np.ndarray | None = None) -> Loo:
-    """Leaves out every observation in turn.
+    """The log predictive density of every observation given all others.
 
     Arguments:
         log_likelihood: Of every observation at every draw, shape (S, n). A column that is exactly 0 is a masked entry and no

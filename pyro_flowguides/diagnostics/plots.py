@@ -1,4 +1,4 @@
-"""Plots that ArviZ has not: matplotlib Axes in, matplotlib Axes out. Needs the extra ``plots``."""
+"""Plots that ArviZ does not have: matplotlib Axes in, matplotlib Axes out. Needs the extra ``plots``."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _NUM_GRID = 200
 _SMOOTHING = 0.02
 
 
-def plot_elbo(losses: Mapping[str, np.ndarray], *, log_evidence: float | None = None, ax: Any = None) -> Any:
+def plot_elbo(fits: Any, *, log_evidence: float | None = None, ax: Any = None) -> Any:
     """The ELBO of every step, pale, with a smoothed curve, for one fit or several.
 
     The axis leaves out the first tenth of the steps where those would flatten the rest.
 
     Arguments:
-        losses: Name of the fit to its losses, ``fit.losses``; those of skipped steps may be NaN.
+        fits: A fit, an array of its losses (``fit.losses``), or a mapping of names to these. Losses of skipped steps may be NaN.
         log_evidence: log Z, which no ELBO exceeds but by noise; drawn as a line if given.
         ax: The matplotlib Axes to draw on; made if not given.
 
@@ -36,8 +36,8 @@ def plot_elbo(losses: Mapping[str, np.ndarray], *, log_evidence: float | None = 
     """
     ax = _one_axes(ax)
     shown = []
-    for i, (name, values) in enumerate(losses.items()):
-        elbo = -np.asarray(values, dtype=np.float64)
+    for i, (name, fit) in enumerate(_by_name(fits).items()):
+        elbo = -np.asarray(getattr(fit, "losses", fit), dtype=np.float64)
         if not np.isfinite(elbo).any():
             raise ValueError(f"plot_elbo: fit '{name}' has no finite loss")
         smooth = smoothed(elbo, max(1, round(_SMOOTHING * len(elbo))))
@@ -74,14 +74,14 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
         return windowed(np.where(finite, values, 0.0)) / np.round(windowed(finite.astype(np.float64)))
 
 
-def plot_weights(weights: ImportanceWeights, *, ax: Any = None) -> Any:
-    """The upper tail of the importance weights, with the Pareto tail that was fitted to it and k-hat, on double logarithmic axes.
+def plot_weights(draws: Any, *, ax: Any = None) -> Any:
+    """The upper tail of importance weights, with the Pareto tail that was fitted to it and k-hat, on double logarithmic axes.
 
     For every weight the fraction of the draws that have a larger one. A straight decay is a power law, and the flatter it is
     the larger is k-hat.
 
     Arguments:
-        weights: ``draws.weights``.
+        draws: :class:`Draws`, a fit, ``draws.weights``, or a mapping of names to these.
         ax: The matplotlib Axes to draw on; made if not given.
 
     Returns:
@@ -89,30 +89,56 @@ def plot_weights(weights: ImportanceWeights, *, ax: Any = None) -> Any:
 
     Raises:
         ImportError: without matplotlib.
-        ValueError: if all weights are equal, so that there is no tail.
+        ValueError: if draws have no weights, or all of them are equal, so that there is no tail.
     """
-    if weights.are_constant:
-        raise ValueError(
-            "plot_weights: all weights are equal, up to rounding: the guide is exact, and there is no tail"
-        )
+    several = isinstance(draws, Mapping)
+    found = {name: _weights_of(source) for name, source in _by_name(draws).items()}
+    for name, weights in found.items():
+        if weights.are_constant:
+            raise ValueError(
+                f"plot_weights: all weights of '{name}' are equal, up to rounding: the guide is exact, and there is no tail"
+            )
     ax = _one_axes(ax)
+    for i, (name, weights) in enumerate(found.items()):
+        raw, smooth, above = _upper_tail(weights)
+        khat = f"k-hat {weights.khat.value:.2f} ± {weights.khat.se:.2f}"
+        pale = {"color": f"C{i}", "alpha": 0.4} if several else {"color": "0.5", "label": "weights"}
+        ax.loglog(raw, above, ".", markersize=3, **pale)
+        label = f"{name}, {khat}" if several else "Pareto-smoothed"
+        ax.loglog(smooth, above, color=f"C{i}" if several else "C1", label=label)
+        if not several:
+            ax.set_title(khat, fontsize="medium")
+    _label_short_log_axis(ax)
+    ax.set_xlabel("weight / mean weight")
+    ax.set_ylabel("fraction of draws above")
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def _upper_tail(weights: ImportanceWeights) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The largest weights, raw and smoothed, by the mean weight, and the fraction of draws with at least that weight."""
     order = np.argsort(weights.log_ratios)
     smooth = weights.smoothed_log_weights[order]
     # The bodies of raw and smoothed weights differ by normalisation alone.
     raw = weights.log_ratios[order] + np.median(smooth - weights.log_ratios[order])
-    num_draws = len(weights)
-    above = (num_draws - np.arange(num_draws)) / num_draws
-    tail = slice(-min(num_draws // 2, 10 * int(num_draws**0.5)), None)
-    khat = weights.khat()
-    relative = np.log(num_draws)
-    ax.loglog(np.exp(raw[tail] + relative), above[tail], ".", color="0.5", markersize=3, label="weights")
-    ax.loglog(np.exp(smooth[tail] + relative), above[tail], color="C1", label="Pareto-smoothed")
-    _label_short_log_axis(ax)
-    ax.set_xlabel("weight / mean weight")
-    ax.set_ylabel("fraction of draws above")
-    ax.set_title(f"k-hat {khat.value:.2f} ± {khat.se:.2f}", fontsize="medium")
-    ax.legend(frameon=False, fontsize="small")
-    return ax
+    num_samples = len(weights)
+    above = (num_samples - np.arange(num_samples)) / num_samples
+    tail = slice(-min(num_samples // 2, 10 * int(num_samples**0.5)), None)
+    relative = np.log(num_samples)
+    return np.exp(raw[tail] + relative), np.exp(smooth[tail] + relative), above[tail]
+
+
+def _by_name(sources: Any) -> Mapping[str, Any]:
+    """Sources by name; a single one is called after its guide, if it is a fit."""
+    if isinstance(sources, Mapping):
+        return sources
+    guide = getattr(sources, "guide", None)
+    return {"fit" if guide is None else type(guide).__name__: sources}
+
+
+def _weights_of(source: Any) -> ImportanceWeights:
+    """The weights of draws, of the draws of a fit, or those given."""
+    return source if isinstance(source, ImportanceWeights) else getattr(source, "draws", source).weights
 
 
 def plot_flow(
@@ -133,7 +159,7 @@ def plot_flow(
         layers: The panels to show: 0 for the base, l for the density after l layers; negative from the end. All by default.
         extent: The grid goes from −extent to extent in both coordinates of z.
         num_grid: Its points along each.
-        axes: An array of as many matplotlib Axes as there are panels; made if not given.
+        axes: An array of at least as many matplotlib Axes as there are panels; made if not given.
 
     Returns:
         The Axes, a flat array.
@@ -224,7 +250,7 @@ def _one_axes(ax: Any) -> Any:
 
 
 def _panels(axes: Any, number: int, function: str, of_what: str) -> np.ndarray:
-    """The Axes given, or new ones in rows of four, as a flat array; those too many are hidden."""
+    """The Axes given, or new ones in rows of four, as a flat array; the superfluous ones are hidden."""
     plt = _pyplot()
     if axes is None:
         columns = min(4, number)

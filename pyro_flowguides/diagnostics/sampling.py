@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +12,9 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import biject_to
 
+from ..checks import warn
+from ..model.call import ModelCall
+from ..model.plates import is_subsampled
 from ..model.sites import (
     deterministic_sites,
     has_stochastic_log_prob,
@@ -23,18 +26,15 @@ from ..model.sites import (
     subsampled_plate,
     tensor_sites,
 )
-from .draws import Draws
+from .draws import Draws, concatenate
 from .tracer import Tracer
 
-# The largest site of a batch of draws has so many elements, which bounds its memory.
+# The number of elements that the largest site of a batch of draws may have.
 MAX_BATCH_ELEMENTS = 2**24
-
-
-# So many minibatches of subsampled data, to see how much they differ.
+# Minibatches of subsampled data, used to estimate the variance between them.
 NUM_MINIBATCHES = 100
 
 
-@torch.no_grad()
 def draw(
     model: Callable,
     guide: Callable,
@@ -56,7 +56,7 @@ def draw(
         args: The positional arguments of both.
         model_kwargs: The keyword arguments of both.
         num_samples: The number S of draws.
-        batch_size: How many draws to make at a time; bounds the memory.
+        batch_size: The number of draws to make at a time; bounds the memory.
         seed: Seeds Pyro first, if given.
         log_likelihood: Also keep the log-likelihood of every observation under every draw.
 
@@ -66,40 +66,36 @@ def draw(
     for name, number in (("num_samples", num_samples), ("batch_size", batch_size)):
         if number < 1:
             raise ValueError(f"draw: {name} must be at least 1, got {number}")
-    tracer = Tracer(model, guide, args, model_kwargs)
+    tracer = Tracer(ModelCall(model, args, dict(model_kwargs or {})), guide)
     if seed is not None:
         # After the tracer, whose runs build a guide that is not set up.
         pyro.set_rng_seed(seed)
     return draw_traced(tracer, num_samples, batch_size, log_likelihood)
 
 
-@torch.no_grad()
 def draw_traced(tracer: Tracer, num_samples: int, batch_size: int = 10_000, log_likelihood: bool = False) -> Draws:
-    """Draws by a tracer that is at hand, see :func:`draw`."""
+    """Draws by a tracer that exists already, see :func:`draw`."""
     _warn_of_sites_left_out(tracer)
-    subsampled = subsampled_plate(tracer.model_prototype)
+    prototype = tracer.model_prototype
+    subsampled = subsampled_plate(prototype)
     batch_size = batch_size_within_memory(tracer, batch_size)
     if subsampled:
         # Every batch has a minibatch of its own.
         batch_size = max(1, min(batch_size, num_samples // NUM_MINIBATCHES))
     log_likelihood = log_likelihood and not subsampled
-    parts = []
-    for start in range(0, num_samples, batch_size):
-        for guide_trace, model_trace, count in tracer.traces(min(batch_size, num_samples - start)):
-            parts.append(_extract(guide_trace, model_trace, tracer.model_prototype, count, log_likelihood))
-    prototype = tracer.model_prototype
-    values: dict[str, Any] = {
-        key: {name: torch.cat([part[key][name] for part in parts]) for name in parts[0][key]}
-        for key in ("values", "unconstrained", "deterministic", "log_likelihood")
-    }
-    return Draws(
-        **values,
-        log_p=torch.cat([part["log_p"] for part in parts]),
-        log_q=torch.cat([part["log_q"] for part in parts]),
-        non_finite_site=next(filter(None, (part["non_finite_site"] for part in parts)), ""),
+    with torch.no_grad():
+        draws = concatenate(
+            [
+                _extract(guide_trace, model_trace, prototype, count, log_likelihood)
+                for start in range(0, num_samples, batch_size)
+                for guide_trace, model_trace, count in tracer.traces(min(batch_size, num_samples - start), start)
+            ]
+        )
+    return dataclasses.replace(
+        draws,
         observed={} if subsampled else {name: site["value"] for name, site in observed_sites(prototype)},
         dims={name: _dimension_names(name, site) for name, site in tensor_sites(prototype)},
-        no_weights=_why_no_weights(tracer.guide_prototype, subsampled, values["unconstrained"]),
+        weights_error=_weights_error(tracer.guide_prototype, subsampled, draws.unconstrained),
         minibatch_size=batch_size if subsampled else None,
     )
 
@@ -107,12 +103,11 @@ def draw_traced(tracer: Tracer, num_samples: int, batch_size: int = 10_000, log_
 def _warn_of_sites_left_out(tracer: Tracer) -> None:
     left_out = [name for name, _ in latent_sites(tracer.model_prototype) if name not in tracer.guide_prototype.nodes]
     if left_out:
-        warnings.warn(
+        warn(
             f"The guide leaves out site '{left_out[0]}'"
             + (f" and {len(left_out) - 1} more" if len(left_out) > 1 else "")
-            + ": it is drawn from its prior, and ELBO, weights and verdict are those of the guide and that prior together. "
-            "A discrete site is better summed out in the model; see docs/how_to/vectorise.md.",
-            stacklevel=3,
+            + ": it is drawn from its prior, and ELBO, weights and verdict are about the guide and that prior together. "
+            "A discrete site is better summed out in the model; see docs/how_to/vectorise.md."
         )
 
 
@@ -122,8 +117,8 @@ def batch_size_within_memory(tracer: Tracer, batch_size: int) -> int:
     return max(1, min(batch_size, MAX_BATCH_ELEMENTS // max(1, largest)))
 
 
-def _why_no_weights(guide_prototype: Trace, subsampled: str | None, unconstrained: Mapping[str, Tensor]) -> str | None:
-    """The first reason for which the ratios of the densities are no importance weights."""
+def _weights_error(guide_prototype: Trace, subsampled: str | None, unconstrained: Mapping[str, Tensor]) -> str | None:
+    """The first reason why the ratios of the densities are no importance weights."""
     # By the sites, not by the guide, which may be any function.
     sites: list[Any] = list(guide_prototype.nodes.values())
     if any(has_stochastic_log_prob(site["fn"]) for site in sites if site["type"] == "sample"):
@@ -142,10 +137,8 @@ def _why_no_weights(guide_prototype: Trace, subsampled: str | None, unconstraine
     return None
 
 
-def _extract(
-    guide_trace: Trace, model_trace: Trace, prototype: Trace, count: int, log_likelihood: bool
-) -> dict[str, Any]:
-    """The values and densities of one pair of traces, each with ``count`` draws in front."""
+def _extract(guide_trace: Trace, model_trace: Trace, prototype: Trace, count: int, log_likelihood: bool) -> Draws:
+    """The values and densities of one pair of traces of ``count`` draws."""
     originals: dict[str, Any] = dict(prototype.nodes)
 
     def at_draws(name: str, value: Tensor) -> Tensor:
@@ -170,22 +163,24 @@ def _extract(
             likelihoods[name] = per_draw(log_prob, originals[name]["fn"].batch_shape, count)
     log_p, log_q = log_prob_per_draw(model_trace, count), log_prob_per_draw(guide_trace, count)
     for name, site in latent_sites(model_trace):
-        # A site that the guide leaves out is drawn from its prior, which thereby is part of the guide.
+        # A site that the guide leaves out is drawn from its prior, which is part of the guide then.
         if name not in guide_trace.nodes:
             log_q = log_q + site["fn"].log_prob(site["value"]).reshape(count, -1).sum(-1)
-    return {
-        "values": values,
-        "unconstrained": unconstrained,
-        "deterministic": {
+    return Draws(
+        values=values,
+        unconstrained=unconstrained,
+        deterministic={
             name: at_draws(name, site["value"])
             for name, site in deterministic_sites(model_trace)
             if not _in_subsampled_plate(site)
         },
-        "log_likelihood": likelihoods,
-        "log_p": log_p,
-        "log_q": log_q,
-        "non_finite_site": _non_finite_site(guide_trace, model_trace, log_p - log_q, count),
-    }
+        log_p=log_p,
+        log_q=log_q,
+        log_likelihood=likelihoods,
+        observed={},
+        dims={},
+        non_finite_site=_non_finite_site(guide_trace, model_trace, log_p - log_q, count),
+    )
 
 
 def _non_finite_site(guide_trace: Trace, model_trace: Trace, log_ratios: Tensor, count: int) -> str:
@@ -203,11 +198,11 @@ def _non_finite_site(guide_trace: Trace, model_trace: Trace, log_ratios: Tensor,
 
 def _in_subsampled_plate(site: Any) -> bool:
     """Whether a site stands in a plate that takes a part of its elements, and has other elements at every run."""
-    return any(frame.full_size not in (None, frame.size) for frame in site["cond_indep_stack"])
+    return any(map(is_subsampled, site["cond_indep_stack"]))
 
 
 def _dimension_names(name: str, site: Any) -> list[str]:
-    """A name for every dimension of a site's value: that of its plate, or ``<site>_dim_<i>``."""
+    """A name for every dimension of a site's value: the name of its plate, or ``<site>_dim_<i>``."""
     shape = site["value"].shape
     names = [f"{name}_dim_{i}" for i in range(len(shape))]
     event_dim = 0 if is_deterministic(site) else site["fn"].event_dim

@@ -13,7 +13,7 @@ from . import moments
 from .importance import ImportanceWeights
 
 
-def summarise(
+def summarize(
     values: Mapping[str, np.ndarray],
     dims: Mapping[str, Sequence[str]],
     coords: Mapping[str, Sequence[Any]],
@@ -23,7 +23,7 @@ def summarise(
     """Mean, standard deviation and quantiles of every scalar.
 
     Arguments:
-        values: Draws by name, shape ``(num_draws,) + shape``.
+        values: Draws by name, shape ``(S,) + shape``.
         dims: The names of the dimensions of each shape.
         coords: The labels along a dimension; a dimension without labels is numbered.
         quantiles: Numbers between 0 and 1.
@@ -61,16 +61,15 @@ def diagnose(
     """What the importance weights say about every scalar.
 
     Arguments:
-        values: Draws by name, shape ``(num_draws,) + shape``.
+        values: Draws by name, shape ``(S,) + shape``.
         dims: The names of the dimensions of each shape.
         coords: The labels along a dimension; a dimension without labels is numbered.
         weights: Of the draws.
 
     Returns:
-        A data frame indexed like that of :func:`summarise`, with columns ``khat`` (see
-        :meth:`ImportanceWeights.khat_of_mean`), ``shift`` (by how many standard deviations the weights move the mean), ``ess``
-        (how many draws of the posterior would estimate the mean as well as the weighted draws) and ``mcse_mean`` (the standard
-        error of the weighted mean).
+        A data frame with the index of :func:`summarize` and the columns ``khat`` (see :meth:`ImportanceWeights.khat_of_mean`),
+        ``shift`` (by how many standard deviations the weights move the mean), ``ess`` (the number of draws of the posterior that
+        would estimate the mean as well as the weighted draws) and ``mcse_mean`` (the standard error of the weighted mean).
     """
     rows = {}
     for label, column in scalars(values, dims, coords).items():

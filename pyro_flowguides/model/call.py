@@ -9,6 +9,8 @@ from typing import Any
 
 from pyro.poutine.messenger import Messenger
 
+from .ownership import OwnedFunction
+
 
 @dataclass(frozen=True)
 class ModelCall:
@@ -30,11 +32,15 @@ class ModelCall:
 
     @property
     def as_written(self) -> Callable:
-        """The user's function or module under the handlers of Pyro that are wrapped around it, by a guide for example."""
+        """The user's function or module under what is wrapped around it: Pyro's handlers, or the parameters of a fit."""
         model = self.model
-        while isinstance(model, functools.partial) and model.args and isinstance(model.args[0], Messenger):
-            model = model.args[1]
-        return model
+        while True:
+            if isinstance(model, OwnedFunction):
+                model = model.function
+            elif isinstance(model, functools.partial) and model.args and isinstance(model.args[0], Messenger):
+                model = model.args[1]
+            else:
+                return model
 
     @property
     def name(self) -> str:

@@ -1,6 +1,7 @@
 """Fitting a guide to a model."""
 
+from .checkpoint import Checkpoint
 from .fit import fit
-from .result import FlowFit
+from .result import FitResult
 
-__all__ = ["FlowFit", "fit"]
+__all__ = ["Checkpoint", "FitResult", "fit"]

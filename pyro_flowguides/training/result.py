@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
 from ..diagnostics.arviz import Coords, Dims, Group
 from ..diagnostics.draws import Draws
-from ..diagnostics.export import export
-from ..diagnostics.importance import Estimate
-from ..diagnostics.predictive import Conditioned, model_groups
+from ..diagnostics.importance import Estimate, Verdict
+from ..diagnostics.posterior import Posterior, to_arviz
 from ..diagnostics.sampling import draw
+from ..model.call import ModelCall
+
+# The names of parameters that a printed fit shows.
+NUM_SHOWN = 4
 
 
 @dataclass(repr=False)
-class FlowFit:
+class FitResult:
     """A fitted guide. Made by :func:`fit`.
 
+    It owns all parameters that were trained: whatever is fitted, loaded or set in Pyro's parameter store later, or cleared
+    there, its guide and its model stay what they were.
+
     Attributes:
-        model: The model.
-        guide: The fitted guide.
+        model: The model, with the parameters that were trained with the guide, if it has any.
+        guide: The fitted guide, a copy of the guide that was given to ``fit``. A second ``fit`` of it continues with a copy.
         args: The positional arguments it was fitted on.
         model_kwargs: The keyword arguments it was fitted on.
         losses: The loss (−ELBO estimate) of every step, shape (steps,).
-        num_skipped: How many steps were skipped because loss or gradient were not finite.
-        num_rolled_back: How many times the training exploded and was taken back.
+        num_skipped: The number of steps that were skipped because loss or gradient were not finite.
+        num_rolled_back: The number of times that the training exploded and was taken back.
         wall_time: The seconds that the fit took, final draws included.
         draws: Draws from the fitted guide with their densities, 10,000 (1000 for a model that cannot be vectorised).
+        parameters: The trained parameters of the model (``pyro.param``, ``pyro.module``, ``PyroModule``) by name, in their own
+            (constrained) space.
         restarts: Draws of every independent fit, log-likelihoods included, in the order of their seeds; empty where there was
             only one. Everything else here is of the best of them by ELBO.
     """
@@ -46,41 +53,38 @@ class FlowFit:
     num_rolled_back: int
     wall_time: float
     draws: Draws
-    restarts: tuple[Draws, ...] = field(default=())
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    restarts: tuple[Draws, ...] = ()
 
     def __repr__(self) -> str:
-        return (
-            f"FlowFit of {type(self.guide).__name__}: ELBO {self.elbo:.4f} ± {self.elbo_se:.4f} after {len(self.losses)} steps, "
-            f"{self.wall_time:.1f} s; {self.verdict}"
-        )
-
-    @functools.cached_property
-    def _elbo(self) -> tuple[float, float]:
-        estimate = self.draws.elbo()
-        return estimate.value, estimate.se
+        steps = f"{len(self.losses)} steps, {self.wall_time:.1f} s"
+        names = list(self.parameters)
+        shown = ", ".join(names[:NUM_SHOWN]) + (f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else "")
+        owns = f"owns the parameters {shown} of the model; " if names else ""
+        return f"FitResult of {name_of(self.guide)}: ELBO {self.elbo} after {steps}; {owns}{self.verdict}"
 
     @property
-    def elbo(self) -> float:
+    def elbo(self) -> Estimate:
         """The evidence lower bound in nats, from the final draws."""
-        return self._elbo[0]
+        return self.draws.elbo
 
     @property
-    def elbo_se(self) -> float:
-        """The standard error of :attr:`elbo`."""
-        return self._elbo[1]
+    def khat(self) -> Estimate:
+        """The Pareto shape of the importance weights; NaN where they are constant, a perfect fit, or do not exist.
 
-    @functools.cached_property
-    def khat(self) -> float:
-        """The Pareto shape of the importance weights; NaN where they are constant, a perfect fit.
-
-        NaN also where the draws have no weights, see :class:`pyro_flowguides.Draws`; the verdict tells the two apart.
+        The verdict tells the two apart.
         """
-        return math.nan if self.draws.no_weights else self.draws.khat().value
+        return self.draws.khat
 
-    @functools.cached_property
-    def verdict(self) -> str:
-        """Whether to believe the fit, in words."""
-        return f"unknown: {self.draws.no_weights}." if self.draws.no_weights else self.draws.verdict()
+    @property
+    def ess(self) -> Estimate:
+        """The effective number of the final draws."""
+        return self.draws.ess
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether to believe the fit; ``print`` gives a sentence."""
+        return self.draws.verdict
 
     def summary(
         self,
@@ -94,21 +98,22 @@ class FlowFit:
         """One row per scalar: mean, sd and quantiles, diagnostics, or both; see :meth:`pyro_flowguides.Draws.summary`."""
         return self.draws.summary(kind=kind, quantiles=quantiles, weighted=weighted, coords=coords, dims=dims)
 
-    def chains(self, num_samples: int = 4000) -> list[Draws]:
-        """Draws with log-likelihoods of every independent fit: up to so many of each restart, or fresh ones of the only fit."""
+    def to_posterior(self, num_samples: int = 4000) -> Posterior:
+        """The fit as chains with log-likelihoods: ``num_samples`` fresh draws, or with restarts up to as many of each."""
+        call = ModelCall(self.model, self.args, self.model_kwargs)
         if self.restarts:
             number = min(num_samples, *map(len, self.restarts))
-            return [draws[:number] for draws in self.restarts]
-        return [
-            draw(
-                self.model,
-                self.guide,
-                *self.args,
-                model_kwargs=self.model_kwargs,
-                num_samples=num_samples,
-                log_likelihood=True,
-            )
-        ]
+            chains = [draws[:number] for draws in self.restarts]
+        else:
+            options: dict[str, Any] = {"num_samples": num_samples, "log_likelihood": True}
+            chains = [draw(self.model, self.guide, *self.args, model_kwargs=self.model_kwargs, **options)]
+        return Posterior(
+            chains,
+            call,
+            groups={"variational_fit": self._variational_fit()},
+            attrs={"guide": name_of(self.guide)},
+            seconds=self.wall_time,
+        )
 
     def to_arviz(
         self,
@@ -118,41 +123,23 @@ class FlowFit:
         prior: bool = True,
         coords: Coords | None = None,
         dims: Dims | None = None,
+        seed: int | None = None,
     ) -> Any:
-        """The fit as ArviZ's ``InferenceData`` (0.x) or ``DataTree`` (1.x), with a chain per independent fit.
-
-        Groups: posterior, unconstrained_posterior, sample_stats (``lp``, ``log_q``, ``log_weight``), log_likelihood,
-        posterior_predictive, prior, prior_predictive, observed_data, constant_data and variational_fit (the ELBO of every
-        step, ``num_skipped`` steps, how often it was taken back, ``wall_time`` in seconds, k-hat and final ELBO of every chain).
-
-        Arguments:
-            num_samples: The number of draws in a chain.
-            predictive: Whether to sample new data at every draw.
-            prior: Whether to sample from the prior as well.
-            coords: Labels along a dimension, by the name of its plate.
-            dims: Names of dimensions, by site, where the plates do not give them.
-
-        Raises:
-            ValueError: if names clash or labels do not fit, see :func:`pyro_flowguides.diagnostics.arviz.to_tree`.
-        """
-        conditioned = Conditioned(self.model, self.args, self.model_kwargs)
-        chains = self.chains(num_samples)
-        return export(
-            chains,
-            more_groups={
-                **model_groups(conditioned, chains, predictive=predictive, prior=prior),
-                "variational_fit": self._variational_fit(),
-            },
+        """The fit as ArviZ's ``InferenceData`` or ``DataTree``, a chain per independent fit; see :func:`to_arviz`."""
+        return to_arviz(
+            self,
+            num_samples=num_samples,
+            predictive=predictive,
+            prior=prior,
             coords=coords,
             dims=dims,
-            attrs={"name": conditioned.name, "guide": type(self.guide).__name__},
+            seed=seed,
         )
 
     def _variational_fit(self) -> Group:
         # The draws that were judged, not those that are exported: they are more.
         judged = self.restarts or (self.draws,)
-        khats = [Estimate(math.nan, math.nan) if draws.no_weights else draws.khat() for draws in judged]
-        elbos = [draws.elbo() for draws in judged]
+        khats, elbos = [draws.khat for draws in judged], [draws.elbo for draws in judged]
         return Group(
             {
                 "elbo": -self.losses,
@@ -172,3 +159,9 @@ class FlowFit:
             {"elbo": ["step"], **{name: ["chain"] for name in ("khat", "khat_se", "final_elbo", "final_elbo_se")}},
             (),
         )
+
+
+def name_of(guide: Callable) -> str:
+    """The class of a guide, or the name of a plain function."""
+    guide = ModelCall(guide).as_written
+    return getattr(guide, "__name__", type(guide).__name__)

@@ -1,17 +1,14 @@
-"""How the learning rate changes over a fit, and when a fit may end early."""
+"""How the learning rate changes over a round of training, and how many rounds there are."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-import numpy as np
+from torch import Tensor
 
-WARM_UP = 0.05
-# The ELBO is compared in means over so many steps.
-WINDOW = 100
-# What is left of a fit that has converged, as a part of the steps so far, and at least.
-COOL_DOWN, MIN_COOL_DOWN = 0.25, 100
+from ..diagnostics.draws import Draws
 
 Schedule = Callable[[float], float]
 
@@ -26,17 +23,7 @@ def cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def step(progress: float) -> float:
-    """1, from half of the steps on 0.1, from three quarters on 0.01."""
-    return 1.0 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01
-
-
-def warm_up(progress: float) -> float:
-    """From 0 to 1 in a straight line, then to 0 along half a cosine."""
-    return progress / WARM_UP if progress < WARM_UP else cosine((progress - WARM_UP) / (1 - WARM_UP))
-
-
-SCHEDULES: dict[str, Schedule] = {"constant": constant, "cosine": cosine, "step": step, "warm_up": warm_up}
+SCHEDULES: dict[str, Schedule] = {"constant": constant, "cosine": cosine}
 
 
 def find_schedule(schedule: str | Schedule | None) -> Schedule:
@@ -54,47 +41,90 @@ def find_schedule(schedule: str | Schedule | None) -> Schedule:
     return SCHEDULES[schedule or "cosine"]
 
 
-class Progress:
-    """How far a fit has come, from 0 to 1.
+# --- rounds --------------------------------------------------------------------------------------------------------------
+
+NUM_ROUNDS = 3
+FIRST_NUM_STEPS = 1000
+# Below this standard deviation s of the log weights little is left to learn. Near a perfect fit KL(q, p) is s² / 2, as much as
+# when the mean in some direction is off by s standard deviations, and 1 − s² of the draws are effective.
+NEAR_PERFECT_SD = 0.05
+# The fraction of the draws that log_weight_sd leaves out on either side.
+TRIMMED = 1e-3
+
+
+class Round(NamedTuple):
+    """A part of the training with a learning-rate schedule of its own."""
+
+    num_steps: int
+    num_particles: int
+
+
+def doubling_rounds(num_particles: int, fixed: bool) -> tuple[Round, ...]:
+    """Rounds of 1000, 2000 and 4000 steps.
+
+    Loshchilov & Hutter (2017), *SGDR: stochastic gradient descent with warm restarts*, arXiv:1608.03983.
 
     Arguments:
-        num_steps: The number of steps.
+        num_particles: The number of draws per step in the first round.
+        fixed: Whether it stays the same; otherwise it doubles with the number of steps.
+    """
+    return tuple(
+        Round(FIRST_NUM_STEPS * 2**index, num_particles if fixed else num_particles * 2**index)
+        for index in range(NUM_ROUNDS)
+    )
+
+
+def log_weight_sd(log_weights: Tensor) -> float:
+    """The standard deviation of log weights without the largest and the smallest thousandth.
+
+    A single outlier among ten thousand draws can dominate the standard deviation, and another round would not learn it.
+    """
+    num_trimmed = int(TRIMMED * len(log_weights))
+    kept = log_weights.double().sort().values[num_trimmed : len(log_weights) - num_trimmed]
+    return float(kept.std())
+
+
+class RoundScore(NamedTuple):
+    """How good the guide is after a round, judged by its draws.
+
+    Attributes:
+        elbo: The ELBO.
+        elbo_se: Its standard error.
+        log_weight_sd: The :func:`log_weight_sd` of the draws.
     """
 
-    def __init__(self, num_steps: int) -> None:
-        self.num_steps = num_steps
-        self.converged_at: int | None = None
+    elbo: float
+    elbo_se: float
+    log_weight_sd: float
 
-    @property
-    def end(self) -> int:
-        """The number of steps that the fit will take."""
-        if self.converged_at is None:
-            return self.num_steps
-        return min(self.num_steps, self.converged_at + max(MIN_COOL_DOWN, int(COOL_DOWN * self.converged_at)))
-
-    def fraction(self, step: int) -> float:
-        """The progress at a step; once converged, what is left goes by faster."""
-        if self.converged_at is None or step <= self.converged_at:
-            return step / self.num_steps
-        start = self.converged_at / self.num_steps
-        return start + (1 - start) * (step - self.converged_at) / (self.end - self.converged_at)
+    @classmethod
+    def of(cls, draws: Draws) -> RoundScore:
+        """The score of these draws."""
+        return cls(draws.elbo.value, draws.elbo.se, log_weight_sd(draws.log_weights))
 
 
-class Convergence:
-    """Whether the ELBO still rises, by its means over the last two windows of 100 steps.
+def is_worth_another(scores: Sequence[RoundScore]) -> bool:
+    """Whether another round may help: the fit is not near perfect, and the last round made the ELBO rise by more than noise.
 
     Arguments:
-        tolerance: A rise by less than this, in nats, is none; nor is one by less than its standard error.
+        scores: After each round so far.
     """
+    now = scores[-1]
+    if now.log_weight_sd <= NEAR_PERFECT_SD:
+        return False
+    if len(scores) == 1 or not math.isfinite(now.elbo):
+        return True
+    before = scores[-2]
+    return not now.elbo - before.elbo <= math.hypot(now.elbo_se, before.elbo_se)
 
-    def __init__(self, tolerance: float) -> None:
-        self.tolerance = tolerance
 
-    def reached(self, losses: Sequence[float]) -> bool:
-        """Whether it has stopped rising."""
-        if len(losses) < 2 * WINDOW:
-            return False
-        before, last = np.array(losses[-2 * WINDOW : -WINDOW]), np.array(losses[-WINDOW:])
-        rise = np.nanmean(before) - np.nanmean(last)
-        standard_error = math.sqrt((np.nanvar(before) + np.nanvar(last)) / WINDOW)
-        return bool(rise < max(self.tolerance, standard_error))
+def got_worse(scores: Sequence[RoundScore]) -> bool:
+    """Whether the last round did harm: the ELBO fell by more than noise, or is no longer finite.
+
+    Arguments:
+        scores: After each round so far.
+    """
+    if len(scores) == 1 or not math.isfinite(scores[-2].elbo):
+        return False
+    now, before = scores[-1], scores[-2]
+    return not now.elbo >= before.elbo - 2 * math.hypot(now.elbo_se, before.elbo_se)

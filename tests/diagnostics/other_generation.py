@@ -59,7 +59,7 @@ def main():
     import numpy as np
     import xarray as xr
 
-    found = {"generation": importance.arviz_generation(), "types": {}, "dims": {}, "calls": {}}
+    found = {"generation": builder.arviz_generation(), "types": {}, "dims": {}, "calls": {}}
     for path in sorted(folder.glob("*.pickle")):
         groups, coords, attrs = pickle.loads(path.read_bytes())
         tree = builder.to_tree({name: builder.Group(*group) for name, group in groups.items()}, coords, attrs)

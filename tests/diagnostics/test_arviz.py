@@ -29,10 +29,11 @@ from pyro.infer.autoguide import (
 import pyro_flowguides as fg
 from pyro_flowguides.calibration import Calibration
 from pyro_flowguides.diagnostics import arviz as builder
-from pyro_flowguides.diagnostics import export
 from pyro_flowguides.diagnostics.arviz import Group, to_tree
+from pyro_flowguides.diagnostics.groups import draws_groups
 from pyro_flowguides.diagnostics.replay import draws_at
 from pyro_flowguides.examples import EIGHT_SCHOOLS, EXAMPLES
+from pyro_flowguides.model.call import ModelCall
 
 az = pytest.importorskip("arviz")
 QUICK = {"num_steps": 5, "num_particles": 4, "progress": False, "seed": 0}
@@ -286,8 +287,8 @@ def test_groups_of_a_fit():
     np.testing.assert_array_equal(variational["elbo"], -fit.losses)
     assert variational["num_skipped"] == fit.num_skipped
     assert variational["wall_time"] == fit.wall_time
-    assert variational["khat"].values == [fit.khat]
-    assert variational["final_elbo"].values == [fit.elbo]
+    assert variational["khat"].values == [fit.khat.value]
+    assert variational["final_elbo"].values == [fit.elbo.value]
     attrs = posterior.attrs
     assert attrs["sample_dims"] == ["chain", "draw"]
     assert attrs["sampled_variables"] == ["mu", "tau", "theta_tilde"]
@@ -300,7 +301,7 @@ def test_groups_of_a_fit():
 
 def test_restarts_become_chains():
     fit = fit_example(EIGHT_SCHOOLS)
-    restarts = tuple(fit.chains(n)[0] for n in (300, 400))
+    restarts = tuple(fit.to_posterior(n).chains[0] for n in (300, 400))
     fit = dataclasses.replace(fit, restarts=restarts)
     tree = fit.to_arviz(250, coords=EIGHT_SCHOOLS.coords)
     assert tree["posterior"]["theta"].shape == tree["posterior_predictive"]["y"].shape == (2, 250, 8)
@@ -323,13 +324,13 @@ def test_any_guide_and_draws_give_the_same():
     again = fg.to_arviz(guide, model_kwargs=data, num_samples=50, seed=1)
     np.testing.assert_array_equal(tree["posterior_predictive"]["y"], again["posterior_predictive"]["y"])
     draws = fg.draw(EIGHT_SCHOOLS.model, guide, model_kwargs=data, num_samples=50, seed=1, log_likelihood=True)
-    alone, with_model = draws.to_arviz(), fg.to_arviz(draws, model=EIGHT_SCHOOLS.model, model_kwargs=data)
+    alone, with_model = fg.to_arviz(draws), fg.to_arviz(draws, model=EIGHT_SCHOOLS.model, model_kwargs=data)
     np.testing.assert_array_equal(tree["posterior"]["theta"], alone["posterior"]["theta"])
     assert "prior" not in alone
     assert group_names(with_model) == group_names(tree)
     assert "posterior_predictive" not in fg.to_arviz(guide, model_kwargs=data, num_samples=30, predictive=False)
     # Resampled draws are no longer those of the guide.
-    assert set(draws.resample(20).to_arviz()["sample_stats"].data_vars) == {"lp"}
+    assert set(fg.to_arviz(draws.resample(20))["sample_stats"].data_vars) == {"lp"}
 
 
 class Regression(pyro.nn.PyroModule):
@@ -468,7 +469,7 @@ def test_a_plate_with_a_name_that_arviz_keeps():
 
 
 def test_sources_that_are_none():
-    with pytest.raises(TypeError, match="a FlowFit, Draws, a guide or a pyro.infer.MCMC, not dict"):
+    with pytest.raises(TypeError, match="a fit, Draws, a guide or a pyro.infer.MCMC, not dict"):
         fg.to_arviz({})
     with pytest.raises(ValueError, match="does not know its model: give it with model="):
         fg.to_arviz(lambda: None)
@@ -476,12 +477,12 @@ def test_sources_that_are_none():
 
 def test_values_of_another_model():
     with pytest.raises(ValueError, match="not draws of this model: site 'x' has none; the model has no site 'mu'"):
-        draws_at(nothing_observed, {"mu": torch.zeros(5)}, (None,), {}, "they come from elsewhere")
+        draws_at(ModelCall(nothing_observed, (None,)), {"mu": torch.zeros(5)}, "the draws come from elsewhere")
     draws = [
         fg.draw(model, AutoNormal(model), torch.tensor(0.3), num_samples=5) for model in (scalars, nothing_observed)
     ]
     with pytest.raises(ValueError, match="chain 1 is a fit of another model than chain 0"):
-        export.export(draws)
+        draws_groups(draws, {})
 
 
 # --- two generations of ArviZ -------------------------------------------------------------------------------------------
@@ -517,7 +518,7 @@ def recorded(monkeypatch, tmp_path):
         contents.append((fields, coords, attrs))
         return to_tree(groups, coords, attrs)
 
-    monkeypatch.setattr(export, "to_tree", record)
+    monkeypatch.setattr("pyro_flowguides.diagnostics.posterior.to_tree", record)
     return contents
 
 

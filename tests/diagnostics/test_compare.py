@@ -10,8 +10,9 @@ from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 import pyro_flowguides as fg
-from pyro_flowguides.diagnostics.compare import compared_from_tree, comparison_table
+from pyro_flowguides.diagnostics.compare import comparison_table
 from pyro_flowguides.diagnostics.loo import loo
+from pyro_flowguides.diagnostics.posterior import posterior_from_tree
 
 MEAN, SD, LOG_EVIDENCE = conjugate_answer(torch.tensor([0.3, 1.4, 2.2, 0.7, 1.9]))
 
@@ -130,12 +131,12 @@ def test_fits_guides_and_mcmc_together():
 def test_from_files():
     """What is written to a file compares as what it was written from."""
     draws = {"one": scaled_draws(0.5, 1.5, 1000), "other": scaled_draws(0.0, 1.2, 1000)}
-    from_trees = comparison_table({name: compared_from_tree(one.to_arviz()) for name, one in draws.items()}, "other")
+    from_trees = comparison_table({name: posterior_from_tree(fg.to_arviz(one)) for name, one in draws.items()}, "other")
     expected = fg.compare(draws, data(), reference="other")
     np.testing.assert_allclose(from_trees.to_numpy(float), expected[from_trees.columns].to_numpy(float))
     mcmc = MCMC(NUTS(conjugate), num_samples=50, warmup_steps=20, disable_progbar=True)
     mcmc.run(data())
-    one = comparison_table({"nuts": compared_from_tree(fg.to_arviz(mcmc))}, "nuts")
+    one = comparison_table({"nuts": posterior_from_tree(fg.to_arviz(mcmc))}, "nuts")
     np.testing.assert_allclose(
         one.to_numpy(float), fg.compare({"nuts": mcmc}, reference="nuts")[one.columns].to_numpy(float)
     )

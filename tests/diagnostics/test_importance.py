@@ -1,6 +1,7 @@
 """Importance weights against closed forms: bounds, resampling, weighted moments, diagnostics by scalar, messages."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pyro
@@ -44,17 +45,17 @@ def test_khat_of_draws_from_a_guide_that_is_too_narrow(s):
         pyro.sample("x", dist.Normal(torch.tensor(0.0), 1.0))
 
     draws = fg.draw(model, guide, num_samples=20_000, seed=0)
-    khat = draws.khat()
+    khat = draws.khat
     assert khat.value == pytest.approx(1 - 1 / s**2, abs=0.3)
     assert 0.03 < khat.se < 0.3
     # log w = x² (1 − 1/s²) / 2 − log s, and E[x²] = 1.
-    assert draws.elbo().value == pytest.approx((1 - 1 / s**2) / 2 - np.log(s), abs=4 * draws.elbo().se)
+    assert draws.elbo.value == pytest.approx((1 - 1 / s**2) / 2 - np.log(s), abs=4 * draws.elbo.se)
 
 
 def test_weighted_moments_are_those_of_the_posterior(off):
     draws, mean, sd = off
     # The error of a weighted mean is that of ESS draws.
-    error = sd / draws.ess().value ** 0.5
+    error = sd / draws.ess.value**0.5
     assert draws.mean()["mu"] == pytest.approx(mean, abs=4 * error)
     assert draws.sd()["mu"] == pytest.approx(sd, abs=4 * error)
     assert draws.mean(weighted=False)["mu"] == pytest.approx(mean + sd, abs=4 * 1.5 * sd / 20_000**0.5)
@@ -69,7 +70,7 @@ def test_weighted_moments_are_those_of_the_posterior(off):
 def test_resampled_moments_are_those_of_the_posterior(off, replace, number):
     draws, mean, sd = off
     resampled = draws.resample(number, replace=replace, seed=0)
-    error = sd * (1 / draws.ess().value + 1 / number) ** 0.5
+    error = sd * (1 / draws.ess.value + 1 / number) ** 0.5
     # Without replacement, 5% of the draws use up the best ones a little: the bias is of the order of 5% of the shift.
     bias = 0.0 if replace else 0.05 * sd
     assert len(resampled) == number
@@ -77,7 +78,10 @@ def test_resampled_moments_are_those_of_the_posterior(off, replace, number):
     assert resampled.sd(weighted=False)["mu"] == pytest.approx(sd, abs=4 * error + bias)
     distinct = len(np.unique(resampled.posterior()["mu"]))
     assert distinct == number if not replace else distinct < number
-    for refused in (resampled.elbo, resampled.khat, resampled.verdict, resampled.iw_elbo):
+    for estimate in (resampled.elbo, resampled.khat, resampled.ess):
+        assert np.isnan(estimate.value) and np.isnan(estimate.se)
+    assert str(resampled.verdict).startswith("unknown: the draws have been resampled")
+    for refused in (resampled.iw_elbo, lambda: resampled.smoothed_log_weights):
         with pytest.raises(ValueError, match="have been resampled"):
             refused()
     assert "log_weight" not in resampled.to_dataframe()
@@ -139,7 +143,7 @@ def test_iw_elbo_is_between_elbo_and_evidence(off):
     draws, *_ = off
     *_, log_evidence = conjugate_answer(torch.tensor(Y))
     bound = draws.iw_elbo(50)
-    assert draws.elbo().value + 0.1 < bound.value < log_evidence + 4 * bound.se
+    assert draws.elbo.value + 0.1 < bound.value < log_evidence + 4 * bound.se
 
 
 def test_khat_of_one_scalar():
@@ -148,11 +152,11 @@ def test_khat_of_one_scalar():
     weights = ImportanceWeights(np.log(rng.uniform(0.5, 1.5, size=20_000)), np.zeros(20_000))
     heavy, light = rng.standard_t(1.5, size=20_000), rng.normal(size=20_000)
     # The sd of a shape at 20,000 draws is about 0.1.
-    assert weights.khat().value < 0
+    assert weights.khat.value < 0
     assert weights.khat_of_mean(heavy) == pytest.approx(2 / 3, abs=0.3)
     assert weights.khat_of_mean(light) < 0.3
     assert weights.khat_of_mean(light + 1e3) == pytest.approx(weights.khat_of_mean(light), abs=1e-6)
-    assert weights.khat_of_mean(np.ones(20_000)) == pytest.approx(weights.khat().value)
+    assert weights.khat_of_mean(np.ones(20_000)) == pytest.approx(weights.khat.value)
     assert np.isnan(ImportanceWeights(np.zeros(50), np.zeros(50)).khat_of_mean(light[:50]))
 
 
@@ -236,7 +240,9 @@ def test_the_first_site_without_density_is_named():
         f"{int(wrong.sum())} of 200 draws .*the first is draw {int(wrong.int().argmax())}, at site 'y' of the model"
     )
     with pytest.raises(ValueError, match=message):
-        draws.khat()
+        draws.smoothed_log_weights  # noqa: B018
+    assert np.isnan(draws.khat.value)
+    assert re.search(message, draws.verdict.reason)
 
 
 def test_draws_without_probability_are_not_an_exact_fit():
@@ -244,18 +250,20 @@ def test_draws_without_probability_are_not_an_exact_fit():
     log_p[:50] = -np.inf
     weights = ImportanceWeights(log_p, np.zeros(100))
     assert not weights.are_constant
-    assert weights.ess().value == pytest.approx(50)
-    assert not weights.verdict().startswith("exact")
+    assert weights.ess.value == pytest.approx(50)
+    assert not str(weights.verdict).startswith("exact")
     with pytest.raises(ValueError, match="51 draws without replacement, of 50 that have"):
         weights.resample(51, False, np.random.default_rng(0))
     with pytest.raises(ValueError, match=r"50 of 100 draws .*the first is draw 0\)"):
-        ImportanceWeights(-log_p, np.zeros(100)).khat()
+        ImportanceWeights(-log_p, np.zeros(100)).weights  # noqa: B018
 
 
 def test_too_few_draws():
     draws = fg.draw(conjugate, off_guide()[0], torch.tensor(Y), num_samples=24)
     with pytest.raises(ValueError, match="needs at least 25 draws to fit the tail of their weights, got 24"):
-        draws.khat()
+        draws.smoothed_log_weights  # noqa: B018
+    assert np.isnan(draws.ess.value)
+    assert str(draws.verdict) == "unknown: PSIS needs at least 25 draws to fit the tail of their weights, got 24."
 
 
 def test_sites_in_a_minibatch_are_not_draws_of_one_thing():

@@ -59,7 +59,7 @@ def test_plot_weights():
     assert raw.get_ydata()[-1] == 1 / 4000
     # Below the fitted tail, 190 draws long, both are the same.
     np.testing.assert_allclose(raw.get_xdata()[:-200], smooth.get_xdata()[:-200])
-    assert ax.get_title() == f"k-hat {weights.khat().value:.2f} ± {weights.khat().se:.2f}"
+    assert ax.get_title() == f"k-hat {weights.khat.value:.2f} ± {weights.khat.se:.2f}"
     with pytest.raises(ValueError, match="all weights are equal"):
         fg.plot_weights(ImportanceWeights(np.zeros(50), np.zeros(50)))
 

@@ -90,7 +90,7 @@ def exists(dotted):
 
 
 def test_existing_and_missing_names_are_told_apart():
-    assert exists("AutoFlow.whiten") and exists("training.schedules.cosine") and exists("FlowFit.draws")
+    assert exists("AutoFlow.whiten") and exists("training.schedules.cosine") and exists("FitResult.draws")
     assert not exists("AutoFlow.whitten") and not exists("diagnostics.nothing") and not exists("fitt")
 
 

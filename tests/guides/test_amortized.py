@@ -359,7 +359,7 @@ def test_learns_a_conjugate_posterior_from_minibatches(recipe):
     # Each of 40 means and deviations to 5 standard errors of 4000 draws, plus 2% of sd that training leaves.
     assert (draws.mean(0) - mean).abs().max() < (5 / 4000**0.5 + 0.02) * sd
     assert (draws.std(0) / sd - 1).abs().max() < 5 / 8000**0.5 + 0.02
-    elbo = fg.draw(conjugate, guide, data, 40, num_samples=2000).elbo()
+    elbo = fg.draw(conjugate, guide, data, 40, num_samples=2000).elbo
     assert elbo.value < float(log_evidence.sum()) + 4 * elbo.se + 1e-9
     assert elbo.value > float(log_evidence.sum()) - 0.05
 
@@ -391,7 +391,7 @@ def test_a_flow_is_closer_than_a_diagonal_normal():
         pyro.set_rng_seed(0)
         guide = fg.AmortizedFlow(skewed, Encoder(1).double(), recipe, gradient="path", init_scale=2.0)
         train(skewed, guide, data, steps=200, lr=0.03, decay=0.03)
-        elbo = fg.draw(skewed, guide, data, num_samples=4000).elbo()
+        elbo = fg.draw(skewed, guide, data, num_samples=4000).elbo
         assert elbo.value < float(log_evidence) + 4 * elbo.se
         gaps[name] = float(log_evidence) - elbo.value
     assert gaps["spline"] < 0.5 * gaps["normal"]
@@ -457,7 +457,7 @@ def test_globals_and_locals_in_one_svi():
     )
     order = [torch.randperm(num_data)[:batch] for _ in range(700)]
     train(hierarchical, guide, steps=700, lr=0.03, decay=0.01, batches=lambda step: (data[order[step]], num_data))
-    elbo = fg.draw(hierarchical, guide, data, num_data, num_samples=4000).elbo()
+    elbo = fg.draw(hierarchical, guide, data, num_data, num_samples=4000).elbo
     assert elbo.value < best + 4 * elbo.se
     assert elbo.value > best - 0.2
     assert elbo.value > best_of_mean_field + 1
@@ -554,7 +554,7 @@ def test_fit_and_draw():
     options = {"num_particles": 16, "optim": lambda parameters: torch.optim.Adam(parameters, lr=0.05)}
     result = fg.fit(conjugate, guide, data, num_steps=300, progress=False, seed=0, **options)
     _, _, log_evidence = conjugate_answer(data)
-    assert result.draws.elbo().value == pytest.approx(float(log_evidence.sum()), abs=0.05)
+    assert result.draws.elbo.value == pytest.approx(float(log_evidence.sum()), abs=0.05)
 
 
 def test_predictive_and_handlers():

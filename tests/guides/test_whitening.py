@@ -82,7 +82,7 @@ def test_guide_moves_to_the_posterior(vectorize):
     torch.testing.assert_close(guide._whitening.loc, torch.arange(3.0, dtype=torch.float64), rtol=0, atol=1e-6)
     covariance = guide._whitening.scale @ guide._whitening.scale.mT
     torch.testing.assert_close(covariance, COVARIANCE.to(covariance.device), rtol=0, atol=1e-6)
-    assert fg.draw(correlated, guide, num_samples=1000).elbo().value == pytest.approx(0.0, abs=1e-6)
+    assert fg.draw(correlated, guide, num_samples=1000).elbo.value == pytest.approx(0.0, abs=1e-6)
 
 
 # A path alone ends in the neck of the funnel from every other start.
@@ -93,9 +93,9 @@ def test_guide_moves_to_the_posterior(vectorize):
 )
 def test_improves_the_elbo(model, method):
     guide = fg.AutoFlow(model).setup()
-    before = fg.draw(model, guide, num_samples=2000).elbo()
+    before = fg.draw(model, guide, num_samples=2000).elbo
     guide.whiten(method=method)
-    after = fg.draw(model, guide, num_samples=2000).elbo()
+    after = fg.draw(model, guide, num_samples=2000).elbo
     assert after.value > before.value + 4 * (before.se + after.se)
 
 
@@ -146,7 +146,7 @@ def test_plain_training_at_a_high_rate_does_not_explode(seed):
     for _ in range(200):
         svi.step()
     # −31.2 where it is exact, and −57 where it starts.
-    assert fg.draw(eight_schools, guide, num_samples=5000).elbo().value > -40
+    assert fg.draw(eight_schools, guide, num_samples=5000).elbo.value > -40
 
 
 def held_back(guide):

@@ -1,0 +1,69 @@
+"""The arguments of a fit's steps, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .checkpoint import random_state, set_random_state
+
+
+class Batches:
+    """The arguments of the steps, epoch after epoch, which can be left and taken up again.
+
+    Arguments:
+        batches: What is iterated over again and again.
+
+    Raises:
+        ValueError: at a step, if it cannot be iterated over a second time.
+    """
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches = batches
+        self._begin()
+
+    def _begin(self) -> None:
+        # A loader shuffles with the generator of torch, or with one of its own.
+        self.random_state = random_state()
+        generator = getattr(self.batches, "generator", None)
+        self.generator_state = None if generator is None else generator.get_state()
+        self.iterator = iter(self.batches)
+        self.position = 0
+
+    def __next__(self) -> tuple[tuple, dict[str, Any]]:
+        try:
+            batch = next(self.iterator)
+        except StopIteration:
+            self._begin()
+            try:
+                batch = next(self.iterator)
+            except StopIteration:
+                raise ValueError(
+                    "fit: batches came to an end and cannot be iterated over again; give a list or a DataLoader, not a generator"
+                ) from None
+        self.position += 1
+        return arguments(batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where this epoch began, and how many batches of it are done."""
+        return {
+            "random_state": self.random_state,
+            "generator_state": self.generator_state,
+            "position": self.position,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from a :meth:`state_dict`."""
+        set_random_state(state["random_state"])
+        if state["generator_state"] is not None:
+            self.batches.generator.set_state(state["generator_state"])  # type: ignore[attr-defined]
+        self._begin()
+        for _ in range(state["position"]):
+            next(self)
+
+
+def arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
+    """The positional and keyword arguments that an element of batches stands for."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}

@@ -1,0 +1,338 @@
+"""One fit: rounds of steps, each of them judged by draws from the guide, and kept or taken back."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..checks import warn
+from ..compiled.losses import KL
+from ..compiled.snapshot import Snapshot
+from ..compiled.svi import CHECK_EVERY, CompiledSVI
+from ..diagnostics.draws import Draws
+from ..diagnostics.sampling import draw_traced
+from ..model.call import ModelCall
+from ..model.ownership import owned
+from ..model.sites import unchanged_random_state
+from . import start
+from .batches import Batches
+from .checkpoint import Checkpoint, random_state, set_random_state
+from .result import FitResult
+from .schedules import Round, RoundScore, doubling_rounds, got_worse, is_worth_another
+
+# Where the number of steps is fixed beforehand.
+NUM_STEPS = 3000
+NUM_PARTICLES = 256
+LEARNING_RATE = 1e-2
+# Gradients are clipped at this multiple of the running mean of their norm.
+CLIP_FACTOR = 2.0
+NUM_FINAL_DRAWS = 10_000
+# Without vectorisation every particle is a run of the model.
+NUM_LOOPED_PARTICLES, NUM_LOOPED_DRAWS = 8, 1000
+
+OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of :func:`pyro_flowguides.fit`, checked."""
+
+    # How long.
+    num_steps: int | None
+    num_particles: int | None
+    batches: Iterable[Any] | None
+    # What a step is.
+    loss: Any
+    optim: PyroOptim | OptimizerFactory | None
+    schedule: Callable[[float], float] | None
+    svi: dict[str, Any]
+    # Around the steps.
+    whiten: str | None
+    seed: int | None
+    checkpoint: Checkpoint | None
+    callbacks: Sequence[Callable[[int, float], bool | None]]
+    progress: bool
+
+
+class Loop:
+    """The rounds of one fit. A checkpoint lets them go on where they were.
+
+    Arguments:
+        call: The model with its arguments.
+        guide: The guide.
+        options: The options.
+        log_likelihood: Whether the draws keep the log-likelihood of every observation.
+
+    Attributes:
+        losses: The loss of every step of the rounds that are over.
+        scores: How good the guide was after each of them.
+        interrupted: Whether an interrupt from the keyboard has ended the training.
+    """
+
+    def __init__(self, call: ModelCall, guide: Callable, options: Options, *, log_likelihood: bool = False) -> None:
+        self.call, self.guide, self.options = call, guide, options
+        self.log_likelihood = log_likelihood
+        self.losses: list[float] = []
+        self.scores: list[RoundScore] = []
+        self.num_skipped = self.num_rolled_back = 0
+        # After the last round that did no harm.
+        self.best: Snapshot | None = None
+        self.interrupted = False
+
+    def run(self) -> FitResult:
+        """Fits the guide, whose parameters must be in a store of their own."""
+        began = time.perf_counter()
+        if self.options.seed is not None:
+            pyro.set_rng_seed(self.options.seed)
+        saved = self.options.checkpoint.load() if self.options.checkpoint else None
+        self.tracer = start.set_up(self.call, self.guide)
+        start.check_start(self.tracer)
+        if self.options.loss is None:
+            start.check_discrete_sites(self.tracer)
+        if saved is not None:
+            self._load_modules(saved["modules"])
+        else:
+            start.whiten(self.call, self.guide, self.options.whiten, self.tracer)
+        self.rounds = self._choose_rounds()
+        if saved is not None:
+            self._load(saved)
+        draws = self._train_and_judge(saved and saved["training"])
+        model, guide, parameters = owned(self.call.model, self.guide)
+        return FitResult(
+            model,
+            guide,
+            self.call.args,
+            dict(self.call.kwargs),
+            parameters=parameters,
+            losses=np.array(self.losses),
+            num_skipped=self.num_skipped,
+            num_rolled_back=self.num_rolled_back,
+            wall_time=time.perf_counter() - began,
+            draws=draws,
+        )
+
+    def _train_and_judge(self, saved: dict[str, Any] | None) -> Draws:
+        """Round after round, until one more would not help; returns the draws of the last one that is kept."""
+        for round in self.rounds[len(self.scores) :]:
+            steps = Steps(self, round, saved)
+            stopped = self._train(steps)
+            saved = None
+            draws = self._judge()
+            if self.best is not None and got_worse(self.scores):
+                steps.svi.restore(self.best)
+                return self._draw()
+            if stopped or not is_worth_another(self.scores):
+                return draws
+            self.best = steps.svi.snapshot()
+        return draws
+
+    def _choose_rounds(self) -> tuple[Round, ...]:
+        """Rounds that the weights of the draws end; one of a fixed length where they cannot, or where it was asked for."""
+        options, looped = self.options, not self.tracer.vectorizes
+        num_particles = options.num_particles or (NUM_LOOPED_PARTICLES if looped else NUM_PARTICLES)
+        asked_for_one = options.num_steps is not None or options.loss is not None or options.batches is not None
+        # A Pyro optimiser has a schedule of its own, which would go on from round to round.
+        if asked_for_one or isinstance(options.optim, PyroOptim) or looped or not self._has_weights():
+            return (Round(options.num_steps or NUM_STEPS, num_particles),)
+        return doubling_rounds(num_particles, fixed=options.num_particles is not None)
+
+    def _has_weights(self) -> bool:
+        with unchanged_random_state():
+            return draw_traced(self.tracer, 2).weights_error is None
+
+    # --- a round ---------------------------------------------------------------------------------------------------------
+
+    def _train(self, steps: Steps) -> bool:
+        """Takes the steps of a round; returns whether a callback or an interrupt has ended the training."""
+        stopped = steps.run()
+        self.losses += steps.losses
+        self.num_skipped += steps.svi.num_skipped
+        self.num_rolled_back += steps.svi.num_rolled_back
+        return stopped
+
+    def _judge(self) -> Draws:
+        # A round that did harm may leave the support of the model, which is no error: it is taken back.
+        with pyro.validation_enabled(False) if self.best is not None else contextlib.nullcontext():
+            draws = self._draw()
+        self.scores.append(RoundScore.of(draws))
+        return draws
+
+    def _draw(self) -> Draws:
+        num_samples = NUM_FINAL_DRAWS if self.tracer.vectorizes else NUM_LOOPED_DRAWS
+        return draw_traced(self.tracer, num_samples, log_likelihood=self.log_likelihood)
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------------
+
+    def save(self, steps: Steps) -> None:
+        """Writes the checkpoint in the middle of a round, or at its end."""
+        assert self.options.checkpoint is not None
+        self.options.checkpoint.save(
+            {
+                "modules": {name: module.state_dict() for name, module in self._modules().items()},
+                "num_steps": [round.num_steps for round in self.rounds],
+                "losses": self.losses,
+                "scores": [list(score) for score in self.scores],
+                "num_skipped": self.num_skipped,
+                "num_rolled_back": self.num_rolled_back,
+                "best": self.best and self.best.state_dict(),
+                "training": steps.state_dict(),
+            }
+        )
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        num_steps = [round.num_steps for round in self.rounds]
+        if saved["num_steps"] != num_steps:
+            then, now = (" + ".join(map(str, numbers)) for numbers in (saved["num_steps"], num_steps))
+            raise ValueError(
+                f"fit: checkpoint '{self.options.checkpoint.path}' is of a fit with num_steps = {then}, here it is {now}: the "
+                "schedule would not be the same"
+            )
+        self.losses, self.num_skipped, self.num_rolled_back = (
+            saved[name] for name in ("losses", "num_skipped", "num_rolled_back")
+        )
+        self.scores = [RoundScore(*score) for score in saved["scores"]]
+        self.best = saved["best"] and Snapshot.from_state_dict(saved["best"])
+
+    def _modules(self) -> dict[str, torch.nn.Module]:
+        functions = {"model": self.call.model, "guide": self.guide}
+        return {name: function for name, function in functions.items() if isinstance(function, torch.nn.Module)}
+
+    def _load_modules(self, saved: Mapping[str, Any]) -> None:
+        """What steps do not change, such as the fixed map of a flow guide; and whether these are the same modules at all."""
+        modules = self._modules()
+        if other := saved.keys() ^ modules.keys():
+            raise ValueError(f"fit: the checkpoint is of another {min(other)}")
+        for name, module in modules.items():
+            try:
+                module.load_state_dict(saved[name])
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:300]
+                raise ValueError(f"fit: the checkpoint is of another {name}: {reason}") from error
+
+
+class Steps:
+    """The steps of one round.
+
+    Arguments:
+        loop: The fit that they are of.
+        round: How many they are, with how many particles.
+        saved: The :meth:`state_dict` to continue from, if any.
+    """
+
+    def __init__(self, loop: Loop, round: Round, saved: dict[str, Any] | None) -> None:
+        self.loop, self.round = loop, round
+        options, schedule = loop.options, loop.options.schedule
+        self.svi = CompiledSVI(
+            loop.call.model,
+            loop.guide,
+            options.optim or functools.partial(torch.optim.Adam, lr=LEARNING_RATE),
+            options.loss or self._default_loss(),
+            schedule=schedule and (lambda step: schedule(step / round.num_steps)),
+            clip_factor=CLIP_FACTOR,
+            **options.svi,
+        )
+        self.batches = None if options.batches is None else Batches(options.batches)
+        self.losses: list[float] = []
+        # Losses that have not been waited for.
+        self.pending: list[Tensor] = []
+        if saved is not None:
+            self._load(saved)
+
+    def _default_loss(self) -> KL:
+        tracer = self.loop.tracer
+        return KL(
+            self.round.num_particles, vectorize_particles=tracer.vectorizes, max_plate_nesting=tracer.max_plate_nesting
+        )
+
+    def run(self) -> bool:
+        """Takes the steps; returns whether a callback or an interrupt has ended the training."""
+        loop = self.loop
+        description = type(loop.guide).__name__
+        if len(loop.rounds) > 1:
+            description += f", round {len(loop.scores) + 1} of at most {len(loop.rounds)}"
+        quiet = not loop.options.progress
+        with tqdm(total=self.round.num_steps, disable=quiet, desc=description, mininterval=0.5) as bar:
+            bar.update(len(self.losses))
+            try:
+                stopped = self._take(bar)
+            except KeyboardInterrupt:
+                stopped = loop.interrupted = True
+                self._collect(bar)
+                warn(f"fit: interrupted after {len(self.losses)} of {self.round.num_steps} steps")
+        if loop.options.svi["ema_decay"] is not None:
+            self.svi.use_ema()
+        return stopped
+
+    def _take(self, bar: tqdm) -> bool:
+        callbacks, checkpoint = self.loop.options.callbacks, self.loop.options.checkpoint
+        # Capturing compares what stays the same only once in a while, unless a callback may change it.
+        every = 1 if callbacks or self.batches else CHECK_EVERY
+        step: Callable[[], Tensor] | None = None
+        number, before = len(self.losses), len(self.loop.losses)
+        stopped = False
+        while number < self.round.num_steps and not stopped:
+            if number % every == 0 or step is None:
+                step = self.svi.compile_step(*self._next_arguments(), self.round.num_steps - number)
+            self.pending.append(step())
+            for callback in callbacks:
+                stopped |= bool(callback(before + number, float(self.pending[-1])))
+            number += 1
+            checkpoint_due = checkpoint is not None and number % checkpoint.every == 0
+            if checkpoint_due or len(self.pending) == CHECK_EVERY:
+                self._collect(bar)
+            if checkpoint_due:
+                self.loop.save(self)
+        self._collect(bar)
+        if checkpoint is not None:
+            self.loop.save(self)
+        return stopped
+
+    def _next_arguments(self) -> tuple[tuple, dict[str, Any]]:
+        return (self.loop.call.args, dict(self.loop.call.kwargs)) if self.batches is None else next(self.batches)
+
+    def _collect(self, bar: tqdm) -> None:
+        """Waits for the losses of the last steps."""
+        if not self.pending:
+            return
+        values = torch.stack(self.pending).tolist()
+        self.pending.clear()
+        self.losses.extend(values)
+        now = self.svi.scalars
+        bar.set_postfix(
+            elbo=f"{-np.nanmean(values) if not np.isnan(values).all() else np.nan:.3f}",
+            gradient=f"{now.norm:.2g}",
+            skipped=int(now.num_skipped),
+            refresh=False,
+        )
+        bar.update(len(values))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        return {
+            "svi": self.svi.state_dict(),
+            "losses": self.losses,
+            "random": random_state(),
+            "batches": None if self.batches is None else self.batches.state_dict(),
+        }
+
+    def _load(self, state: dict[str, Any]) -> None:
+        call = self.loop.call
+        try:
+            self.svi.load_state_dict(state["svi"], *call.args, **call.kwargs)
+        except ValueError as error:
+            raise ValueError(f"fit: checkpoint '{self.loop.options.checkpoint.path}' does not fit: {error}") from error
+        self.losses = list(state["losses"])
+        if self.batches is not None and state["batches"] is not None:
+            self.batches.load_state_dict(state["batches"])
+        set_random_state(state["random"])

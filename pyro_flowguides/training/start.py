@@ -1,0 +1,76 @@
+"""The start of a fit: a guide that is set up and whitened, and a clear error if training could not even begin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+
+from ..diagnostics.tracer import Tracer
+from ..guides.auto import AutoFlow
+from ..model.call import ModelCall
+from ..model.sites import latent_sites, observed_sites, site_without_density
+
+NUM_START_DRAWS = 10
+
+
+def set_up(call: ModelCall, guide: Callable) -> Tracer:
+    """Builds a guide that is not built yet; returns what traces it with its model."""
+    if isinstance(guide, AutoFlow):
+        guide.setup(*call.args, **call.kwargs)
+    return Tracer(call, guide)
+
+
+def check_start(tracer: Tracer) -> None:
+    """An error that names the site, if the data hold NaN or no draw at the start has a density."""
+    for name, site in observed_sites(tracer.model_prototype):
+        missing = int(site["value"].isnan().sum()) if site["value"].is_floating_point() else 0
+        if missing:
+            raise ValueError(
+                f"fit: observed site '{name}' holds {missing} NaN among its {site['value'].numel()} values; remove them, or "
+                "put any valid number in their place and mask those with poutine.mask (a NaN has NaN gradients even masked)"
+            )
+    # Some draws may have no density, in a guide that has been trained too; the steps leave them out.
+    for _ in range(NUM_START_DRAWS):
+        message = _first_site_without_density(tracer)
+        if message is None:
+            return
+    raise ValueError(f"fit: the ELBO is not finite at the start: {message}")
+
+
+def check_discrete_sites(tracer: Tracer) -> None:
+    """An error where every step would draw a discrete site from its prior, which trains, but to another posterior."""
+    for name, site in latent_sites(tracer.model_prototype):
+        if name not in tracer.guide_prototype.nodes and site["fn"].has_enumerate_support:
+            raise ValueError(
+                f"fit: the guide leaves out the discrete site '{name}', and the default loss does not sum over its values; sum "
+                "it out in the model (the mixture of its values; docs/how_to/vectorise.md), or give "
+                "loss=TraceEnum_ELBO(...), whose ELBO the verdict does not know"
+            )
+
+
+@torch.no_grad()
+def _first_site_without_density(tracer: Tracer) -> str | None:
+    """A sentence about the first site of a fresh draw whose log-probability is not finite."""
+    with poutine.block(), pyro.validation_enabled(False):
+        for guide_trace, model_trace, _ in tracer.traces(1):
+            return site_without_density(guide_trace, model_trace)
+    return None
+
+
+def whiten(call: ModelCall, guide: Callable, method: str | None, tracer: Tracer) -> None:
+    """Whitens a flow guide by this method; ``"auto"`` leaves a trained guide, and any other guide, as it is."""
+    if not isinstance(guide, AutoFlow):
+        if method not in ("auto", None):
+            raise ValueError(
+                f"fit: whiten={method!r} needs a guide of this library; {type(guide).__name__} has no fixed map"
+            )
+    elif method is not None and not (method == "auto" and guide.is_trained()):
+        options: dict[str, Any] = {"model_kwargs": call.kwargs, "vectorize": tracer.vectorizes}
+        guide.whiten(*call.args, method=method, **options)
+    for part in guide.modules() if isinstance(guide, torch.nn.Module) else ():
+        if isinstance(part, AutoFlow) and part.prototype_trace is not None:
+            part.let_go()

@@ -1,0 +1,86 @@
+"""Minibatches as the arguments of the steps."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from fits import Y, quick
+from models import conjugate
+
+import pyro_flowguides as fg
+from pyro_flowguides.training.batches import Batches
+
+
+def minibatch_model(y, size=40):
+    mu = pyro.sample("mu", dist.Normal(y.new_tensor(0.0), 2.0))
+    with pyro.plate("data", size, subsample_size=len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def test_minibatches_give_the_answer_of_the_full_data(dtype):
+    y = torch.linspace(-1.0, 3.0, 40, dtype=dtype)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(y), batch_size=10, shuffle=True)
+    guide = fg.AutoFlow(minibatch_model, lambda dim: fg.transforms.Affine(dim), affine=None)
+    fit = quick(
+        minibatch_model,
+        guide,
+        y,
+        batches=loader,
+        num_steps=1500,
+        num_particles=16,
+        optim=lambda parameters: torch.optim.Adam(parameters, lr=0.1),
+        whiten=None,
+        backend="auto",
+    )
+    precision = 1 / 4 + 40
+    mean, sd = float(y.sum()) / precision, precision**-0.5
+    summary = fit.summary()
+    assert abs(summary.loc["mu", "mean"] - mean) < 0.25 * sd
+    assert abs(summary.loc["mu", "sd"] / sd - 1) < 0.15
+    assert len(fit.losses) == 1500
+
+
+@pytest.mark.parametrize("kind", ["tuples", "dicts", "tensors"])
+def test_batches_are_arguments_in_turn(kind):
+    y = torch.tensor(Y)
+    parts = [y[:3], y[3:]]
+    batches = {"tuples": [(part,) for part in parts], "dicts": [{"y": part} for part in parts], "tensors": parts}[kind]
+    losses = {}
+    for each in (batches, [batches[0]], [batches[1]]):
+        guide = fg.AutoFlow(conjugate, lambda dim: fg.transforms.Affine(dim), affine=None)
+        fit = quick(conjugate, guide, y, batches=each, num_steps=3, whiten=None, schedule=lambda progress: 0.0)
+        losses[len(each), id(each[0])] = fit.losses
+    both, first, second = losses.values()
+    # The same random numbers, since nothing learns.
+    assert both.tolist() == [first[0], second[1], first[2]]
+
+
+def test_the_first_batch_stands_for_arguments_that_are_not_given():
+    y = torch.tensor(Y)
+    guide = fg.AutoFlow(conjugate)
+    fit = quick(conjugate, guide, batches=[y[:3], y[3:]], num_steps=1)
+    assert torch.equal(fit.args[0], y[:3])
+    assert torch.equal(fit.draws.observed["y"], y[:3])
+
+
+def test_batches_that_cannot_be_repeated():
+    y = torch.tensor(Y)
+    with pytest.raises(ValueError, match="give a list or a DataLoader, not a generator"):
+        quick(conjugate, fg.AutoPlanar(conjugate, num_layers=1), y, batches=((y,) for _ in range(3)), whiten=None)
+
+
+@pytest.mark.parametrize("generator", [None, 3])
+def test_batches_are_taken_up_where_they_were_left(generator):
+    def loader():
+        own = None if generator is None else torch.Generator().manual_seed(generator)
+        return torch.utils.data.DataLoader(torch.arange(10), batch_size=3, shuffle=True, generator=own)
+
+    batches = Batches(loader())
+    for _ in range(6):
+        next(batches)
+    state = batches.state_dict()
+    expected = [next(batches)[0][0].tolist() for _ in range(2)]
+    torch.manual_seed(99)
+    again = Batches(loader())
+    again.load_state_dict(state)
+    assert [next(again)[0][0].tolist() for _ in range(2)] == expected

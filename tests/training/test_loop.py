@@ -1,0 +1,228 @@
+"""One fit: its rounds, its steps, how it ends, and the guard against steps that do harm."""
+
+import functools
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from fits import Y, faulty, quick, scale_only, skewed
+from models import conjugate
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+
+import pyro_flowguides as fg
+from pyro_flowguides.training import loop, schedules
+
+
+@pytest.fixture
+def short_rounds(monkeypatch):
+    monkeypatch.setattr(schedules, "FIRST_NUM_STEPS", 10)
+    monkeypatch.setattr(loop, "NUM_STEPS", 15)
+
+
+def subsampled(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    with pyro.plate("data", len(y), subsample_size=2) as index:
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y[index])
+
+
+def fit(model, guide, *args, **options):
+    return fg.fit(model, guide, *args, **{"seed": 0, "progress": False, "backend": "eager", **options})
+
+
+# --- rounds -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("short_rounds")
+def test_an_exact_guide_has_quick():
+    assert fit(conjugate, fg.AutoFlow(conjugate), torch.tensor(Y)).losses.shape == (10,)
+
+
+@pytest.mark.usefixtures("short_rounds")
+def test_a_poor_guide_has_all_rounds_while_it_gains():
+    steps, particles = [], []
+
+    def watched():
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        particles.append(mu.numel())
+        pyro.sample("x", dist.Normal(0.0, (1.5 * mu).exp()))
+
+    result = fit(watched, fg.AutoFlow(watched), whiten=None, callbacks=[lambda step, loss: steps.append(step)])
+    assert steps == list(range(70))
+    assert result.losses.shape == (70,)
+    assert [particles.count(number) for number in (256, 512, 1024)] == [10, 20, 40]
+
+
+@pytest.mark.usefixtures("short_rounds")
+def test_a_guide_that_gains_nothing_stops_after_two_rounds(monkeypatch):
+    monkeypatch.setattr(loop, "LEARNING_RATE", 0.0)
+    assert fit(skewed, scale_only(skewed), num_particles=4).losses.shape == (30,)
+
+
+def test_the_learning_rate_is_back_at_the_start_of_a_round(short_rounds):
+    progress = []
+
+    def schedule(fraction):
+        progress.append(fraction)
+        return 1.0
+
+    fit(skewed, fg.AutoFlow(skewed), num_particles=4, whiten=None, schedule=schedule)
+    assert progress.count(0.0) >= 3
+    assert max(progress) < 1
+
+
+@pytest.mark.usefixtures("short_rounds")
+@pytest.mark.parametrize(
+    ("make", "args", "options"),
+    [
+        (AutoNormal, (), {"loss": Trace_ELBO()}),
+        (AutoNormal, (), {"optim": pyro.optim.Adam({"lr": 0.01})}),
+        (AutoNormal, (), {"num_steps": 15}),
+        (AutoNormal, (torch.tensor(Y),), {"batches": [torch.tensor(Y)]}),
+        (AutoNormal, (torch.tensor(Y),), {}),
+        (functools.partial(fg.AutoFlow, flow=lambda dim: fg.transforms.Residual(dim, log_det="roulette")), (), {}),
+    ],
+    ids=["loss", "Pyro's optimiser", "num_steps", "batches", "subsampled", "random log q"],
+)
+def test_quick_where_the_weights_cannot_end_it(make, args, options):
+    model = subsampled if args else skewed
+    assert fit(model, make(model), *args, **options).losses.shape == (15,)
+
+
+@pytest.mark.usefixtures("short_rounds")
+def test_a_round_that_does_harm_is_taken_back():
+    """Parameters and buffers are those from before the round."""
+    values = []
+
+    def schedule(progress):
+        return 1.0 if len(values) < 10 else 30.0
+
+    def remember(step, loss):
+        guide.counter += 1
+        values.append([value.detach().clone() for value in guide.state_dict().values()])
+
+    guide = fg.AutoFlow(skewed)
+    guide.register_buffer("counter", torch.zeros(()))
+    result = fit(skewed, guide, num_particles=4, schedule=schedule, callbacks=[remember])
+    assert len(result.losses) == 30
+    assert guide.counter == 10
+    for value, expected in zip(guide.state_dict().values(), values[9], strict=True):
+        assert torch.equal(value, expected)
+    for parameter, last in zip(guide.parameters(), values[-1], strict=False):
+        assert not torch.equal(parameter, last)
+    assert abs(float(result.elbo) - float(fg.draw(skewed, guide, num_samples=10_000, seed=1).elbo.value)) < 0.1
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("short_rounds")
+def test_a_callback_ends_all_rounds():
+    result = fit(skewed, scale_only(skewed), callbacks=[lambda step, loss: step == 12])
+    assert result.losses.shape == (13,)
+
+
+def test_an_interrupt_returns_what_was_reached():
+    def interrupt(step, loss):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.warns(UserWarning, match="interrupted after 4 of 20 steps"):
+        fit = quick(conjugate, AutoNormal(conjugate), torch.tensor(Y), callbacks=[interrupt])
+    whole = quick(conjugate, AutoNormal(conjugate), torch.tensor(Y), num_steps=20)
+    np.testing.assert_array_equal(fit.losses, whole.losses[:4])
+    assert len(fit.draws) == 10_000
+    assert fit.guide.locs.mu != whole.guide.locs.mu
+
+
+def test_an_interrupt_ends_all_rounds(short_rounds):
+    def interrupt(step, loss):
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.warns(UserWarning, match="interrupted after 5 of 10 steps"):
+        assert len(fit(skewed, scale_only(skewed), callbacks=[interrupt]).losses) == 5
+
+
+def test_the_moving_average_of_the_parameters_is_returned():
+    guide, visited = AutoNormal(conjugate), []
+    quick(
+        conjugate,
+        guide,
+        torch.tensor(Y),
+        num_steps=10,
+        ema_decay=0.99,
+        callbacks=[lambda *_: visited.append(guide.locs.mu.item())],
+    )
+    # A memory that long is the plain mean of ten steps.
+    assert guide.locs.mu.item() == pytest.approx(np.mean(visited), rel=1e-5)
+
+
+def test_shows_a_progress_bar(capsys):
+    quick(conjugate, fg.AutoCoupling(conjugate), torch.tensor(Y), progress=False)
+    assert capsys.readouterr().err == ""
+    quick(conjugate, fg.AutoCoupling(conjugate), torch.tensor(Y), progress=True)
+    assert "AutoCoupling" in capsys.readouterr().err
+
+
+# --- the guard --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_a_step_that_is_not_finite_changes_nothing(backend):
+    y, broken = torch.tensor(Y), torch.tensor(False)
+    model = faulty(broken)
+    guide = fg.AutoCoupling(model, num_layers=2)
+    before = {}
+
+    def break_third_step(step, loss):
+        before[step] = [parameter.clone() for parameter in guide.parameters()]
+        broken.fill_(step == 2)
+
+    fit = quick(model, guide, y, num_steps=6, callbacks=[break_third_step], backend=backend)
+    assert fit.num_skipped == 1
+    assert np.isnan(fit.losses[3])
+    assert np.isfinite(np.delete(fit.losses, 3)).all()
+    assert all(torch.equal(a, b) for a, b in zip(before[2], before[3], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(before[3], before[4], strict=True))
+    assert np.isfinite(float(fit.elbo))
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_too_many_steps_that_are_not_finite_end_with_the_site(backend):
+    broken = torch.tensor(False)
+    model = faulty(broken)
+    steps = []
+
+    def break_model(step, loss):
+        steps.append(step)
+        broken.fill_(True)
+
+    with pytest.raises(RuntimeError, match="3 steps in a row .* site 'broken' of the model has log-probability nan"):
+        quick(
+            model,
+            fg.AutoPlanar(model, num_layers=1),
+            torch.tensor(Y),
+            max_nonfinite_steps=3,
+            callbacks=[break_model],
+            backend=backend,
+        )
+    assert len(steps) <= 6
+
+
+def test_an_exploding_learning_rate_is_taken_back():
+    fit = quick(
+        conjugate,
+        fg.AutoPlanar(conjugate),
+        torch.tensor(Y),
+        num_steps=300,
+        optim=lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
+        schedule=lambda progress: 1e4 if 0.4 <= progress < 0.5 else 1.0,
+        backend="auto",
+        whiten="init",
+    )
+    assert fit.num_rolled_back >= 1
+    assert np.isfinite(fit.losses[-50:]).all()
+    assert fit.losses[-50:].mean() < fit.losses[:50].mean() + 1.0

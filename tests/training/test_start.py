@@ -1,0 +1,115 @@
+"""The start of a fit: what is whitened, and the error where training could not even begin."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from fits import Y, quick
+from models import conjugate, correlated
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_value
+
+import pyro_flowguides as fg
+
+
+def infinite(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    pyro.factor("wall", torch.where(mu.isfinite(), -torch.inf, 0.0))
+
+
+def test_a_discrete_site_that_nobody_sums_out():
+    def mixture(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            which = pyro.sample("which", dist.Bernoulli(0.5))
+            pyro.sample("y", dist.Normal(mu * which, 1.0), obs=y)
+
+    guide = fg.AutoCoupling(poutine.block(mixture, hide=["which"]))
+    with pytest.raises(ValueError, match="leaves out the discrete site 'which', and the default loss does not sum"):
+        quick(mixture, guide, torch.tensor(Y))
+
+
+@pytest.mark.parametrize("Guide", [fg.AutoCoupling, AutoNormal])
+def test_nan_in_the_data(Guide):
+    y = torch.tensor([0.3, float("nan"), 1.0])
+    for validate in (True, False):
+        with (
+            pyro.validation_enabled(validate),
+            pytest.raises(ValueError, match="observed site 'y' holds 1 NaN among its 3 values"),
+        ):
+            quick(conjugate, Guide(conjugate), y)
+
+
+def test_some_draws_at_the_start_may_have_no_density():
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.factor("wall", torch.where(mu < 0, -torch.inf, 0.0))
+
+    skipped = [
+        quick(model, AutoNormal(model, init_scale=1.0), num_steps=5, num_particles=1, seed=seed).num_skipped
+        for seed in range(5)
+    ]
+    # A draw from either side of the wall, more or less.
+    assert 0 < sum(skipped) < 25
+
+
+@pytest.mark.parametrize("Guide", [fg.AutoCoupling, AutoNormal])
+def test_no_finite_elbo_at_the_start(Guide):
+    with pytest.raises(ValueError, match="not finite at the start: site 'wall' of the model has log-probability -inf"):
+        quick(infinite, Guide(infinite), torch.tensor(Y))
+
+
+def test_a_model_that_does_not_vectorise_is_looped_over():
+    def model(x, y):
+        slope = pyro.sample("slope", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        mean = x @ slope  # shape (n,): with a batch of slopes this is an error
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    x, y = torch.randn(5, 2), torch.randn(5)
+    with pytest.warns(UserWarning, match="cannot be vectorised over draws") as caught:
+        fit = quick(model, fg.AutoPlanar(model), x, y, num_steps=3, num_particles=2, whiten="init")
+    (message,) = {str(warning.message) for warning in caught}
+    assert "docs/how_to/vectorise.md" in message
+    # Pyro's table of sites is no sentence.
+    assert "Trace Shapes" not in message
+    assert len(fit.draws) == 1000
+    assert fit.draws.values["slope"].shape == (1000, 2)
+
+
+def badly_scaled(x, y):
+    """An intercept and a slope that depend on one another, at a scale far from that of their priors."""
+    intercept = pyro.sample("intercept", dist.Normal(y.new_tensor(0.0), 100.0))
+    slope = pyro.sample("slope", dist.Normal(y.new_tensor(0.0), 10.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(intercept + slope * x, 0.5), obs=y)
+
+
+def test_parts_of_a_list_start_at_the_medians_of_a_whitened_flow():
+    """A product cannot hold the correlation; its parts start at the posterior's means, and fit leaves their maps there."""
+    x = torch.linspace(0.0, 10.0, 30, dtype=torch.float64)
+    y = 87.0 + 3.0 * x + 0.5 * torch.randn(30, dtype=torch.float64)
+    design = torch.stack([torch.ones_like(x), x], -1)
+    precision = design.mT @ design / 0.25 + torch.diag(torch.tensor([1e-4, 1e-2], dtype=torch.float64))
+    mean = torch.linalg.solve(precision, design.mT @ y / 0.25)
+    whole = fg.AutoFlow(badly_scaled).whiten(x, y)
+    start = init_to_value(values=whole.median(x, y))
+    guide = AutoGuideList(badly_scaled)
+    for site in ("intercept", "slope"):
+        part = poutine.block(badly_scaled, expose=[site])
+        guide.append(fg.AutoPlanar(part, num_layers=1, init_loc_fn=start, init_scale=0.01))
+    guide(x, y)
+    maps = [(part.flow.transforms[-1].loc.clone(), part.flow.transforms[-1].scale.clone()) for part in guide]
+    medians = guide.median(x, y)
+    sd = precision.inverse().diag().sqrt()
+    for index, site in enumerate(("intercept", "slope")):
+        assert abs(medians[site] - mean[index]) < 0.01 * sd[index]
+    quick(badly_scaled, guide, x, y, num_steps=3)
+    for part, (loc, scale) in zip(guide, maps, strict=True):
+        torch.testing.assert_close(part.flow.transforms[-1].loc, loc, rtol=0, atol=0)
+        torch.testing.assert_close(part.flow.transforms[-1].scale, scale, rtol=0, atol=0)
+
+
+def test_another_guide_has_nothing_to_whiten():
+    with pytest.raises(ValueError, match="needs a guide of this library; AutoNormal has no fixed map"):
+        quick(correlated, AutoNormal(correlated), whiten="batch_and_match")
