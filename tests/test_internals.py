@@ -14,6 +14,7 @@ from models import conjugate
 from pyro.distributions.util import is_identically_zero
 from pyro.infer import MCMC, NUTS, Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule
 
 import pyro_flowguides
 from pyro_flowguides import internals
@@ -137,6 +138,76 @@ def test_the_store_hands_out_leaves_and_takes_others_for_a_while():
     assert internals.stored_leaf("scale") is leaf
 
 
+def test_the_store_with_other_contents_for_a_while():
+    pyro.param("outer", torch.tensor(1.0))
+    params, constraints = {}, {}
+    for _ in range(2):
+        with internals.parameter_store(params, constraints):
+            assert "outer" not in pyro.get_param_store()
+            inner = pyro.param("inner", torch.tensor(2.0), constraint=dist.constraints.positive)
+            found, found_constraints = internals.stored_parameters()
+            assert list(found) == list(found_constraints) == ["inner"]
+            assert found["inner"] is inner.unconstrained()
+        assert list(pyro.get_param_store()) == ["outer"]
+        assert list(params) == list(constraints) == ["inner"]
+    with internals.parameter_store(params, constraints):
+        # Which puts new dictionaries in the place of these.
+        pyro.clear_param_store()
+        pyro.param("new", torch.tensor(3.0))
+    assert list(params) == list(constraints) == ["new"]
+    assert list(pyro.get_param_store()) == ["outer"]
+
+
+# --- Pyro's modules ---------------------------------------------------------------------------------------------------
+
+
+def test_a_module_enters_a_context_around_each_call():
+    entered = []
+
+    class Inside:
+        def __enter__(self):
+            entered.append("in")
+
+        def __exit__(self, *error):
+            entered.append("out")
+
+    class Outer(PyroModule):
+        def __init__(self):
+            super().__init__("outer")
+            self.part = PyroModule[torch.nn.Linear](1, 1)
+
+        def forward(self, x):
+            entered.append("call")
+            return self.part(x)
+
+    module = Outer()
+    assert internals.module_name(module) == "outer"
+    assert internals.inside_of_module_context(module) is None
+
+    context = Inside()
+    internals.set_module_context(module, context)
+    assert internals.inside_of_module_context(module) is context
+    assert internals.inside_of_module_context(module.part) is context
+    module(torch.zeros(1))
+    # The parts are called within.
+    assert entered == ["in", "call", "out"]
+    internals.set_module_context(module, None)
+    assert internals.inside_of_module_context(module) is None
+    module(torch.zeros(1))
+    assert entered[3:] == ["call"]
+
+
+def test_copies_of_guides_have_their_models():
+    y = torch.tensor([0.3, 1.4])
+    guide = AutoNormal(conjugate)
+    guide(y)
+    copied = internals.copy_with_models(guide, {})
+    for each in (guide, copied):
+        assert each.model is not None
+        each(y)
+    assert copied is not guide
+
+
 # --- what Pyro checks on the way --------------------------------------------------------------------------------------
 
 
@@ -213,7 +284,17 @@ def test_the_arguments_of_a_run_of_mcmc():
     assert kwargs == {"scale": 2.0}
 
 
-# --- the package uses them nowhere else -------------------------------------------------------------------------------
+# --- all of them, and nowhere else -------------------------------------------------------------------------------
+
+
+def test_each_is_tested_here():
+    """The functions, classes and constants of ``internals``."""
+    source = Path(__file__).read_text()
+    tree = ast.parse(Path(internals.__file__).read_text())
+    names = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    names |= {node.targets[0].id for node in tree.body if isinstance(node, ast.Assign)}
+    assert [name for name in sorted(names) if not is_private(name) and f"internals.{name}" not in source] == []
+
 
 PACKAGE = Path(pyro_flowguides.__file__).parent
 ALLOWED = {
