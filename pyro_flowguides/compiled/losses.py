@@ -172,10 +172,11 @@ def as_objective(loss: Any) -> Objective:
     """
     if any(hasattr(loss, name) for name in ("differentiable_loss", "loss_and_grads")):
         return PyroELBO(loss)
-    if isinstance(loss, Objective):
-        return loss
+    # Such as Pyro's EnergyDistance, which has a method ``loss`` with other arguments as well.
     if callable(loss):
         return LossFunction(loss)
+    if isinstance(loss, Objective):
+        return loss
     raise TypeError(
         f"loss must be an ELBO of Pyro, an objective with a method loss(model, guide, args, kwargs), or a function "
         f"loss(model, guide, *args, **kwargs), got {loss!r}"
