@@ -23,7 +23,9 @@ def hold_back(flow: T.FlowTransform, held_back: bool) -> None:
     """Holds the couplings of a flow that has not been trained back, or lets them go; the flow stays the identity."""
     for coupling in _couplings(flow):
         if isinstance(coupling.conditioner, MLP):
-            scale_parameters(coupling.conditioner, (SLOWDOWN if held_back else 1.0) / float(coupling.conditioner.slowdown))
+            scale_parameters(
+                coupling.conditioner, (SLOWDOWN if held_back else 1.0) / float(coupling.conditioner.slowdown)
+            )
     follow(flow, held_back)
 
 

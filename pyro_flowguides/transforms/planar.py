@@ -26,7 +26,6 @@ from .networks import FreeParameters
 from .numerics import LOG_E_MINUS_1, implicit_root, solve_increasing, tanh_derivative
 
 
-
 class Planar(FlowTransform):
     r"""The planar flow of Rezende & Mohamed (2015). Always invertible; O(D) in both directions and for the score.
 
