@@ -118,7 +118,7 @@ def check_start(transform: FlowTransform, num_points: int = 10, tolerance: float
 
 def check_log_det(transform: FlowTransform, num_points: int = 10, tolerance: float = 1e-10) -> None:
     """log_det of forward is that of the Jacobian."""
-    law = Law("log_det", transform, tolerance)
+    law = Law("log_det", transform, tolerance, relative=tolerance)
     z, context = law.points((num_points,), 2.0)
     _, log_det = transform.forward_and_log_det(z, context)
     jacobian, _ = jacobian_and_gradient(transform, z, context)
@@ -208,9 +208,10 @@ def check_gradients(transform: FlowTransform, num_points: int = 2, tolerance: fl
         try:
             torch.autograd.gradcheck(function, inputs, atol=max(tolerance, 1e-6), rtol=1e-4, fast_mode=True)
         except GradcheckError as error:
-            names = ", ".join(["the point", "the context", *parameters])
+            names = ", ".join(["the point", *(["the context"] if context is not None else []), *parameters])
+            first = str(error).partition("\n\n")[0].replace("\n", " ")
             raise law.broken(
-                f"a gradient of {method} differs from finite differences ({error}); its inputs are {names}",
+                f"a gradient of {method} differs from finite differences ({first}); its inputs are {names}",
                 "Look for detach, no_grad, in-place operations and parts that are not differentiable.",
             ) from error
 

@@ -186,7 +186,7 @@ class Centred(Scale):
 
 class Branch(Scale):
     def forward_and_log_det(self, z, context=None):
-        assert float(z.abs().sum()) >= 0
+        assert float(z.detach().abs().sum()) >= 0
         return super().forward_and_log_det(z)
 
 
@@ -240,7 +240,11 @@ class Counting(Scale):
             {"skip": ["start", "log_det", "inverse", "score", "gradients"]},
             '"batch_shapes": log_det has shape',
         ),
-        (Centred, {"skip": ["start", "log_det", "inverse", "score"]}, '"batch_shapes": x of a point in a batch'),
+        (
+            Centred,
+            {"skip": ["start", "log_det", "inverse", "score", "gradients"]},
+            '"batch_shapes": x of a point in a batch',
+        ),
         (lambda dim: Scale(dim, 2), {}, '"context": the context has no effect'),
         (Branch, {}, r'"vmap" \(.torch.vmap. over points is the batch.\) with RuntimeError'),
         (Branch, {"skip": ["vmap"]}, r'"capture" \(.*\) with '),
