@@ -10,29 +10,30 @@ back: the tails of a posterior want networks without limits.
 
 from __future__ import annotations
 
-from .. import transforms as T
-from ..transforms.networks import MLP
+import math
 
-# How far the networks see, in standard deviations of the base distribution.
-REACH = 3.0
-# How much slower they are. A power of 2 rounds nothing.
-SLOWDOWN = 8.0
+import torch
+
+from .. import transforms as T
+from ..transforms.coupling import REACH
+from ..transforms.networks import MLP, SLOWDOWN, scale_parameters
 
 
 def hold_back(flow: T.FlowTransform, held_back: bool) -> None:
     """Holds the couplings of a flow that has not been trained back, or lets them go; the flow stays the identity."""
     for coupling in _couplings(flow):
         if isinstance(coupling.conditioner, MLP):
-            coupling.conditioner.slow_down(SLOWDOWN if held_back else 1.0)
+            scale_parameters(
+                coupling.conditioner, (SLOWDOWN if held_back else 1.0) / float(coupling.conditioner.slowdown)
+            )
     follow(flow, held_back)
 
 
 def follow(flow: T.FlowTransform, held_back: bool) -> None:
     """Takes the parameters of a flow, which came from elsewhere, for those of one that was held back, or was not."""
+    reach, slowdown = torch.tensor(REACH if held_back else math.inf), torch.tensor(SLOWDOWN if held_back else 1.0)
     for coupling in _couplings(flow):
-        coupling.reach = REACH if held_back else None
-        if isinstance(coupling.conditioner, MLP):
-            coupling.conditioner.slowdown = SLOWDOWN if held_back else 1.0
+        coupling.load_state_dict({"reach": reach, "conditioner.slowdown": slowdown}, strict=False)
 
 
 def _couplings(flow: T.FlowTransform) -> list[T.Coupling]:
