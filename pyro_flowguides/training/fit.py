@@ -287,7 +287,7 @@ def _start_well(guide: Callable, args: tuple, kwargs: dict[str, Any], method: st
         guide.whiten(*args, method=method, model_kwargs=kwargs, vectorize=tracer.vectorizes)
     for part in guide.modules() if isinstance(guide, torch.nn.Module) else ():
         if isinstance(part, AutoFlow) and part.prototype_trace is not None:
-            part.let_go()
+            part.undamp()
 
 
 def _rounds(settings: _Settings, tracer: Tracer) -> tuple[Round, ...]:
@@ -574,8 +574,6 @@ def _load_modules(states: Mapping[str, Any], model: Callable, guide: Callable) -
                 raise ValueError(
                     f"fit: the checkpoint is of another {name}: {' '.join(str(error).split())[:300]}"
                 ) from error
-        if isinstance(module, AutoFlow):
-            module.share_whitening()
 
 
 # --- restarts ------------------------------------------------------------------------------------------------------------
