@@ -9,11 +9,6 @@ def _fixed_affine(dim, context_dim):
     return T.FixedAffine(torch.randn(dim), torch.randn(dim, dim).tril(-1) / dim**0.5 + torch.eye(dim))
 
 
-def _with_reach(coupling):
-    coupling.reach = 0.7
-    return coupling
-
-
 # name -> constructor(dim, context_dim)
 CONDITIONAL = {
     "planar": lambda dim, context_dim: T.Planar(dim, context_dim=context_dim),
@@ -32,7 +27,7 @@ CONDITIONAL = {
     "affine_coupling_mask": lambda dim, context_dim: T.AffineCoupling(
         dim, mask=torch.arange(dim) % 3 == 1, context_dim=context_dim
     ),
-    "affine_coupling_with_reach": lambda dim, context_dim: _with_reach(T.AffineCoupling(dim, context_dim=context_dim)),
+    "affine_coupling_damped": lambda dim, context_dim: T.AffineCoupling(dim, context_dim=context_dim, damped=True),
     "additive_coupling": lambda dim, context_dim: T.AdditiveCoupling(dim, context_dim=context_dim),
     "affine_autoregressive": lambda dim, context_dim: T.AffineAutoregressive(
         dim, context_dim=context_dim, hidden_dims=(8,)
@@ -43,11 +38,11 @@ CONDITIONAL = {
     "inverse_of_affine_autoregressive": lambda dim, context_dim: T.Inverse(
         T.AffineAutoregressive(dim, context_dim=context_dim)
     ),
-    "spline_coupling": lambda dim, context_dim: T.SplineCoupling(dim, context_dim=context_dim, bound=3.0),
+    "spline_coupling": lambda dim, context_dim: T.SplineCoupling(dim, context_dim=context_dim, tail_bound=3.0),
     "spline_autoregressive": lambda dim, context_dim: T.SplineAutoregressive(
-        dim, context_dim=context_dim, num_bins=5, bound=3.0
+        dim, context_dim=context_dim, num_bins=5, tail_bound=3.0
     ),
-    "elementwise_spline": lambda dim, context_dim: T.ElementwiseSpline(dim, context_dim=context_dim, bound=3.0),
+    "elementwise_spline": lambda dim, context_dim: T.ElementwiseSpline(dim, context_dim=context_dim, tail_bound=3.0),
     "affine": lambda dim, context_dim: T.Affine(dim, context_dim=context_dim),
     "affine_without_hidden_layers": lambda dim, context_dim: T.Affine(dim, context_dim=context_dim, hidden_dims=()),
     "lower_triangular_affine": lambda dim, context_dim: T.LowerTriangularAffine(dim, context_dim=context_dim),

@@ -10,7 +10,9 @@ Training a flow by variational inference needs the sampling direction alone: dra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+import types
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,39 +22,77 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ..checks import check_positive_integer
+from ..internals import is_functorch_tensor, is_recording
 from .numerics import solve_newton, sum_tensors, value_and_pull_back
 
-_debugging = False
+_detecting_nan = False
 
 
 @contextmanager
-def debug(enabled: bool = True) -> Iterator[None]:
+def detect_nan(enabled: bool = True) -> Iterator[None]:
     """Within it transforms raise an error at the first NaN, which names the transform.
 
     A transform refuses an input or a context that holds NaN, and a :class:`Compose` checks what each of its parts returns,
-    so that the part that made the first NaN is the one that is named. It is off by default, whatever the validation settings
-    of Pyro, because every check waits for the device. Values that cannot be read (under ``torch.vmap``, ``make_fx``,
+    so that the error names the part that made the first NaN. It is off by default, whatever the validation settings of
+    Pyro, because every check waits for the device. Values that cannot be read (under ``torch.vmap``, ``make_fx``,
     ``torch.compile``, ``torch.jit.trace``, while a CUDA graph is captured, on the meta device) are not checked. The switch is
     one for all threads.
 
     Arguments:
-        enabled: Whether to check; False switches an outer ``debug()`` off.
+        enabled: Whether to check; False switches an outer ``detect_nan()`` off.
 
     Example:
         >>> from pyro_flowguides.transforms import Planar
         >>> planar = Planar(2)
-        >>> with debug():
+        >>> with detect_nan():
         ...     planar(torch.tensor([0.0, torch.nan]))
         Traceback (most recent call last):
             ...
         ValueError: Planar: 1 of the 2 numbers of its input is NaN
     """
-    global _debugging
-    previous, _debugging = _debugging, enabled
+    global _detecting_nan
+    previous, _detecting_nan = _detecting_nan, enabled
     try:
         yield
     finally:
-        _debugging = previous
+        _detecting_nan = previous
+
+
+def _checked_forward(method: Callable) -> Callable:
+    @functools.wraps(method)
+    def forward_and_log_det(self: Any, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z, context = self.check_input(z, context)
+        return method(self, z, context)
+
+    return forward_and_log_det
+
+
+def _checked_inverse(method: Callable) -> Callable:
+    @functools.wraps(method)
+    def inverse_and_log_det(self: Any, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, context = self.check_input(x, context)
+        return method(self, x, context)
+
+    return inverse_and_log_det
+
+
+def _checked_score(method: Callable) -> Callable:
+    @functools.wraps(method)
+    def forward_with_score(
+        self: Any, z: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        z, context = self.check_input(z, context)
+        return method(self, z, score, context)
+
+    return forward_with_score
+
+
+# The methods that a family writes, each with what puts the check of its input before it.
+_CHECKED: dict[str, Callable[[Callable], Callable]] = {
+    "forward_and_log_det": _checked_forward,
+    "inverse_and_log_det": _checked_inverse,
+    "forward_with_score": _checked_score,
+}
 
 
 class FlowTransform(TransformModule):
@@ -60,7 +100,8 @@ class FlowTransform(TransformModule):
 
     A subclass writes the maths of one method, :meth:`forward_and_log_det`; everything else has a working default here. Where
     a family knows better (an analytic inverse, a closed-form inverse Jacobian) it overrides :meth:`inverse_and_log_det` and
-    :meth:`forward_with_score`.
+    :meth:`forward_with_score`. These three methods of a subclass run after :meth:`check_input`: they get a point whose shape
+    is right, broadcast with the context, and need no check of their own.
 
     A transform is also a ``torch.distributions.Transform`` and a ``pyro.distributions.TransformModule``, so it can be used in
     ``pyro.distributions.TransformedDistribution``. No tensor is ever cached on it: points that were not produced by it can be
@@ -77,6 +118,12 @@ class FlowTransform(TransformModule):
     domain = constraints.real_vector
     codomain = constraints.real_vector
     bijective = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name, checked in _CHECKED.items():
+            if isinstance(method := vars(cls).get(name), types.FunctionType):
+                setattr(cls, name, checked(method))
 
     def __init__(self, dim: int, context_dim: int = 0) -> None:
         super().__init__()
@@ -103,6 +150,7 @@ class FlowTransform(TransformModule):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement forward_and_log_det")
 
+    @_checked_inverse
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Maps x to z; ``log_det`` is ``log|det ∂z/∂x|``.
 
@@ -110,15 +158,15 @@ class FlowTransform(TransformModule):
         the implicit function theorem. A point at which the solver does not converge comes back as NaN. Cost: some tens of
         forward passes, each with D vector-Jacobian products and one solve of size D.
         """
-        x, context = self.check_input(x, context)
         with torch.no_grad():
-            solution = solve_newton(lambda z: self._linearise(z, context)[::2], x)
-            jacobian = self._linearise(solution, context)[2]
+            solution = solve_newton(lambda z: self._linearize(z, context)[::2], x)
+            jacobian = self._linearize(solution, context)[2]
         # One Newton step with the Jacobian held fixed: its value polishes the solution, its derivative is the implicit one.
         residual = self.forward_and_log_det(solution, context)[0] - x
         z = solution - torch.linalg.solve(jacobian, residual.unsqueeze(-1)).squeeze(-1)
         return z, -self.forward_and_log_det(z, context)[1]
 
+    @_checked_score
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,8 +186,7 @@ class FlowTransform(TransformModule):
         Returns:
             x, ``log|det ∂x/∂z|`` and the score at x.
         """
-        z, context = self.check_input(z, context)
-        x, log_det, jacobian, log_det_gradient = self._linearise(z, context)
+        x, log_det, jacobian, log_det_gradient = self._linearize(z, context)
         with torch.no_grad():
             score = torch.linalg.solve(jacobian.mT, (score - log_det_gradient).unsqueeze(-1)).squeeze(-1)
         return x, log_det, score.detach()
@@ -188,7 +235,7 @@ class FlowTransform(TransformModule):
     def check_input(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Checks a point and its context, and broadcasts the point to their common batch shape.
 
-        NaN are an error within :func:`debug` alone.
+        It runs before the methods of a subclass by itself. Within :func:`detect_nan` it refuses NaN.
         """
         if torch.jit.is_tracing():  # type: ignore[attr-defined]
             # Sizes are tensors there, and their comparison would become part of the trace.
@@ -200,7 +247,7 @@ class FlowTransform(TransformModule):
             raise ValueError(
                 f"{name}: the last dimension of its input must be dim = {self.dim}, got shape {tuple(value.shape)}"
             )
-        if _debugging:
+        if _detecting_nan:
             _refuse_nan(name, {"its input": value, "its context": context})
         if self.context_dim == 0:
             if context is not None:
@@ -218,7 +265,7 @@ class FlowTransform(TransformModule):
         batch_shape = torch.broadcast_shapes(value.shape[:-1], context.shape[:-1])
         return value.expand(*batch_shape, self.dim), context
 
-    def _linearise(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _linearize(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x, log_det, the Jacobian ``[..., output, input]`` and the gradient of log_det, the last two without graph."""
         (x, log_det), pull_back = value_and_pull_back(lambda point: self.forward_and_log_det(point, context), z)
         with torch.no_grad():
@@ -278,14 +325,13 @@ class Compose(FlowTransform):
         return context if transform.context_dim else None
 
     def _check_part(self, index: int, results: dict[str, Tensor | None]) -> None:
-        """Within :func:`debug`, an error for NaN that a part has returned: its input had none."""
-        if _debugging:
+        """Within :func:`detect_nan`, an error for NaN that a part has returned: its input had none."""
+        if _detecting_nan:
             part = f"{type(self.transforms[index]).__name__}, part {index} of {type(self).__name__}"
             _refuse_nan(part, {f"the {name} it returned": value for name, value in results.items()})
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, context = self.check_input(z, context)
-        log_dets = []
+        x, log_dets = z, []
         for index, transform in enumerate(self.transforms):
             x, log_det = transform.forward_and_log_det(x, self._context_of(transform, context))
             self._check_part(index, {"x": x, "log_det": log_det})
@@ -293,8 +339,7 @@ class Compose(FlowTransform):
         return x, sum_tensors(log_dets)
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, context = self.check_input(x, context)
-        log_dets = []
+        z, log_dets = x, []
         for index, transform in reversed(list(enumerate(self.transforms))):
             z, log_det = transform.inverse_and_log_det(z, self._context_of(transform, context))
             self._check_part(index, {"z, going back": z, "log_det, going back": log_det})
@@ -304,8 +349,7 @@ class Compose(FlowTransform):
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x, context = self.check_input(z, context)
-        log_dets = []
+        x, log_dets = z, []
         for index, transform in enumerate(self.transforms):
             x, log_det, score = transform.forward_with_score(x, score, self._context_of(transform, context))
             self._check_part(index, {"x": x, "log_det": log_det, "score": score})
@@ -385,17 +429,14 @@ class Conditioned(FlowTransform):
         return self.transform.stochastic_log_det
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, _ = self.check_input(z, context)
         return self.transform.forward_and_log_det(z, self.context)
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, _ = self.check_input(x, context)
         return self.transform.inverse_and_log_det(x, self.context)
 
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z, _ = self.check_input(z, context)
         return self.transform.forward_with_score(z, score, self.context)
 
 
@@ -414,9 +455,6 @@ def _can_be_read(value: Tensor) -> bool:
     """Whether the numbers of a tensor are there for Python to look at."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or value.is_meta:  # type: ignore[attr-defined]
         return False
-    # Neither torch.func nor make_fx tells in public whether it is at work.
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode
-
-    if torch._C._functorch.is_functorch_wrapped_tensor(value) or get_proxy_mode() is not None:
+    if is_functorch_tensor(value) or is_recording():
         return False
     return not (value.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -102,7 +102,7 @@ class MaskedMLPAtContext:
             return bias
         return _affine(self._hidden(inputs), self._last_weight()[:, coordinate], bias)
 
-    def linearise(self, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def linearize(self, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The parameters, and the slopes of the activations of each hidden layer, the latter without graph."""
         slopes = []
         hidden = inputs

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# softplus of this is 1: parameters that start at 0 stand for a scale of 1.
+LOG_E_MINUS_1 = math.log(math.e - 1)
 
 
 def value_and_pull_back(function: Callable, *points: Tensor) -> tuple[Any, Callable]:
@@ -93,7 +97,7 @@ def implicit_root(function: Callable[[Tensor], tuple[Tensor, Tensor]], target: T
 
 
 def solve_newton(
-    linearise: Callable[[Tensor], tuple[Tensor, Tensor]], target: Tensor, num_iterations: int = 100
+    linearize: Callable[[Tensor], tuple[Tensor, Tensor]], target: Tensor, num_iterations: int = 100
 ) -> Tensor:
     """Solves ``f(z) = target`` for a smooth bijection of R^D by Newton's method with a step length per point.
 
@@ -102,19 +106,19 @@ def solve_newton(
     ``sqrt(eps)·max(1, |target|)`` are returned as NaN rather than as a wrong number.
 
     Arguments:
-        linearise: Returns f(z) and its Jacobian ``[..., output, input]``.
+        linearize: Returns f(z) and its Jacobian ``[..., output, input]``.
         target: The points to reach, shape ``batch_shape + (D,)``.
         num_iterations: The number of Newton steps tried.
     """
     z = target
-    value, jacobian = linearise(z)
+    value, jacobian = linearize(z)
     step_length = torch.ones_like(target[..., :1])
     for _ in range(num_iterations):
         residual = value - target
         error = residual.abs().amax(-1, keepdim=True)
         step = torch.linalg.solve(jacobian, residual.unsqueeze(-1)).squeeze(-1)
         trial = z - step_length * step
-        trial_value, trial_jacobian = linearise(trial)
+        trial_value, trial_jacobian = linearize(trial)
         trial_error = (trial_value - target).abs().amax(-1, keepdim=True)
         accept = trial_error < error
         z = torch.where(accept, trial, z)

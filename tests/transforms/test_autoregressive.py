@@ -46,7 +46,7 @@ def test_products_of_the_masked_network(dim, context_dim, dtype, tolerance):
     context = torch.randn(8, context_dim, dtype=dtype) if context_dim else None
     z = torch.randn(8, dim, dtype=dtype)
     bound = network.at(context)
-    parameters, slopes = bound.linearise(z)
+    parameters, slopes = bound.linearize(z)
     torch.testing.assert_close(parameters, network(z, context))
     for i in range(dim):
         torch.testing.assert_close(bound.of_coordinate(z, i), parameters[..., i, :])
@@ -157,7 +157,7 @@ def test_zero_parameters_are_the_identity_with_a_gradient(dtype):
 
 
 def test_the_spline_goes_through_its_knots_with_its_derivatives(dtype, tolerance):
-    spline, parameters = spline_and_parameters((), dtype, num_bins=6, bound=2.0)
+    spline, parameters = spline_and_parameters((), dtype, num_bins=6, tail_bound=2.0)
     z = torch.linspace(-2, 2, 6 + 1, dtype=dtype)
     widths = 1e-3 + (1 - 6e-3) * parameters[:6].softmax(-1)
     heights = 1e-3 + (1 - 6e-3) * parameters[6:12].softmax(-1)
@@ -172,7 +172,7 @@ def test_the_spline_goes_through_its_knots_with_its_derivatives(dtype, tolerance
 
 
 def test_the_spline_is_the_identity_from_its_boundary_on(dtype, tolerance):
-    spline, parameters = spline_and_parameters((), dtype, scale=3.0, bound=2.0)
+    spline, parameters = spline_and_parameters((), dtype, scale=3.0, tail_bound=2.0)
     z = torch.tensor([-1e6, -2.5, -2.0, 2.0, 2.5, 1e6], dtype=dtype)
     for function in (spline.forward, spline.inverse):
         value, log_derivative = function(z, parameters)
@@ -186,7 +186,7 @@ def test_the_spline_is_the_identity_from_its_boundary_on(dtype, tolerance):
 
 
 def test_outside_points_give_no_gradient_and_no_nan(dtype):
-    spline, parameters = spline_and_parameters((4,), dtype, bound=2.0)
+    spline, parameters = spline_and_parameters((4,), dtype, tail_bound=2.0)
     for function in (spline.forward, spline.inverse):
         z = torch.tensor([-1e30, -3.0, 2.0, 1e30], dtype=dtype, requires_grad=True)
         leaf = parameters.clone().requires_grad_()
@@ -199,7 +199,7 @@ def test_outside_points_give_no_gradient_and_no_nan(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("num_bins", [2, 8, 20])
 def test_round_trip_of_many_points(dtype, num_bins):
-    spline, parameters = spline_and_parameters((10_000,), dtype, num_bins=num_bins, bound=3.0)
+    spline, parameters = spline_and_parameters((10_000,), dtype, num_bins=num_bins, tail_bound=3.0)
     z = 3 * (2 * torch.rand(10_000, dtype=dtype) - 1)
     x, log_derivative = spline.forward(z, parameters)
     z_back, inverse_log_derivative = spline.inverse(x, parameters)
@@ -215,7 +215,7 @@ def test_round_trip_of_many_points(dtype, num_bins):
 @pytest.mark.parametrize("size", [10.0, 50.0, 1e4])
 def test_parameters_at_their_limits(dtype, size):
     """Pieces a thousand times steeper or flatter than their neighbours: still increasing, finite and inverted."""
-    spline = RationalQuadraticSpline(bound=3.0)
+    spline = RationalQuadraticSpline(tail_bound=3.0)
     signs = torch.randint(0, 3, (500, 1, spline.num_parameters)).to(dtype) - 1
     z = torch.linspace(-3.5, 3.5, 401, dtype=dtype, requires_grad=True)
     leaf = (size * signs).requires_grad_()
@@ -234,7 +234,7 @@ def test_parameters_at_their_limits(dtype, size):
 
 def test_the_log_derivative_keeps_its_digits_in_float32():
     """Against float64 on the same pieces: slopes from 1e-2 to 1e2 beside derivatives from 1e-3 on."""
-    spline = RationalQuadraticSpline(bound=3.0)
+    spline = RationalQuadraticSpline(tail_bound=3.0)
     parameters = 6 * torch.randn(20_000, spline.num_parameters)
     z = 3 * (2 * torch.rand(20_000) - 1)
     piece = spline._piece(z, parameters, axis=0)
@@ -246,7 +246,7 @@ def test_the_log_derivative_keeps_its_digits_in_float32():
 
 def test_a_vanishing_discriminant_is_not_negative_in_float32():
     """Flat ends beside a steep middle: the quadratic has nearly a double root."""
-    spline = RationalQuadraticSpline(num_bins=3, bound=3.0)
+    spline = RationalQuadraticSpline(num_bins=3, tail_bound=3.0)
     parameters = torch.tensor([0.0, -20.0, 0.0, 0.0, 20.0, 0.0, -50.0, -50.0]).requires_grad_()
     x = torch.linspace(-3, 3, 100_001)
     z, log_derivative = spline.inverse(x, parameters)
@@ -258,7 +258,7 @@ def test_a_vanishing_discriminant_is_not_negative_in_float32():
 def test_spline_gradients_in_both_directions(dtype):
     if dtype == torch.float32:
         pytest.skip("finite differences need float64")
-    spline, parameters = spline_and_parameters((20,), dtype, bound=3.0)
+    spline, parameters = spline_and_parameters((20,), dtype, tail_bound=3.0)
     z = (2 * torch.randn(20, dtype=dtype)).requires_grad_()
     parameters.requires_grad_()
     for function in (spline.forward, spline.inverse):
@@ -305,9 +305,9 @@ def test_recipes_mix_every_pair_of_coordinates(name, dim):
             "MaskedMLP: needs hidden_dims with at least one",
         ),
         (lambda: T.AffineAutoregressive(3, hidden_dims=(4, 0)), ValueError, "all sizes at least 1"),
-        (lambda: T.AffineAutoregressive(3, bound=-1.0), ValueError, "bound of the log-scale must be positive"),
+        (lambda: T.AffineAutoregressive(3, log_scale_bound=-1.0), ValueError, "log_scale_bound must be positive"),
         (lambda: T.SplineAutoregressive(3, num_bins=1), ValueError, "num_bins must be an integer of at least 2, got 1"),
-        (lambda: T.SplineCoupling(3, bound=0.0), ValueError, "bound must be positive and finite, got 0.0"),
+        (lambda: T.SplineCoupling(3, tail_bound=0.0), ValueError, "tail_bound must be positive and finite, got 0.0"),
         (lambda: T.ElementwiseSpline(3, num_bins=2.5), ValueError, "num_bins must be an integer"),
         (
             lambda: RationalQuadraticSpline(10, min_width=0.2),
