@@ -135,7 +135,11 @@ class AutoSpline(AutoFlow):
         **options: Any,
     ) -> None:
         recipe = functools.partial(
-            flows.spline_coupling, num_layers=num_layers, hidden_dims=hidden_dims, num_bins=num_bins, tail_bound=tail_bound
+            flows.spline_coupling,
+            num_layers=num_layers,
+            hidden_dims=hidden_dims,
+            num_bins=num_bins,
+            tail_bound=tail_bound,
         )
         super().__init__(model, recipe, **options)
 

@@ -9,7 +9,6 @@ A vector of the layout holds the unconstrained values of the latent sites one af
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -202,9 +201,7 @@ class Latents:
     @property
     def subsampled_plates(self) -> dict[str, str]:
         """The plates with latents inside that took a part of their elements, each with the name of one of these latents."""
-        return {
-            frame.name: site.name for site in self.sites for frame in site.frames if is_subsampled(frame)
-        }
+        return {frame.name: site.name for site in self.sites for frame in site.frames if is_subsampled(frame)}
 
     def unpack(self, x: Tensor, leading: int | None = None) -> Iterator[tuple[LatentSite, Tensor]]:
         """The unconstrained value of every site.

@@ -16,7 +16,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import constraints
 
-from .sites import full_size, is_subsample, is_subsampled, quiet_trace
+from .sites import is_subsample, is_subsampled, quiet_trace
 
 
 def plate_indices(plates: Mapping[str, pyro.plate]) -> dict[str, Tensor]:

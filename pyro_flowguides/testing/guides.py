@@ -100,12 +100,13 @@ def check_sites(guide: Any, model: Callable, *args: Any, **kwargs: Any) -> None:
             name in latents or bool(site["infer"].get("is_auxiliary")),
             f'site "{name}" of the guide is not in the model; mark it with infer={{"is_auxiliary": True}}',
         )
+    alone: dict[str, Any] = dict(_run_alone(model, args, kwargs).nodes)
     for name in latents:
         _require(name in nodes, f'latent site "{name}" of the model is not in the guide; sample it there')
         site, expected = nodes[name], latents[name]
         _require(result.get(name) is site["value"], f'the guide must return the value of site "{name}" by its name')
         for what, found, wanted in (
-            ("values of shape", site["value"].shape, _run_alone(model, args, kwargs).nodes[name]["value"].shape),
+            ("values of shape", site["value"].shape, alone[name]["value"].shape),
             ("an event dimension of", site["fn"].event_dim, expected["fn"].event_dim),
             ("the plates", _plates_of(site), _plates_of(expected)),
             ("the scale", float(site["scale"]), float(expected["scale"])),
@@ -117,10 +118,13 @@ def check_sites(guide: Any, model: Callable, *args: Any, **kwargs: Any) -> None:
             f'{int((~inside).sum())} values of site "{name}" are outside of its support {expected["fn"].support}; map them '
             "there by biject_to(support)",
         )
-    for name, site in model_trace.nodes.items():
+    replayed: dict[str, Any] = dict(model_trace.nodes)
+    for name, site in replayed.items():
         if name in nodes and site["type"] == "sample" and is_subsample(site):
             same = torch.equal(nodes[name]["value"], site["value"])
-            _require(same, f'plate "{name}" has other indices in the guide than in the model; use the plates of the guide')
+            _require(
+                same, f'plate "{name}" has other indices in the guide than in the model; use the plates of the guide'
+            )
 
 
 def check_densities(guide: Any, model: Callable, *args: Any, **kwargs: Any) -> None:
@@ -153,7 +157,9 @@ def check_densities(guide: Any, model: Callable, *args: Any, **kwargs: Any) -> N
         )  # fmt: skip
     with poutine.mask(mask=False):
         masked = poutine.trace(guide).get_trace(*args, **kwargs).log_prob_sum()
-    _require(float(masked) == 0, f"under poutine.mask(mask=False) the log-density of the guide is {float(masked)}, not 0")
+    _require(
+        float(masked) == 0, f"under poutine.mask(mask=False) the log-density of the guide is {float(masked)}, not 0"
+    )
 
 
 def check_particles(guide: Any, model: Callable, *args: Any, **kwargs: Any) -> None:
@@ -185,7 +191,8 @@ def check_parameters(guide: Any, model: Callable, *args: Any, **kwargs: Any) -> 
     _require(
         len({id(parameter) for parameter in named.values()}) == len(named), "a parameter of the guide has two names"
     )
-    leaves = {id(site["value"].unconstrained()): name for name, site in capture.trace.nodes.items()}
+    nodes: dict[str, Any] = dict(capture.trace.nodes)
+    leaves = {id(site["value"].unconstrained()): name for name, site in nodes.items()}
     local = pyro.settings.get("module_local_params")
     store = dict(pyro.get_param_store().named_parameters())
     for name, parameter in named.items():
@@ -204,7 +211,9 @@ def check_parameters(guide: Any, model: Callable, *args: Any, **kwargs: Any) -> 
 def check_gradients(guide: Any, model: Callable, *args: Any, **kwargs: Any) -> None:
     """The ELBO has a finite gradient for every parameter, which is not zero throughout."""
     guide.zero_grad()
-    Trace_ELBO(num_particles=10, max_plate_nesting=max_plate_nesting(_run_alone(model, args, kwargs))).loss_and_grads(model, guide, *args, **kwargs)
+    Trace_ELBO(num_particles=10, max_plate_nesting=max_plate_nesting(_run_alone(model, args, kwargs))).loss_and_grads(
+        model, guide, *args, **kwargs
+    )
     for name, parameter in guide.named_parameters():
         gradient = parameter.grad
         _require(gradient is not None, f'parameter "{name}" gets no gradient: the draws do not depend on it')
@@ -301,7 +310,9 @@ def check_estimates(guide: Any, model: Callable, *args: Any, **kwargs: Any) -> N
             f'the median of site "{name}" has shape {tuple(median[name].shape)}, its event shape is {site["fn"].event_shape}',
         )
         _require(bool(support.check(median[name]).all()), f'the median of site "{name}" is outside of its support')
-        _require(not (median[name].requires_grad or quantiles[name].requires_grad), f'site "{name}": estimates with gradient')
+        _require(
+            not (median[name].requires_grad or quantiles[name].requires_grad), f'site "{name}": estimates with gradient'
+        )
         _require(
             bool((quantiles[name].diff(dim=0) >= 0).all()), f'the quantiles of site "{name}" fall where the levels rise'
         )
@@ -377,7 +388,9 @@ def _run_alone(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Trace
         return poutine.trace(function).get_trace(*args, **kwargs)
 
 
-def _trace_pair(guide: Any, model: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[Trace, Trace, dict[str, Tensor]]:
+def _trace_pair(
+    guide: Any, model: Callable, args: tuple, kwargs: dict[str, Any]
+) -> tuple[Trace, Trace, dict[str, Tensor]]:
     with poutine.trace() as capture:
         result = guide(*args, **kwargs)
     replayed = poutine.replay(model, trace=capture.trace)
