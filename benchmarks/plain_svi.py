@@ -66,7 +66,7 @@ def gap(model: Callable, log_z: float, name: str, rate: float, seed: int) -> flo
     pyro.set_rng_seed(seed)
     guide = GUIDES[name](model)
     if name.endswith("not held back"):
-        guide.setup().let_go()
+        guide.setup().undamp()
     elbo = functools.partial(Trace_ELBO, vectorize_particles=True, max_plate_nesting=1)
     svi = SVI(model, guide, Adam({"lr": rate}), elbo(num_particles=_NUM_PARTICLES))
     try:
@@ -103,7 +103,7 @@ def main() -> None:
             f"log Z − ELBO in nats, median / worst of {len(_SEEDS)} seeds, after {_NUM_STEPS} steps of Adam with "
             f"{_NUM_PARTICLES} particles at the learning rate in the header; of Pyro's SVI, with no whitening, clipping or "
             "schedule. ∞: it broke off with an error, or left the support of the model. "
-            '"Not held back": after `guide.let_go()`. '
+            '"Not held back": after `guide.undamp()`. '
             f"{describe(machine)}",
             markdown_table(["guide", *(f"{model}, {rate}" for model, rate in columns)], rows),
         ]
