@@ -45,9 +45,11 @@ def prose(page):
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=page_id)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     """All blocks of a page, one after the other, as a reader would run them."""
-    module = importlib.import_module("pyro_flowguides.training.fit")
-    monkeypatch.setattr(module, "NUM_STEPS", 10)
-    monkeypatch.setattr(module, "NUM_FINAL_DRAWS", 500)
+    loop = importlib.import_module("pyro_flowguides.training.loop")
+    schedules = importlib.import_module("pyro_flowguides.training.schedules")
+    monkeypatch.setattr(loop, "NUM_STEPS", 10)
+    monkeypatch.setattr(loop, "NUM_FINAL_DRAWS", 500)
+    monkeypatch.setattr(schedules, "FIRST_NUM_STEPS", 10)
     monkeypatch.chdir(tmp_path)
     code = "\n".join(python_blocks(page))
     for pattern, replacement in REDUCED:
