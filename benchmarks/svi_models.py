@@ -1,9 +1,12 @@
-"""Three models for the benchmarks of training, each in Pyro and, where it is installed, in NumPyro.
+"""Three models for the benchmarks of training, each in Pyro and in NumPyro.
+
+This file imports neither NumPyro nor this library, so that a benchmark that starts a clock before its imports loads only what a side
+needs.
 
 - Eight schools (Rubin 1981), non-centred: 10 latent dimensions, 8 observations.
 - Logistic regression on the sonar data (Gorman & Sejnowski 1988): 61 latent dimensions, 208 observations.
-- A hierarchical regression: 1000 observations in 20 groups with intercepts of their own, 3 slopes; 26 latent dimensions. The data
-  are simulated with a fixed seed.
+- A hierarchical regression: 1000 observations, an intercept for each of 20 groups, and 3 slopes; 26 latent dimensions. The data are
+  simulated with a fixed seed.
 """
 
 from __future__ import annotations
@@ -29,9 +32,9 @@ class Problem:
     Attributes:
         name: Its name.
         model: The Pyro model.
-        numpyro_model: The same in NumPyro.
+        numpyro_model: The same model in NumPyro.
         arguments: Arrays, the positional arguments of both.
-        hidden_dims: The hidden layers of autoregressive networks; Pyro and NumPyro need them as wide as the latent vector.
+        hidden_dims: The hidden layers of autoregressive networks; in Pyro and NumPyro they must be as wide as the latent vector.
     """
 
     name: str
