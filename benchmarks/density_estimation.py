@@ -1,7 +1,8 @@
 """Maximum-likelihood density estimation in two dimensions, ours against Zuko.
 
-The figure is the log-likelihood of held-out points. On both sides the flows have the same kind, number of layers and widths (SiLU),
-and the same data, optimiser, steps, batches and seeds. The density of a point takes one pass of the networks on both sides.
+The figure is the log-likelihood of held-out points. On both sides the flows have the same kind, number of layers and widths
+(SiLU), and the same data, optimiser, steps, batches and seeds. The density of a point takes one pass of the networks on both
+sides.
 
     python -m benchmarks.density_estimation --out benchmarks/results/density_estimation.json [--quick]
 """

@@ -1,8 +1,8 @@
 """Time and memory of draws and their diagnostics.
 
-Ten thousand draws with both densities on eight schools, and a million draws of a model in ten dimensions. Each job has a process of
-its own. It first imports everything and runs a small job of the same kind; memory is the rise of the largest resident size after
-that.
+Ten thousand draws with both densities on eight schools, and a million draws of a model in ten dimensions. Each job has a
+process of its own. It first imports everything and runs a small job of the same kind; memory is the rise of the largest
+resident size after that.
 """
 
 from __future__ import annotations

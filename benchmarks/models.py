@@ -1,7 +1,7 @@
 """Models that several benchmarks share, in float64 whatever the default dtype, with their evidence.
 
-Two other files keep forms of their own. The models in :mod:`benchmarks.posteriors` have no plates, so that draws are batch dimensions
-of every site. The models in :mod:`benchmarks.svi_models` are written a second time in NumPyro.
+Two other files keep forms of their own. The models in :mod:`benchmarks.posteriors` have no plates, so that draws are batch
+dimensions of every site. The models in :mod:`benchmarks.svi_models` are written a second time in NumPyro.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m benchmarks.neutra --out benchmarks/results/neutra.json
 
-Both sides are Pyro's NUTS with the same settings, on the 10-dimensional funnel and on the centred eight schools. The flow belongs to
-an ``AutoFlow(model)`` fitted by ``fit``.
+Both sides are Pyro's NUTS with the same settings, on the 10-dimensional funnel and on the centred eight schools. The flow
+belongs to an ``AutoFlow(model)`` fitted by ``fit``.
 """
 
 from __future__ import annotations

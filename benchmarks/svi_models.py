@@ -1,12 +1,12 @@
 """Three models for the benchmarks of training, each in Pyro and in NumPyro.
 
-This file imports neither NumPyro nor this library, so that a benchmark that starts a clock before its imports loads only what a side
-needs.
+This file does not import this library, and imports NumPyro only where it is used: one benchmark starts its clock before the
+imports, and no side should wait for the library of another.
 
 - Eight schools (Rubin 1981), non-centred: 10 latent dimensions, 8 observations.
 - Logistic regression on the sonar data (Gorman & Sejnowski 1988): 61 latent dimensions, 208 observations.
-- A hierarchical regression: 1000 observations, an intercept for each of 20 groups, and 3 slopes; 26 latent dimensions. The data are
-  simulated with a fixed seed.
+- A hierarchical regression: 1000 observations, an intercept for each of 20 groups, and 3 slopes; 26 latent dimensions. The data
+  are simulated with a fixed seed.
 """
 
 from __future__ import annotations

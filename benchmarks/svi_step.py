@@ -2,9 +2,9 @@
 
     python -m benchmarks.svi_step --sonar sonar.csv [--models …] [--guides …] [--particles …] [--inductor …] [--rounds 5]
 
-All sides run in one process, on one thread each. They take turns for several rounds; the table has medians over the rounds and their
-ratios. The times are without capture and compilation. NumPyro's time per step is the difference of two runs of different lengths, so
-that tracing and compilation, which every ``svi.run`` repeats, cancel.
+All sides run in one process, on one thread each. They take turns for several rounds; the table has medians over the rounds and
+their ratios. The times are without capture and compilation. NumPyro's time per step is the difference of two runs of different
+lengths, so that tracing and compilation, which every ``svi.run`` repeats, cancel.
 """
 
 from __future__ import annotations

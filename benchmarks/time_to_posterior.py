@@ -2,12 +2,12 @@
 
     python -m benchmarks.time_to_posterior --sonar sonar.csv [--limit 60] [--sides ours,pyro,numpyro]
 
-Every run is a process of its own, and its clock starts before the first import: the time of ``fit`` includes whitening, capture,
-compilation and the final draws. The goal is an ELBO within 0.02 nat of the best known ELBO of the model. Pyro's and NumPyro's runs
-pause at checkpoints (1, 2, 4, 8 … hundred steps) for an ELBO from 20,000 draws, whose time does not count. Their time is the time of
-the first checkpoint at the goal. The table has the best setting of each side in a small grid: particles and learning rate for the
-peers, the number of steps for ``fit``, whose schedule depends on it. For a side that does not reach the goal within the limit, the
-table has its remaining gap.
+Every run is a process of its own, and its clock starts before the first import: the time of ``fit`` includes whitening,
+capture, compilation and the final draws. The goal is an ELBO within 0.02 nat of the best known ELBO of the model. Pyro's and
+NumPyro's runs pause at checkpoints (1, 2, 4, 8 … hundred steps) for an ELBO from 20,000 draws, whose time does not count. Their
+time is the time of the first checkpoint at the goal. The table has the best setting of each side in a small grid: particles and
+learning rate for the peers, the number of steps for ``fit``, whose schedule depends on it. For a side that does not reach the
+goal within the limit, the table has its remaining gap.
 """
 
 from __future__ import annotations

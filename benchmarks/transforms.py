@@ -1,8 +1,8 @@
 """Time and memory of one training step of every family of transforms, against other libraries.
 
-One call is forward with log_det, and backward to the parameters and to the input. The sides take turns within one process, and the
-figures are medians, so that the noise of the machine is the same for all sides. Memory is the peak of the tensors that one call
-allocates, as torch's profiler records them; small peaks vary a little from call to call.
+One call is forward with log_det, and backward to the parameters and to the input. The sides take turns within one process, and
+the figures are medians, so that the noise of the machine is the same for all sides. Memory is the peak of the tensors that one
+call allocates, as torch's profiler records them; small peaks vary a little from call to call.
 
     python -m benchmarks.transforms --out benchmarks/results/transforms.json [--quick]
 """

@@ -2,9 +2,9 @@
 
     python -m benchmarks.vae --out benchmarks/results/vae.json
 
-The data are the 1797 digits of 8 × 8 pixels that come with scikit-learn. Their grey values are the probabilities of binary pixels.
-Training draws the pixels anew for every minibatch; the pixels of the validation and test digits are drawn once, with a fixed seed.
-All posteriors have the same encoder and decoder, start from the same weights and see the same minibatches.
+The data are the 1797 digits of 8 × 8 pixels that come with scikit-learn. Their grey values are the probabilities of binary
+pixels. Training draws the pixels anew for every minibatch; the pixels of the validation and test digits are drawn once, with a
+fixed seed. All posteriors have the same encoder and decoder, start from the same weights and see the same minibatches.
 """
 
 from __future__ import annotations
