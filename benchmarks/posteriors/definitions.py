@@ -23,10 +23,11 @@ class Definition:
     """The way from data and reference draws to a posterior of the benchmark.
 
     Attributes:
-        model: The Pyro model. arguments: The map from the data to its arguments. latents: The map from the parameters of the
-        reference and the data to its latent sites; by default they are the parameters. log_scale: Parameters without a usable
-        sd, which are judged on the log scale. log_evidence: The map from the arguments of the model to log Z, where there is a
-        formula.
+        model: The Pyro model.
+        arguments: The map from the data to its arguments.
+        latents: The map from the parameters of the reference and the data to its latent sites; by default the parameters.
+        log_scale: Parameters without a usable sd, which are judged on the log scale.
+        log_evidence: The map from the arguments of the model to log Z, where there is a formula.
     """
 
     model: Callable

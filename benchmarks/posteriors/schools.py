@@ -1,7 +1,8 @@
 r"""Eight schools (Rubin 1981), with exact answers.
 
-Given τ everything is normal, so that moments, draws and evidence are integrals over τ alone, with :math:`p(y \mid \tau) =
-N(y;\, 0,\, \mathrm{diag}(\sigma^2 + \tau^2) + 25\, 1 1^\top)`. The trapezoidal rule in log τ computes them.
+Given τ everything is normal, so that moments, draws and evidence are integrals over τ alone, with
+:math:`p(y \mid \tau) = N(y;\, 0,\, \mathrm{diag}(\sigma^2 + \tau^2) + 25\, 1 1^\top)`. The trapezoidal rule in log τ computes
+them.
 """
 
 from __future__ import annotations
