@@ -133,8 +133,8 @@ def _check_table(checks: dict[str, Check]) -> str:
             "# Posteriors: the models against their reference draws",
             f"{passed} of {len(checks)} pass. s is the gradient of the model's log-density in unconstrained space. The columns "
             "of Stein's identity have the largest |z| of its statistics; for a right model it exceeds the bound once in a "
-            "thousand times. Alone: the largest difference, in nats, between the log-density of a draw in a batch and of the same draw "
-            "alone.",
+            "thousand times. Alone: the largest difference, in nats, between the log-density of a draw in a batch and of the "
+            "same draw alone.",
             markdown_table(header, rows),
         ]
     )
