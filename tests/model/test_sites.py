@@ -74,9 +74,15 @@ def test_the_random_state_is_put_back():
     pyro.set_rng_seed(0)
     expected = numbers()
     pyro.set_rng_seed(0)
-    with pytest.raises(RuntimeError, match="within"), sites.unchanged_random_state():
-        numbers()
-        raise RuntimeError("within")
+
+
+    def fail():
+        with sites.unchanged_random_state():
+            numbers()
+            raise RuntimeError("within")
+
+    with pytest.raises(RuntimeError, match="within"):
+        fail()
     assert numbers() == expected
 
 
