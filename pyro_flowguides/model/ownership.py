@@ -73,7 +73,7 @@ class PrivateStore:
             if not self._open:
                 stack.enter_context(internals.parameter_store(self.params, self.constraints))
                 if self.held:
-                    stack.enter_context(_ModulesHolding(self.held, are_kept=False))
+                    stack.enter_context(_ModulesHolding(self.held, self.leaves, are_kept=False))
             self._open.append(stack.pop_all())
 
     def __exit__(self, *error: Any) -> None:
@@ -91,12 +91,14 @@ class _ModulesHolding(Messenger):
 
     Arguments:
         values: Unconstrained values by name.
+        leaves: Takes up the parameters that were given a value.
         are_kept: Whether modules keep these values; otherwise they get back theirs at the end.
     """
 
-    def __init__(self, values: Mapping[str, Tensor], are_kept: bool) -> None:
+    def __init__(self, values: Mapping[str, Tensor], leaves: dict[str, Tensor], are_kept: bool) -> None:
         super().__init__()
         self.values = values
+        self.leaves = leaves
         self.are_kept = are_kept
         self._given: dict[str, tuple[nn.Parameter, Tensor]] = {}
 
@@ -118,6 +120,7 @@ class _ModulesHolding(Messenger):
                 "was fitted; use the module with the sizes it was fitted with"
             )
         self._given[name] = leaf, leaf.data
+        self.leaves[name] = leaf
         leaf.data = value.detach().clone().to(leaf.device)
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -147,6 +150,12 @@ class OwnedFunction:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.store:
             return self.function(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro gives a parameter of a module a link to itself, which can be neither copied nor pickled.
+        for leaf in self.store.leaves.values():
+            vars(leaf).pop("unconstrained", None)
+        return self.__dict__
 
 
 @contextmanager
@@ -192,7 +201,7 @@ def private_store(model: Callable, guide: Callable) -> Iterator[tuple[Callable, 
             trained.append(function)
         stack.enter_context(internals.parameter_store(params, constraints))
         if held:
-            stack.enter_context(_ModulesHolding(held, are_kept=True))
+            stack.enter_context(_ModulesHolding(held, {}, are_kept=True))
         try:
             yield trained[1], trained[0]
         finally:

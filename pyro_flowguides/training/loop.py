@@ -114,7 +114,9 @@ class Loop:
             guide,
             self.call.args,
             dict(self.call.kwargs),
-            parameters=parameters,
+            parameters={
+                name: value for name, value in parameters.items() if name not in self.tracer.guide_prototype.nodes
+            },
             losses=np.array(self.losses),
             num_skipped=self.num_skipped,
             num_rolled_back=self.num_rolled_back,

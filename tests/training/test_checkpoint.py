@@ -265,7 +265,7 @@ def test_buffers_are_resumed(tmp_path):
 SCRIPT = """
     import sys
     sys.path[:0] = {paths!r}
-    import test_checkpoint as here
+    import {module} as here
     here.run("batches", {path!r}, resume=True, ema_decay=0.9, num_steps=400)
 """
 
@@ -277,7 +277,7 @@ def test_killed_again_and_again(tmp_path):
     whole = run("batches", tmp_path / "whole.pt", ema_decay=0.9, num_steps=400)
     expected = values(whole.guide)
     path = tmp_path / "fit.pt"
-    script = textwrap.dedent(SCRIPT).format(paths=[p for p in sys.path if p], path=path)
+    script = textwrap.dedent(SCRIPT).format(paths=[p for p in sys.path if p], module=__name__, path=path)
     script = script.replace(repr(path), f"__import__('pathlib').Path({str(path)!r})")
     moments = random.Random(0)
     kills = 0
