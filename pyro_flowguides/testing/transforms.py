@@ -204,7 +204,7 @@ def check_gradients(transform: FlowTransform, num_points: int = 2, tolerance: fl
             state = {f"transform.{name}": leaf for name, leaf in zip(parameters, leaves, strict=True)}
             return torch.func.functional_call(_Method(transform, method), state, (value, context))
 
-        inputs = (value.requires_grad_(), context, *parameters.values())
+        inputs: Any = (value.requires_grad_(), context, *parameters.values())
         try:
             torch.autograd.gradcheck(function, inputs, atol=max(tolerance, 1e-6), rtol=1e-4, fast_mode=True)
         except GradcheckError as error:
