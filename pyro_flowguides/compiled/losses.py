@@ -302,6 +302,7 @@ def _overrides(own: Any, inherited: Any) -> bool:
 
 # --- the path gradient -------------------------------------------------------------------------------------------------
 
+
 def flow_guides(guide: Callable) -> list[FlowGuide]:
     """The flow guides in a guide, which is one of them, a list of guides, or none."""
     modules = guide.modules() if isinstance(guide, torch.nn.Module) else ()

@@ -75,7 +75,6 @@ def test_the_random_state_is_put_back():
     expected = numbers()
     pyro.set_rng_seed(0)
 
-
     def fail():
         with sites.unchanged_random_state():
             numbers()

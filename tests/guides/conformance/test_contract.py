@@ -16,13 +16,13 @@ from pyro.infer import (
     TraceGraph_ELBO,
 )
 from pyro.infer.autoguide import (
-    InitMessenger,
     init_to_feasible,
     init_to_mean,
     init_to_sample,
     init_to_uniform,
     init_to_value,
 )
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.reparam import ProjectedNormalReparam
 from pyro.nn import PyroModule, PyroSample
 from pyro.util import check_model_guide_match
