@@ -62,7 +62,7 @@ def test_batches_are_unpacked_like_single_vectors(batch_shape):
     rows = x.reshape(-1, latents.dim)
     together = list(latents.unpack(x))
     for index, row in enumerate(rows):
-        for (site, value), (_, alone) in zip(together, latents.unpack(row), strict=True):
+        for (_, value), (_, alone) in zip(together, latents.unpack(row), strict=True):
             batch = value.reshape(len(rows), *value.shape[len(batch_shape) - latents.nesting :])
             torch.testing.assert_close(batch[index].reshape(alone.shape), alone, rtol=0, atol=0)
 
