@@ -128,7 +128,7 @@ def check_sites(guide: Any, model: Callable, *args: Any, **kwargs: Any) -> None:
 
 
 def check_densities(guide: Any, model: Callable, *args: Any, **kwargs: Any) -> None:
-    """The density at a draw is that of the distribution, and a site's own is the Jacobian of its map to the support."""
+    """A draw and a copy of it have the same density; the density of a site is the Jacobian of its map to the support."""
     trace, model_trace, _ = _trace_pair(guide, model, args, kwargs)
     trace.compute_log_prob()
     nodes: dict[str, Any] = dict(trace.nodes)
