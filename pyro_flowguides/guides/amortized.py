@@ -1,4 +1,4 @@
-r"""A guide for the latents of single data: an encoder reads the data, and a flow whose parameters depend on what it read.
+r"""A guide for the latents of single data: an encoder reads the data, and the parameters of a flow depend on its output.
 
 For every element n of a data plate the local latents are mapped to the real line and flattened into one vector :math:`x_n`,
 
@@ -60,9 +60,9 @@ class AmortizedFlow(FlowGuide):
         encoder: A function ``encoder(*args, **kwargs)`` of the model's arguments, most often a ``torch.nn.Module`` (which
             becomes a Pyro module in place; a function registers its parameters itself, by ``pyro.module``). It returns a
             context of shape ``plate_shape + (context_dim,)``, where ``plate_shape`` ends with the dimension −1 of the plates:
-            ``(N, context_dim)`` for a plate at dimension −1, ``(N, 1, context_dim)`` for one at −2. Its rows are those of the
-            minibatch or, in a subsampled plate, of all data, of which the plate's indices then select; it is called within
-            the plates, so that ``pyro.subsample`` there avoids the work.
+            ``(N, context_dim)`` for a plate at dimension −1, ``(N, 1, context_dim)`` for one at −2. It has a row
+            for every element of the minibatch or, in a subsampled plate, for all data, from which the plate's indices select. It
+            is called within the plates, so that ``pyro.subsample`` there avoids the work.
         flow: The name of a recipe of :mod:`pyro_flowguides.flows`; a function ``flow(dim, context_dim=...) -> FlowTransform``,
             for example a recipe with ``functools.partial`` for its options; or None for a diagonal normal.
         damped: Whether couplings are damped, as in :class:`pyro_flowguides.AutoFlow`. By default they are not: damping guards
@@ -158,7 +158,7 @@ class AmortizedFlow(FlowGuide):
         return self._latents or latents
 
     def _update_plates(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        # Where somebody else makes the plates there is nothing to look for.
+        # Otherwise create_plates or the AutoGuideList makes the plates.
         if self._latents is None or (self.master is None and self.create_plates is None):
             super()._update_plates(args, kwargs)
 
@@ -289,7 +289,7 @@ class AmortizedFlow(FlowGuide):
                     )
             context = self._select(self._encode(latents, args, kwargs), plates)
             latent = pyro.sample(f"_{self._pyro_name}_latent", self._posterior(context), infer={"is_auxiliary": True})
-        # Dimensions further left, of particles, rely on those of plates that a site does not have.
+        # Where there are particles further left, every site keeps all dimensions of plates.
         leading = 0 if latent.dim() - 1 == latents.nesting else None
         return self._sample_sites(latents.unpack(latent, leading), plates)
 

@@ -160,7 +160,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         return latents
 
     def _check_given_indices(self, latents: Latents, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Latents at indices that the model is given: the guide must be given the same, or it would train others."""
+        """Raises ValueError where the model is given the indices of a plate with latents and the guide is not."""
         local = latents.subsampled_plates
         if not local:
             return
@@ -299,8 +299,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
             The guide.
 
         Raises:
-            ValueError: if the method is unknown, or not for so many dimensions; if the flow has been trained: the map is part
-                of what was trained; if latents are local to a minibatch that is an argument of the model.
+            ValueError: if the method is unknown, or cannot be used in this number of dimensions; if the flow has been trained,
+                since the map is part of what was trained; if latents are local to a minibatch that is an argument of the model.
 
         Where data are subsampled, one minibatch is drawn and kept, so that log p is a function; where latents are local to the
         minibatch, minibatches that cover the plate take its place, at a run of the model for each.
@@ -326,7 +326,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
 
 def _init_or_feasible(init_loc_fn: Callable, site: Any) -> Tensor:
-    """What ``init_loc_fn`` says; for a flat prior, which nothing can be drawn from, 0 in unconstrained space."""
+    """The value of ``init_loc_fn``; 0 in unconstrained space for a flat prior, from which nothing can be drawn."""
     try:
         return init_loc_fn(site)
     except NotImplementedError:

@@ -82,7 +82,7 @@ class FlowGuide(AutoGuide):
     flow: T.Compose
     base: bases.Base
     prototype_trace: Any
-    # How many kinds of arguments are looked at.
+    # The number of different signatures of arguments for which the model is run.
     max_signatures: float = math.inf
 
     def __init__(
@@ -365,7 +365,7 @@ class FlowGuide(AutoGuide):
         below = position.floor().long().clamp(0, len(draws) - 2)
         result = {}
         for site, point in self.latents.unpack(draws, leading=1):
-            # In the site's own space: a map such as that of a simplex is not increasing coordinate by coordinate.
+            # In the site's own space: the map to a simplex, for example, is not increasing coordinate by coordinate.
             value = site.transform(point).sort(0).values
             weight = (position - below).reshape(-1, *[1] * (value.dim() - 1))
             result[site.name] = torch.lerp(value[below], value[below + 1], weight)
@@ -374,7 +374,7 @@ class FlowGuide(AutoGuide):
     # --- copies --------------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        # Pyro drops the model, which often cannot be pickled, but from the guide at hand as well as from the copy.
+        # Pyro drops the model, which often cannot be pickled, from the original as well as from the copy.
         model, master = self._model, self.master
         state = dict(super().__getstate__())
         self._model, self.master = model, master

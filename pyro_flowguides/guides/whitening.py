@@ -1,7 +1,8 @@
-r"""The Gaussian found before training, which a flow guide starts from.
+r"""The Gaussian found before training, from which a flow guide starts.
 
-A flow starts at N(0, I), whatever the posterior; an affine map that is close to the posterior's location and covariance
-spares it what it is worst at. The map is held fixed while the flow trains, and is computed in float64.
+A flow starts at N(0, I), whatever the posterior. Location, scale and correlations are what it learns most slowly; an affine map
+close to those of the posterior leaves only the shape to it. The map is held fixed while the flow trains, and is computed in
+float64.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ MAX_FULL_RANK_DIM = 200
 def batch_and_match(
     log_density: LogDensity, loc: Tensor, scale_tril: Tensor, num_updates: int = NUM_UPDATES
 ) -> tuple[Tensor, Tensor]:
-    r"""The Gaussian whose scores match those of the target, by closed-form updates without a learning rate.
+    r"""The Gaussian whose scores match the scores of the target, by closed-form updates without a learning rate.
 
     Each update draws a batch from the current :math:`N(\mu, \Sigma)`, takes the scores :math:`g` of the target there, and
     solves for the Gaussian that matches them, regularised towards the current one with weight 1/λ:
@@ -287,7 +288,7 @@ def whiten(target: Target, start: tuple[Tensor, Tensor], method: str) -> tuple[T
         The mean, and the Cholesky factor or the standard deviations.
 
     Raises:
-        ValueError: if the method is unknown, or not for so many dimensions.
+        ValueError: if the method is unknown, or cannot be used in this number of dimensions.
     """
     check_method(method, len(start[0]))
     methods = METHODS if start[1].dim() == 2 else DIAGONAL_METHODS

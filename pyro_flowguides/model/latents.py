@@ -189,7 +189,7 @@ class Latents:
 
     @property
     def nesting(self) -> int:
-        """The number of batch dimensions that the plates take, those of the data included."""
+        """The number of batch dimensions that all plates take, data plates included."""
         dims = [*self.data_plates, *[dim for site in self.sites for dim, _ in site.inner]]
         return max([0, *[-dim for dim in dims], *[-frame.dim for site in self.sites for frame in site.frames]])
 
@@ -209,8 +209,8 @@ class Latents:
         Arguments:
             x: Vectors of shape ``batch_shape + (dim,)``. The dimensions of plates are at the right of the batch shape, 1 where
                 the plate is in the vector; they may be left out at its left end.
-            leading: The number of batch dimensions to the left of those of the plates. Dimensions of plates that a site does
-                not have are then left out of its value; by default all stay, so that the values broadcast.
+            leading: The number of batch dimensions to the left of the plates' dimensions. With it, a value has no dimension
+                for a plate that its site is not in; by default it keeps all, so that the values broadcast.
         """
         position = 0
         for site in self.sites:

@@ -1,4 +1,4 @@
-"""Running a model, with or without its guide, many times at once: one vectorised pass, or a loop where that is impossible."""
+"""What a trace says of a model: kinds of sites, their plates, and the log-probability of every draw."""
 
 from __future__ import annotations
 
