@@ -268,7 +268,7 @@ def stored_parameters() -> tuple[dict[str, Tensor], dict[str, Any]]:
     return dict(store._params), dict(store._constraints)
 
 
-class ModuleContext(_Context):
+class _ModuleContext(_Context):
     """What a ``PyroModule`` enters around every call, with a further context manager inside.
 
     Arguments:
@@ -293,7 +293,7 @@ class ModuleContext(_Context):
 def inside_of_module_context(module: PyroModule) -> Any | None:
     """The context manager that :func:`set_module_context` has given a module, if it has."""
     context = module._pyro_context
-    return context.inside if isinstance(context, ModuleContext) else None
+    return context.inside if isinstance(context, _ModuleContext) else None
 
 
 def module_name(module: PyroModule) -> str:
@@ -303,7 +303,7 @@ def module_name(module: PyroModule) -> str:
 
 def set_module_context(module: PyroModule, inside: Any | None) -> None:
     """Gives a module and its parts a new context, with a further context manager inside if there is one."""
-    before, new = module._pyro_context, _Context() if inside is None else ModuleContext(inside)
+    before, new = module._pyro_context, _Context() if inside is None else _ModuleContext(inside)
     for part in module.modules():
         if isinstance(part, PyroModule) and part._pyro_context is before:
             part._pyro_context = new

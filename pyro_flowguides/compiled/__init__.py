@@ -1,6 +1,7 @@
 """SVI whose whole step is captured as one graph."""
 
-from .losses import IWELBO
+from .losses import IWELBO, KL, Objective, PyroELBO
+from .snapshot import Snapshot
 from .svi import CompiledSVI
 
-__all__ = ["IWELBO", "CompiledSVI"]
+__all__ = ["IWELBO", "KL", "CompiledSVI", "Objective", "PyroELBO", "Snapshot"]

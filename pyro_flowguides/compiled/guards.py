@@ -1,4 +1,13 @@
-"""The Python values that a captured step has seen, and whether they have changed since."""
+"""Guards: whether the Python values that a captured step has seen are still what they were.
+
+A graph repeats what was recorded. Numbers, flags and arrays that model and guide read from closures, global variables and
+attributes are baked into it, and so are the tensors among them, as constants. The guards of a captured step look for all of
+these values once, when it is captured, and compare them by identity (numbers and strings by value) before each run of steps.
+What torch calls guards is the same idea.
+
+Values are looked for four levels deep, and in the first hundred entries of each list and dictionary. The insides of torch, Pyro,
+numpy and of this library are left out, but for attributes of their modules that are meant to be changed, such as ``training``.
+"""
 
 from __future__ import annotations
 
@@ -13,41 +22,42 @@ from torch import Tensor, nn
 
 from .. import internals
 
-# How far, and how wide, values that a model can see are looked for.
 MAX_DEPTH = 4
-
 MAX_LENGTH = 100
 
+# Compared by value; everything else by identity.
 _NUMBERS = (int, float, complex, str, bytes, type(None))
-
-
 # Their functions depend on their arguments alone, and of their modules only these attributes are meant to be changed.
 _LIBRARIES = {"torch", "pyro", "numpy", "pyro_flowguides"}
 
 
 class Guards:
-    """The Python values that functions can see: what they close over, global variables, attributes of modules and objects.
-
-    A graph has them baked in; :meth:`difference` tells whether they are what they were.
+    """The guards of one captured step.
 
     Arguments:
-        values: Model, guide, ELBO, and whatever else a step is computed from.
-        constants: The tensors that a graph holds, which must not have been written to.
+        values: Model, guide, objective, and whatever else the step is computed from.
+        constants: The tensors that the graph holds, which must not be written to.
     """
 
     def __init__(self, values: Iterable[Any], constants: Iterable[Tensor]) -> None:
+        # Variables of closures: the cell, and the value in it.
         self._cells: list[tuple[Any, Any]] = []
+        # Attributes, global variables and entries of dictionaries: the dictionary, the name, and its value.
         self._entries: list[tuple[Mapping[Any, Any], Any, Any]] = []
+        # Lists and arrays, with a copy of each.
         self._lists: list[tuple[list[Any], list[Any]]] = []
         self._arrays: list[tuple[np.ndarray, np.ndarray]] = []
+        # Parameters, and whether they require a gradient.
         self._flags: list[tuple[nn.Parameter, bool]] = []
+        # Tensors, and the number of writes to them.
         self._constants = [(tensor, internals.version(tensor)) for tensor in constants]
+        # The ids of objects that were visited.
         self._seen: set[int] = set()
         for value in values:
             self._visit(value, 0)
 
     def difference(self) -> str | None:
-        """What is not as it was; None if nothing is."""
+        """The first value that has changed, as a clause; None if all are what they were."""
         for cell, value in self._cells:
             if not _same(cell.cell_contents, value):
                 return (
@@ -68,7 +78,7 @@ class Guards:
         return "a tensor was written to" if self.changed_constants() else None
 
     def changed_constants(self) -> list[Tensor]:
-        """The constants that have been written to."""
+        """The constants that were written to."""
         return [tensor for tensor, version in self._constants if internals.version(tensor) != version]
 
     def _visit(self, value: Any, depth: int) -> None:
@@ -160,7 +170,7 @@ class Guards:
 
 
 def _is_library(module: str | None) -> bool:
-    """Whether what a module of this name holds depends on its arguments alone."""
+    """Whether a module is one of a library, whose functions depend on their arguments alone."""
     root = (module or "").split(".")[0]
     return root in _LIBRARIES or (root in sys.stdlib_module_names and root != "__main__")
 

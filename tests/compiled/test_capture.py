@@ -49,10 +49,10 @@ def pyro_loss_and_gradients(elbo, model, guide, *args, **kwargs):
     return loss, gradients
 
 
-def move(parameters, seed=7):
-    generator = torch.Generator(parameters.leaves[0].device).manual_seed(seed)
+def move(leaves, seed=7):
+    generator = torch.Generator(leaves[0].device).manual_seed(seed)
     with torch.no_grad():
-        for leaf in parameters.leaves:
+        for leaf in leaves:
             noise = torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype, device=leaf.device)
             leaf.add_(0.5 * noise)
 
@@ -65,19 +65,19 @@ def check(model, guide, elbo=None, *args, reference=None, backend="replay", scal
     svi.loss_and_gradients(*args, **kwargs)  # The first is Pyro's own, the second is captured, the others are replays.
     for place in ("initial", "moved"):
         if place == "moved":
-            move(svi._binding.parameters)
+            move(list(svi.parameters.values()))
         svi.loss_and_gradients(*args, **kwargs)
-        assert svi.backend == backend and len(svi._captures) == 1
+        assert svi.backend == backend and len(svi.captures) == 1
         pyro.set_rng_seed(3)
         loss, gradients = svi.loss_and_gradients(*args, **kwargs)
         pyro.set_rng_seed(3)
         expected_loss, expected = pyro_loss_and_gradients(reference or elbo, model, guide, *args, **kwargs)
-        parameters = svi._binding.parameters
-        assert {id(leaf) for leaf in parameters.leaves} == set(expected), place
+        parameters = svi.parameters
+        assert {id(leaf) for leaf in parameters.values()} == set(expected), place
         tolerance = TOLERANCE[dtype] * scale
         assert abs(float(loss) - expected_loss) <= tolerance * (1 + abs(expected_loss)), place
-        flat = torch.cat([gradients[name].flatten() for name in parameters.names])
-        expected_flat = torch.cat([expected[id(leaf)].flatten() for leaf in parameters.leaves])
+        flat = torch.cat([gradients[name].flatten() for name in parameters])
+        expected_flat = torch.cat([expected[id(leaf)].flatten() for leaf in parameters.values()])
         assert bool(expected_flat.isfinite().all())
         assert bool(expected_flat.abs().max() > 0)
         error = float((flat - expected_flat).abs().max() / expected_flat.abs().max())
@@ -617,7 +617,7 @@ def test_a_subsample_as_an_argument():
     pyro.set_rng_seed(0)
     expected = Trace_ELBO().loss(subsample_given, svi.guide, y, torch.tensor([1, 5]))
     assert float(first) == pytest.approx(expected, rel=1e-5)
-    assert len(svi._captures) == 1
+    assert len(svi.captures) == 1
 
 
 def test_subsamples_are_new_at_every_step():

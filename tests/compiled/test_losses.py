@@ -8,12 +8,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 from models import conjugate, conjugate_answer
-from pyro.infer import ReweightedWakeSleep, Trace_ELBO
+from pyro.infer import EnergyDistance, ReweightedWakeSleep, Trace_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
 
 import pyro_flowguides as fg
 from pyro_flowguides import IWELBO, CompiledSVI
-from pyro_flowguides.compiled.losses import differentiable_loss
+from pyro_flowguides.compiled.losses import KL, as_objective
 
 Y = [0.3, 1.4, 2.2, 0.7, 1.9]
 
@@ -38,7 +38,7 @@ def evaluator(loss, guide, y):
     """Loss and flat gradient at fixed parameters, replayed: many repetitions take little time."""
     svi = CompiledSVI(conjugate, guide, pyro.optim.Adam({"lr": 0.0}), loss, backend="replay")
     svi.loss_and_gradients(y)
-    assert not svi._captures
+    assert not len(svi.captures)
 
     def evaluate():
         value, gradients = svi.loss_and_gradients(y)
@@ -92,7 +92,7 @@ def test_the_gradient_of_an_exact_guide_is_zero(y):
     guide = fg.AutoFlow(conjugate, lambda dim: fg.transforms.Affine(dim), affine=None)
     guide.setup(y)
     guide.whiten(y, method="batch_and_match")
-    value = differentiable_loss(IWELBO(8, max_plate_nesting=1), conjugate, guide, (y,), {})
+    value = as_objective(IWELBO(8, max_plate_nesting=1)).loss(conjugate, guide, (y,), {})
     assert float(value.detach()) == pytest.approx(-log_evidence, abs=1e-5)
     for gradient in torch.autograd.grad(value, list(guide.parameters())):
         assert float(gradient.abs().max()) < 1e-4
@@ -112,8 +112,8 @@ def test_the_gradient_to_the_model_is_that_of_the_bound(y):
     found = []
     for kind in ("total", "doubly_reparameterized"):
         pyro.set_rng_seed(0)
-        value = differentiable_loss(IWELBO(8, gradient=kind, max_plate_nesting=1), model, guide, (y,), {})
-        sigma = pyro.get_param_store()._params["sigma"]
+        value = as_objective(IWELBO(8, gradient=kind, max_plate_nesting=1)).loss(model, guide, (y,), {})
+        sigma = pyro.param("sigma").unconstrained()
         found.append((float(value.detach()), float(torch.autograd.grad(value, sigma)[0])))
     assert found[0] == pytest.approx(found[1], rel=1e-4)
     # By differences of the bound itself, under the same noise.
@@ -122,7 +122,7 @@ def test_the_gradient_to_the_model_is_that_of_the_bound(y):
         with torch.no_grad():
             sigma.add_(step)
             pyro.set_rng_seed(0)
-            ends.append(float(differentiable_loss(IWELBO(8, max_plate_nesting=1), model, guide, (y,), {})))
+            ends.append(float(as_objective(IWELBO(8, max_plate_nesting=1)).loss(model, guide, (y,), {})))
             sigma.sub_(step)
     assert found[0][1] == pytest.approx((ends[1] - ends[0]) / 2e-3, rel=1e-3 if y.dtype == torch.float64 else 0.05)
 
@@ -141,7 +141,7 @@ def test_captured_and_eager_bounds_agree(kind, y):
         )
         svi.loss_and_gradients(y)
         svi.loss_and_gradients(y)
-        assert bool(svi._captures) == (backend == "replay")
+        assert bool(len(svi.captures)) == (backend == "replay")
         pyro.set_rng_seed(2)
         results.append(svi.loss_and_gradients(y))
     torch.testing.assert_close(results[0], results[1])
@@ -164,7 +164,7 @@ def test_one_bound_for_each_element_of_a_plate_that_holds_all_sites(dtype):
         loss = IWELBO(4, gradient="total", max_plate_nesting=1)
         with torch.no_grad():
             pyro.clear_param_store()
-            return np.array([float(differentiable_loss(loss, model, guide, (y,), {})) for _ in range(num_repeats)])
+            return np.array([float(as_objective(loss).loss(model, guide, (y,), {})) for _ in range(num_repeats)])
 
     together = bounds(data)
     apart = [bounds(data[i : i + 1]) for i in range(3)]
@@ -196,15 +196,95 @@ def test_wrong_options(options, message):
 
 def test_guides_without_a_path_gradient(y):
     with pytest.raises(ValueError, match="needs a flow guide, which AutoNormal is not"):
-        differentiable_loss(IWELBO(4, max_plate_nesting=1), conjugate, AutoNormal(conjugate), (y,), {})
+        as_objective(IWELBO(4, max_plate_nesting=1)).loss(conjugate, AutoNormal(conjugate), (y,), {})
     mixed = AutoGuideList(conjugate)
     mixed.append(AutoNormal(conjugate))
     with pytest.raises(ValueError, match="AutoGuideList is not"):
-        differentiable_loss(IWELBO(4, max_plate_nesting=1), conjugate, mixed, (y,), {})
+        as_objective(IWELBO(4, max_plate_nesting=1)).loss(conjugate, mixed, (y,), {})
+
+
+# --- objectives -------------------------------------------------------------------------------------------------------
+
+
+def test_kl_is_the_elbo_by_the_path_gradient(y):
+    guide = loose_guide(y)
+    parameters = list(guide.parameters())
+    found = {}
+    for kind in ("path", "total", "KL"):
+        elbo = Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
+        guide.gradient = "total" if kind == "KL" else kind
+        pyro.set_rng_seed(0)
+        objective = KL(4, max_plate_nesting=1) if kind == "KL" else as_objective(elbo)
+        value = objective.loss(conjugate, guide, (y,), {})
+        gradients = torch.autograd.grad(value, parameters)
+        found[kind] = float(value.detach()), torch.cat([gradient.flatten() for gradient in gradients])
+    assert guide.gradient == "total"
+    assert found["KL"][0] == found["path"][0]
+    assert torch.equal(found["KL"][1], found["path"][1])
+    assert not torch.allclose(found["KL"][1], found["total"][1], rtol=1e-2)
+
+
+def test_kl_takes_any_guide_and_draws_one_by_one(y):
+    guide = AutoNormal(conjugate)
+    guide(y)
+    for vectorize in (True, False):
+        elbo = Trace_ELBO(num_particles=3, vectorize_particles=vectorize, max_plate_nesting=1)
+        pyro.set_rng_seed(0)
+        expected = elbo.loss(conjugate, guide, y)
+        pyro.set_rng_seed(0)
+        objective = KL(3, vectorize_particles=vectorize, max_plate_nesting=1)
+        assert float(objective.loss(conjugate, guide, (y,), {}).detach()) == pytest.approx(expected, rel=1e-6)
+
+
+class Doubled:
+    """An objective of one's own."""
+
+    factor = 2.0
+
+    def loss(self, model, guide, args, kwargs):
+        return self.factor * Trace_ELBO().differentiable_loss(model, guide, *args, **kwargs)
+
+
+@pytest.mark.parametrize("backend", ["replay", "eager"])
+def test_an_objective_of_ones_own(backend, y):
+    guide, objective = AutoNormal(conjugate), Doubled()
+    svi = CompiledSVI(conjugate, guide, pyro.optim.Adam({"lr": 0.0}), objective, backend=backend)
+    svi.step(y)
+    for factor in (2.0, 3.0):
+        # A graph that was captured with another factor is no longer this step.
+        objective.factor = factor
+        pyro.set_rng_seed(0)
+        expected = factor * Trace_ELBO().loss(conjugate, guide, y)
+        for evaluate in (svi.step, svi.evaluate_loss):
+            pyro.set_rng_seed(0)
+            assert evaluate(y) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_differentiable_loss_of_ones_own(y):
+    class Tripled(Trace_ELBO):
+        def differentiable_loss(self, model, guide, *args, **kwargs):
+            return 3 * super().differentiable_loss(model, guide, *args, **kwargs)
+
+    guide = AutoNormal(conjugate)
+    guide(y)
+    pyro.set_rng_seed(0)
+    expected = 3 * Trace_ELBO().loss(conjugate, guide, y)
+    pyro.set_rng_seed(0)
+    assert float(as_objective(Tripled()).loss(conjugate, guide, (y,), {}).detach()) == pytest.approx(expected)
+
+
+def test_losses_that_are_called(y):
+    """EnergyDistance is no ELBO, and its method ``loss`` takes other arguments than an objective's."""
+    guide = AutoNormal(conjugate)
+    guide(y)
+    pyro.set_rng_seed(0)
+    expected = EnergyDistance()(conjugate, guide, y)
+    pyro.set_rng_seed(0)
+    assert torch.equal(as_objective(EnergyDistance()).loss(conjugate, guide, (y,), {}), expected)
 
 
 def test_losses_without_a_gradient(y):
     with pytest.raises(NotImplementedError, match="ReweightedWakeSleep has no differentiable loss"):
-        CompiledSVI(
-            conjugate, AutoNormal(conjugate), pyro.optim.Adam({"lr": 0.1}), ReweightedWakeSleep(num_particles=2)
-        ).step(y)
+        as_objective(ReweightedWakeSleep(num_particles=2))
+    with pytest.raises(TypeError, match="loss must be an ELBO of Pyro, an objective .*, or a function .*, got 'elbo'"):
+        as_objective("elbo")

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_flowguides.compiled import backends
-from pyro_flowguides.compiled import rewrite as graph
+from pyro_flowguides.compiled import rewrite
 
 DATA = torch.arange(1.0, 7.0).reshape(2, 3)
 
@@ -17,7 +16,7 @@ def operations(module):
 def captured(function, *inputs):
     module = make_fx(function)(*inputs)
     before = len(operations(module))
-    graph.simplify(module)
+    rewrite.simplify(module)
     return module, before
 
 
@@ -98,7 +97,7 @@ def test_what_the_graph_writes_to_is_no_constant():
         return x + counter.exp() - counter[1:2]
 
     module, _ = captured(function, torch.zeros(3))
-    assert graph.constants(module) == []
+    assert rewrite.constants(module) == []
     for _ in range(2):
         before = counter.clone()
         value = module(torch.zeros(3))
@@ -112,9 +111,9 @@ def test_what_others_write_to_is_read_every_time():
         return x + data[1:].exp().sum()
 
     module = make_fx(function)(torch.zeros(3))
-    assert [constant is data for constant in graph.constants(module)] == [True]
-    assert graph.constants(module, [data]) == []
-    graph.simplify(module, [data])
+    assert [constant is data for constant in rewrite.constants(module)] == [True]
+    assert rewrite.constants(module, [data]) == []
+    rewrite.simplify(module, [data])
     data.fill_(2.0)
     torch.testing.assert_close(module(torch.zeros(3)), function(torch.zeros(3)))
 
@@ -129,39 +128,3 @@ def test_dtypes_are_kept():
     assert module(torch.zeros(3)).dtype == torch.float64
     module, _ = captured(lambda x: x + torch.zeros(3, dtype=torch.float64), torch.zeros(3))
     assert module(torch.zeros(3)).dtype == torch.float64
-
-
-def test_replay_draws_what_the_graph_draws():
-    def function(x):
-        return x + torch.randn(100).sum()
-
-    x = torch.zeros(3)
-    module, _ = captured(function, x)
-    run = backends.replay(module, [x])
-    values = []
-    for call in (module, run):
-        torch.manual_seed(3)
-        with torch.inference_mode():
-            values.append(torch.stack([call(x), call(x)]))
-    assert torch.equal(*values)
-    assert not torch.equal(*values[0])
-
-
-def test_replay_draws_what_nobody_uses():
-    """Such as the indices of a plate whose minibatch is an argument; without them the next draw would be another one."""
-
-    def function(x):
-        torch.randperm(5)
-        return x + torch.randn(3), x - torch.rand(3)
-
-    x = torch.zeros(3)
-    module, _ = captured(function, x)
-    run = backends.replay(module, [x])
-    torch.manual_seed(3)
-    expected = function(x)
-    torch.manual_seed(3)
-    with torch.inference_mode():
-        drawn = run(x)
-    assert len(drawn) == 2
-    for ours, theirs in zip(drawn, expected, strict=True):
-        assert torch.equal(ours, theirs)

@@ -72,7 +72,7 @@ def assert_equal(ours, theirs):
 @pytest.mark.parametrize("backend", ["replay", "eager"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_same_steps_again(optimizer, backend, y):
-    svi = training(y, optimizer, backend=backend, average=0.9)
+    svi = training(y, optimizer, backend=backend, ema_decay=0.9)
     svi.run(5, y)
     snapshot, random_state, before = svi.snapshot(), torch.random.get_rng_state(), everything(svi)
     losses = svi.run(5, y)
@@ -172,7 +172,7 @@ def test_snapshots_that_do_not_fit(y):
     with pytest.raises(ValueError, match=r"parameter 'AutoNormal.locs.mu' has shape \[\] there and none here"):
         other.restore(snapshot, y)
     with pytest.raises(ValueError, match="of another optimiser, or one of both keeps an average"):
-        training(y, average=0.9).restore(snapshot, y)
+        training(y, ema_decay=0.9).restore(snapshot, y)
     svi = training(y)
     svi.run(3, y)
     wrong = Snapshot.from_state_dict(

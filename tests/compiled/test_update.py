@@ -6,7 +6,6 @@ import pyro.optim.clipped_adam
 import pytest
 import torch
 
-from pyro_flowguides.compiled.rollback import ExplosionDetector
 from pyro_flowguides.compiled.update import Adam, Scalars, Update
 
 NUM_STEPS = 20
@@ -149,32 +148,3 @@ def test_a_first_step_that_is_not_finite(dtype):
     assert finite
     torch.testing.assert_close(state.vectors[0][0], start(dtype) - 0.1)
     torch.testing.assert_close(state.vectors[0][-1], state.vectors[0][0])
-
-
-# --- explosions -------------------------------------------------------------------------------------------------------
-
-
-def judged(windows):
-    detector = ExplosionDetector()
-    return [detector.judge(window) for window in windows]
-
-
-def test_explosions():
-    noise = [10.0 + (-1) ** i for i in range(50)]  # mean 10, standard deviation 1: the bound is 30 and a little
-    assert judged([noise, noise]) == ["good", "good"]
-    assert judged([noise, [*noise[:40], *[31.0] * 10]]) == ["good", "exploded"]
-    # Nine are too few, or not in a row, and not above.
-    assert judged([noise, [*noise[:41], *[31.0] * 9]]) == ["good", "bad"]
-    assert judged([noise, [31.0, 10.0] * 25]) == ["good", "bad"]
-    assert judged([noise, [30.0] * 50]) == ["good", "good"]
-    # Across windows.
-    assert judged([noise, [*noise[:45], *[31.0] * 5], [*[31.0] * 5, *noise[:45]]]) == ["good", "bad", "exploded"]
-    # Nothing to judge by.
-    assert judged([[float("nan")] * 50, noise]) == ["bad", "good"]
-    # Losses that are not finite are bad as well, but one of them does not spoil a window.
-    assert judged([noise, [float("nan")] * 50]) == ["good", "exploded"]
-    assert judged([noise, [float("nan"), *noise[1:]], [31.0] * 10]) == ["good", "good", "exploded"]
-
-
-def test_losses_that_are_constant_up_to_rounding_do_not_explode():
-    assert judged([[100.0] * 50, [100.001] * 50]) == ["good", "good"]

@@ -1,0 +1,263 @@
+"""Captured steps: one for each kind of arguments; how many are kept; what cannot be captured; when they are compiled."""
+
+import os
+import random
+import types
+import warnings
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pyro.optim
+import pytest
+import torch
+from models import conjugate
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from svi_cases import at_two, compiled, observations, scaled
+
+from pyro_flowguides import CompiledSVI
+from pyro_flowguides.compiled import backends, capture, captures
+
+
+@pytest.fixture
+def y(dtype):
+    return observations(dtype)
+
+
+def with_scale(scale, x=None):
+    pyro.sample("x", dist.Normal(0.0, torch.as_tensor(scale)).expand([1]).to_event(1))
+
+
+def delta_with_scale(scale, x=None):
+    pyro.sample("x", dist.Delta(pyro.param("at", torch.full((1,), 2.0)), event_dim=1))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (1.0, 3.0),
+        (1, 3),
+        (torch.tensor(1.0), torch.tensor(3.0)),
+        (torch.tensor(1.0), torch.tensor([3.0])),
+        (torch.tensor(1.0), torch.tensor(3.0, dtype=torch.float64)),
+        (torch.tensor(1.0), torch.tensor(3.0, requires_grad=True)),
+        (np.array(1.0), np.array(3.0)),
+        (types.SimpleNamespace(scale=1.0), types.SimpleNamespace(scale=3.0)),
+    ],
+    ids=["float", "int", "tensor", "shape", "dtype", "requires_grad", "array", "object"],
+)
+def test_arguments_that_change(values):
+    def model(given):
+        with_scale(getattr(given, "scale", given))
+
+    svi = CompiledSVI(model, delta_with_scale, pyro.optim.Adam({"lr": 0.0}), Trace_ELBO(), backend="replay")
+    for value in (*values, *values):
+        expected = Trace_ELBO().loss(model, delta_with_scale, value)
+        assert svi.step(value) == pytest.approx(expected, rel=1e-5)
+    only_values = isinstance(values[0], torch.Tensor) and isinstance(values[1], torch.Tensor)
+    same = only_values and values[0].shape == values[1].shape and values[0].dtype == values[1].dtype
+    assert len(svi.captures) == (1 if same and not values[1].requires_grad else 2)
+
+
+def test_the_default_dtype_is_seen():
+    before = torch.get_default_dtype()
+    svi = compiled(scaled(lambda: 1.0), at_two, backend="replay", rate=0.0)
+    try:
+        svi.run(2)
+        torch.set_default_dtype(torch.float32 if before == torch.float64 else torch.float64)
+        svi.step()
+    finally:
+        torch.set_default_dtype(before)
+    assert len(svi.captures) == 2
+
+
+def test_captures_are_bounded_and_what_keeps_changing_runs_eagerly():
+    """An argument that is a new number at each step, such as an annealed weight, must not be captured again and again."""
+    svi = CompiledSVI(with_scale, delta_with_scale, pyro.optim.Adam({"lr": 0.0}), Trace_ELBO(), backend="replay")
+    scales = [1.0 + 0.1 * step for step in range(captures.MAX_CAPTURES + captures.MAX_WASTED + 3)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        losses = [svi.step(scale) for scale in scales]
+    assert len(caught) == 1
+    assert "keeps changing" in str(caught[0].message)
+    assert caught[0].filename == __file__
+    assert len(svi.captures) <= captures.MAX_CAPTURES
+    assert losses == pytest.approx(
+        [Trace_ELBO().loss(with_scale, delta_with_scale, scale) for scale in scales], rel=1e-5
+    )
+
+
+def test_a_variable_that_keeps_changing_runs_eagerly():
+    scale = torch.tensor(1.0)
+    holder = {"scale": 1.0}
+    svi = compiled(scaled(lambda: holder["scale"] * scale), at_two, backend="replay", rate=0.0)
+
+    def step(value):
+        holder["scale"] = value
+        return svi.step()
+
+    with pytest.warns(
+        UserWarning, match="keeps changing.*'scale' was 6.0 when the step was captured and is 7.0"
+    ) as caught:
+        losses = [step(1.0 + number) for number in range(8)]
+    assert len(caught) == 1
+    expected = [-float(dist.Normal(0.0, 1.0 + step).log_prob(torch.tensor(2.0))) for step in range(8)]
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def data_dependent_if(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    if mu > 0:  # the line that a warning must name
+        mu = 2 * mu
+    pyro.sample("y", dist.Normal(mu, 1.0).expand(y.shape).to_event(1), obs=y)
+
+
+def item(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    weight = mu.abs().item()  # the line that a warning must name
+    pyro.sample("y", dist.Normal(mu * weight, 1.0).expand(y.shape).to_event(1), obs=y)
+
+
+def boolean_index(y):
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(5), 1.0).to_event(1))
+    chosen = mu[mu > 0]
+    pyro.factor("chosen", -(chosen**2).sum())
+    pyro.factor("y", -((mu - y) ** 2).sum())
+
+
+def to_numpy(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    weight = 1 + float(np.abs(mu.detach().numpy()))
+    pyro.sample("y", dist.Normal(mu * weight, 1.0).expand(y.shape).to_event(1), obs=y)
+
+
+def python_random(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(mu * random.random(), 1.0).expand(y.shape).to_event(1), obs=y)
+
+
+def numpy_random(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(mu * np.random.rand(), 1.0).expand(y.shape).to_event(1), obs=y)
+
+
+def long_loop(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    state = mu
+    for _ in range(5000):
+        state = 0.99 * state + 0.01
+    pyro.sample("y", dist.Normal(state, 1.0).expand(y.shape).to_event(1), obs=y)
+
+
+def sequential_plate(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    for index in pyro.plate("data", len(y), subsample_size=2):
+        pyro.sample(f"y_{index}", dist.Normal(mu, 1.0), obs=y[index])
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (data_dependent_if, r"after sample site 'mu', .*line \d+: if mu > 0.*: it looks at the value of a tensor"),
+        (
+            item,
+            r"after sample site 'mu', .*line \d+: weight = mu.abs\(\).item\(\).*: it looks at the value of a tensor",
+        ),
+        (boolean_index, "selects elements by a condition"),
+        (to_numpy, "is not that of the captured step"),
+        (python_random, "is not that of the captured step"),
+        (numpy_random, "is not that of the captured step"),
+        (long_loop, "operations, .* of them after sample site 'mu': a loop in Python"),
+        (sequential_plate, r"after sample site 'data', .*line \d+: for index in pyro.plate"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_cannot_be_captured_runs_eagerly_with_one_warning(model, message, monkeypatch):
+    monkeypatch.setattr(capture, "MAX_OPERATIONS", 4000)
+    y = observations(torch.get_default_dtype())
+    guide = AutoNormal(model)
+    guide(y)
+    initial = pyro.get_param_store().get_state()
+    initial["params"] = {name: value.detach().clone().requires_grad_() for name, value in initial["params"].items()}
+
+    def losses(svi):
+        pyro.get_param_store().set_state(
+            {
+                **initial,
+                "params": {name: value.detach().clone().requires_grad_() for name, value in initial["params"].items()},
+            }
+        )
+        pyro.set_rng_seed(0)
+        return [svi.step(y) for _ in range(4)]
+
+    with pytest.warns(UserWarning, match=message) as caught:
+        ours = losses(compiled(model, guide))
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    theirs = losses(SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO()))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_counter_of_steps_runs_eagerly():
+    """It counts the runs of the model that capturing has made, but never goes stale."""
+    count = 0
+
+    def model(y):
+        nonlocal count
+        count += 1
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.factor("annealed", -min(1.0, count / 100) * ((mu - y) ** 2).sum())
+
+    def guide(y):
+        pyro.sample("mu", dist.Delta(pyro.param("at", torch.tensor(0.5))))
+
+    y = observations(torch.get_default_dtype())
+    svi = compiled(model, guide, rate=0.0)
+    with pytest.warns(UserWarning, match="eagerly") as caught:
+        losses = [svi.step(y) for _ in range(10)]
+    assert len(caught) == 1
+    rises = np.diff(losses)
+    assert rises[-3:] == pytest.approx(float(((0.5 - y) ** 2).sum()) / 100, rel=1e-3)
+
+
+def test_a_warning_points_to_the_line_of_a_run():
+    svi = compiled(data_dependent_if)
+    with pytest.warns(UserWarning, match="eagerly") as caught:
+        svi.run(2, observations(torch.get_default_dtype()))
+    assert caught[0].filename == __file__
+
+
+def resident_megabytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+def test_captures_take_a_bounded_amount_of_memory(y):
+    sizes = []
+    svi = compiled(conjugate, backend="replay")
+    for size in range(1, 31):
+        svi.step(torch.ones(size, dtype=y.dtype))
+        sizes.append(resident_megabytes())
+    assert len(svi.captures) == captures.MAX_CAPTURES
+    # torch.jit.trace never gives back some megabytes of each trace.
+    assert sizes[-1] - sizes[9] < 20 * 8
+
+
+@pytest.mark.parametrize(("steps_left", "is_compiled"), [(0, False), (10, False), (10_000_000, True)])
+def test_auto_compiles_where_it_pays(steps_left, is_compiled, monkeypatch, y):
+    """Not before its speed is known, and not for few steps."""
+    monkeypatch.setattr(backends, "has_compiler", lambda device: True)
+    monkeypatch.setattr(backends, "compile_with_inductor", lambda module, inputs: module)
+    svi = compiled(conjugate, backend="auto")
+    svi.step(y)
+    for _ in range(captures.MIN_NUM_RUNS):
+        svi.compile_step((y,), {}, steps_left)()
+    assert svi.captures.num_compiled == 0
+    svi.compile_step((y,), {}, steps_left)()
+    assert svi.captures.num_compiled == is_compiled

@@ -1,0 +1,140 @@
+"""Steps that are not finite, and explosions: what they leave unchanged, and what is taken back."""
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pyro.optim
+import pytest
+import torch
+from models import conjugate
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from svi_cases import OPTIMIZERS, compiled, observations, per_parameter
+
+import pyro_flowguides as fg
+from pyro_flowguides import CompiledSVI
+
+
+@pytest.fixture
+def y(dtype):
+    return observations(dtype)
+
+
+def switched(broken):
+    """A model whose likelihood is NaN while a tensor says so."""
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.factor("broken", torch.where(broken, torch.nan, -1.0) * (mu - 1) ** 2)
+
+    return model
+
+
+@pytest.mark.parametrize("backend", ["replay", "eager"])
+@pytest.mark.parametrize("optimizer", ["Adam", "SGD", "for each parameter"])
+def test_a_step_that_is_not_finite_changes_nothing(backend, optimizer, y):
+    broken = torch.tensor(False)
+    model = switched(broken)
+    svi = CompiledSVI(model, AutoNormal(model), OPTIMIZERS[optimizer](), Trace_ELBO(), backend=backend)
+    for _ in range(3):
+        svi.step(y)
+    before = svi.snapshot()
+    broken.fill_(True)
+    assert np.isnan(svi.step(y))
+    after = svi.snapshot()
+    for name, rows in before.rows.items():
+        assert torch.equal(after.rows[name], rows)
+    assert str(before.optimizer) == str(after.optimizer)
+    assert svi.num_skipped == 1
+    assert svi.scalars.step == 3
+    broken.fill_(False)
+    assert np.isfinite(svi.step(y))
+    after = svi.snapshot()
+    for name, rows in before.rows.items():
+        assert not torch.equal(after.rows[name], rows)
+    assert svi.num_skipped == 1
+
+
+def test_too_many_skipped_steps_are_an_error(y):
+    broken = torch.tensor(False)
+    svi = compiled(switched(broken), backend="eager", max_nonfinite_steps=4)
+    svi.run(4, y)
+    broken.fill_(True)
+    with pytest.raises(
+        RuntimeError, match="4 steps in a row .* up to step 8; site 'broken' of the model has log-prob.* nan"
+    ):
+        svi.run(10, y)
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
+def test_an_exploding_learning_rate_is_taken_back(optimizer, y):
+    def schedule(step):
+        return 1e3 if step >= 100 else 1.0
+
+    make = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}[optimizer]
+    svi = CompiledSVI(
+        conjugate,
+        fg.AutoPlanar(conjugate, num_layers=1),
+        lambda leaves: make(leaves, lr=0.01),
+        Trace_ELBO(),
+        backend="replay",
+        schedule=schedule,
+    )
+    svi.run(100, y)
+    good = [parameter.clone() for parameter in svi.guide.parameters()]
+    svi.run(50, y)
+    assert svi.num_rolled_back == 1
+    assert svi.learning_rate_scale == 0.5
+    for parameter, old in zip(svi.guide.parameters(), good, strict=True):
+        assert torch.equal(parameter, old)
+
+
+def test_a_rollback_halves_the_rates_of_a_pyro_optimiser(y):
+    """It has one torch optimiser for each parameter, whose rates are its own."""
+    moves = []
+    for scale in (1.0, 0.5):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = CompiledSVI(
+            conjugate, AutoNormal(conjugate), pyro.optim.SGD(per_parameter), Trace_ELBO(), backend="eager"
+        )
+        svi.step(y)
+        before = svi.snapshot().parameters
+        svi.learning_rate_scale = scale
+        svi.step(y)
+        after = svi.snapshot().parameters
+        moves.append(torch.stack([after[name] - before[name] for name in before]))
+        assert {group["lr"] for each in svi.optim.optim_objs.values() for group in each.param_groups} == {0.1, 0.01}
+    torch.testing.assert_close(moves[1], 0.5 * moves[0])
+
+
+# --- explosions -------------------------------------------------------------------------------------------------------
+
+
+from pyro_flowguides.compiled.rollback import ExplosionDetector
+
+
+def judged(windows):
+    detector = ExplosionDetector()
+    return [detector.judge(window) for window in windows]
+
+
+def test_explosions():
+    noise = [10.0 + (-1) ** i for i in range(50)]  # mean 10, standard deviation 1: the bound is 30 and a little
+    assert judged([noise, noise]) == ["good", "good"]
+    assert judged([noise, [*noise[:40], *[31.0] * 10]]) == ["good", "exploded"]
+    # Nine are too few, or not in a row, and not above.
+    assert judged([noise, [*noise[:41], *[31.0] * 9]]) == ["good", "bad"]
+    assert judged([noise, [31.0, 10.0] * 25]) == ["good", "bad"]
+    assert judged([noise, [30.0] * 50]) == ["good", "good"]
+    # Across windows.
+    assert judged([noise, [*noise[:45], *[31.0] * 5], [*[31.0] * 5, *noise[:45]]]) == ["good", "bad", "exploded"]
+    # Nothing to judge by.
+    assert judged([[float("nan")] * 50, noise]) == ["bad", "good"]
+    # Losses that are not finite are bad as well, but one of them does not spoil a window.
+    assert judged([noise, [float("nan")] * 50]) == ["good", "exploded"]
+    assert judged([noise, [float("nan"), *noise[1:]], [31.0] * 10]) == ["good", "good", "exploded"]
+
+
+def test_losses_that_are_constant_up_to_rounding_do_not_explode():
+    assert judged([[100.0] * 50, [100.001] * 50]) == ["good", "good"]
