@@ -128,14 +128,16 @@ class Loop:
         """Round after round, until one more would not help; returns the draws of the last one that is kept."""
         for round in self.rounds[len(self.scores) :]:
             steps = Steps(self, round, saved)
-            stopped = self._train(steps)
             saved = None
+            stopped = self._train(steps)
             draws = self._judge()
             if self.best is not None and got_worse(self.scores):
-                steps.svi.restore(self.best)
+                # Taken back.
+                steps.svi.restore(self.best, *self.call.args, **self.call.kwargs)
                 return self._draw()
             if stopped or not is_worth_another(self.scores):
                 return draws
+            # Kept.
             self.best = steps.svi.snapshot()
         return draws
 
@@ -273,7 +275,7 @@ class Steps:
                 stopped = loop.interrupted = True
                 self._collect(bar)
                 warn(f"fit: interrupted after {len(self.losses)} of {self.round.num_steps} steps")
-        if loop.options.svi["ema_decay"] is not None:
+        if loop.options.svi["ema_decay"] is not None and self.losses:
             self.svi.use_ema()
         return stopped
 
