@@ -267,7 +267,7 @@ RECIPES: dict[str, Callable[..., T.FlowTransform]] = {
 }
 
 
-# Above so many coordinates the defaults are others.
+# Above this number of coordinates the defaults change.
 _MANY = 30
 
 

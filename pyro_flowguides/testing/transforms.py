@@ -117,7 +117,7 @@ def check_start(transform: FlowTransform, num_points: int = 10, tolerance: float
 
 
 def check_log_det(transform: FlowTransform, num_points: int = 10, tolerance: float = 1e-10) -> None:
-    """log_det of forward is that of the Jacobian."""
+    """log_det of forward is log|det| of the Jacobian."""
     law = Law("log_det", transform, tolerance, relative=tolerance)
     z, context = law.points((num_points,), 2.0)
     _, log_det = transform.forward_and_log_det(z, context)
@@ -145,7 +145,7 @@ def check_inverse(transform: FlowTransform, num_points: int = 10, tolerance: flo
         "Solve the inverse to the last digit; NaN says that the solver did not converge, or that no z is mapped to x.",
     )
     law.compare(
-        "log_det of inverse_and_log_det is not minus that of forward_and_log_det",
+        "log_det of inverse_and_log_det is not minus log_det of forward_and_log_det",
         inverse_log_det,
         -log_det,
         "It is log|det ∂z/∂x|, at the point that the inverse returns.",
@@ -153,7 +153,7 @@ def check_inverse(transform: FlowTransform, num_points: int = 10, tolerance: flo
 
 
 def check_score(transform: FlowTransform, num_points: int = 10, tolerance: float = 1e-9) -> None:
-    """The score follows the change of variables, and x and log_det are those of forward, with the same graph."""
+    """The score follows the change of variables; x and log_det equal the results of forward, with the same graph."""
     law = Law("score", transform, tolerance)
     z, context = law.points((num_points,))
     score = torch.randn_like(z)
@@ -172,8 +172,10 @@ def check_score(transform: FlowTransform, num_points: int = 10, tolerance: float
     )
     expected = transform.forward_and_log_det(leaf, context)
     advice = "Both methods compute the same x and log_det."
-    law.compare("x of forward_with_score is not that of forward_and_log_det", x, expected[0], advice)
-    law.compare("log_det of forward_with_score is not that of forward_and_log_det", log_det, expected[1], advice)
+    law.compare("x of forward_with_score differs from x of forward_and_log_det", x, expected[0], advice)
+    law.compare(
+        "log_det of forward_with_score differs from log_det of forward_and_log_det", log_det, expected[1], advice
+    )
     named = {"z": leaf, **dict(transform.named_parameters())}
     found_gradients = gradients_by_name(named, x.sin().sum() + log_det.sum())
     for name, b in gradients_by_name(named, expected[0].sin().sum() + expected[1].sum()).items():
@@ -236,8 +238,8 @@ def check_batch_shapes(transform: FlowTransform, num_points: int = 10, tolerance
         alone = [transform.forward_and_log_det(point, own) for point, own in zip(points, contexts, strict=True)]
         rows = torch.stack([x_alone for x_alone, _ in alone]).reshape(x.shape)
         log_dets = torch.stack([log_det_alone for _, log_det_alone in alone]).reshape(log_det.shape)
-        law.compare(f"x of a point in a batch of shape {batch_shape} is not that of the point alone", x, rows, advice)
-        law.compare("log_det of a point in a batch is not that of the point alone", log_det, log_dets, advice)
+        law.compare(f"x of a point in a batch of shape {batch_shape} differs from the point alone", x, rows, advice)
+        law.compare("log_det of a point in a batch differs from the point alone", log_det, log_dets, advice)
 
 
 def check_context(transform: FlowTransform, num_points: int = 10, tolerance: float = 1e-9) -> None:
@@ -286,7 +288,7 @@ def check_capture(
     tolerance: float = 1e-9,
     capture: Callable[[Callable, Tensor], Callable] = lambda step, z: make_fx(step)(z),
 ) -> None:
-    """A captured pass in both directions gives what an eager one gives, at other points than those of the capture."""
+    """A pass in both directions, captured at some points, gives what an eager pass gives at others."""
     law = Law("capture", transform, tolerance)
     z, context = law.points((4,))
 

@@ -433,7 +433,7 @@ class Conditioned(FlowTransform):
 
 
 def _refuse_nan(owner: str, tensors: dict[str, Tensor | None]) -> None:
-    """An error that counts the NaN of the first tensor that has any, of those that can be read."""
+    """Raises an error that counts the NaN of the first tensor that has any; tensors that cannot be read are left out."""
     for name, value in tensors.items():
         if value is not None and _can_be_read(value) and (count := int(value.detach().isnan().sum())):
             verb = "is" if count == 1 else "are"

@@ -154,7 +154,7 @@ class MaskedMLPAtContext:
         r"""Solves :math:`(\operatorname{diag}(d) + R)^\top v = r` for R of :meth:`pull_back_rows`, without forming it.
 
         From the last coordinate to the first: a hidden unit of degree m has its whole gradient once coordinates ≥ m are
-        solved, and is pulled back to inputs < m, once. The work is that of a single vector-Jacobian product,
+        solved, and is pulled back to inputs < m, once. The work equals a single vector-Jacobian product,
         O(H·(P·D + H)), in D steps.
         """
         gradients = [torch.zeros_like(slope) for slope in slopes]

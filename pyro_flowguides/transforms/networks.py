@@ -63,8 +63,8 @@ class MLP(ScalarState):
     Arguments:
         in_features: The size of the input, at least 1.
         out_features: The size of the output.
-        hidden_dims: The widths of the hidden layers; without any the network is a linear map, which is what a context that
-            comes from a deep encoder needs.
+        hidden_dims: The widths of the hidden layers; without any the network is a linear map, which suffices for a context
+            from a deep encoder.
         activation: Makes an activation module; one is made per hidden layer.
         damped: Whether steps of an optimizer move the network 8 times less.
 

@@ -47,7 +47,7 @@ def sum_tensors(tensors: list[Tensor]) -> Tensor:
 
 
 def value_and_pull_back(function: Callable, *points: Tensor) -> tuple[Any, Callable]:
-    """The value of a function and the map from its cotangents to those of its arguments (``torch.func.vjp``).
+    """The value of a function, and the map that pulls a cotangent back to the arguments (``torch.func.vjp``).
 
     Unlike ``torch.autograd.grad`` it works under ``vmap``, ``torch.compile`` and ``make_fx``. The value keeps its graph.
     """

@@ -36,6 +36,11 @@ class Planar(FlowTransform):
 
     Example:
         >>> planar = Planar(3)
+        >>> planar
+        Planar(
+          dim=3
+          (parameters_of): FreeParameters()
+        )
         >>> x, log_det = planar.forward_and_log_det(torch.randn(5, 3))
         >>> z, _ = planar.inverse_and_log_det(x)
     """
