@@ -1,4 +1,4 @@
-"""What the benchmarks share: a description of the machine, Markdown tables and result files."""
+"""Shared by all benchmarks: a description of the machine, Markdown tables and result files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 def environment(*libraries: str) -> dict:
-    """The machine and the versions that a result depends on."""
+    """The machine and the versions of the libraries, on which a result depends."""
     versions = {}
     for library in ("torch", *libraries):
         try:
@@ -55,7 +55,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_results(path: str | Path, results: dict, markdown: str) -> None:
-    """Writes the results as JSON, and their tables as Markdown beside it."""
+    """Write the results as JSON, and their tables as a Markdown file beside it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")

@@ -1,7 +1,8 @@
 """Maximum-likelihood density estimation in two dimensions, ours against Zuko.
 
-Flows of the same kind, number of layers and widths (SiLU on both sides), from the same data with the same optimiser, steps,
-batches and seeds: the log-likelihood of held-out points. The density of a point takes one pass of the networks on both sides.
+The figure is the log-likelihood of held-out points. On both sides the flows have the same kind, number of layers and widths
+(SiLU), and the same data, optimiser, steps, batches and seeds. The density of a point takes one pass of the networks on both
+sides.
 
     python -m benchmarks.density_estimation --out benchmarks/results/density_estimation.json [--quick]
 """
@@ -19,7 +20,7 @@ import torch
 import zuko
 from torch import Tensor, nn
 
-from pyro_flowguides import flows
+from pyro_flowguides import NormalizingFlow, flows
 from pyro_flowguides.transforms import FlowTransform
 
 from .common import describe, environment, markdown_table, write_results
@@ -31,7 +32,7 @@ _LEARNING_RATE = 5e-3
 _SEEDS = (0, 1, 2)
 _HIDDEN_DIMS = (32, 32)
 _NUM_BINS = 8
-# Our result may be lower by this much, in nats.
+# Our result may be lower by this many nats.
 _TOLERANCE = 0.05
 
 
@@ -52,7 +53,7 @@ def eight_gaussians(num_points: int, generator: torch.Generator) -> Tensor:
 
 
 class _Flow(nn.Module):
-    """Ours as a density: a module with ``log_prob``."""
+    """A flow of ours as a density: a module with ``log_prob``."""
 
     def __init__(self, transform: FlowTransform) -> None:
         super().__init__()
@@ -60,7 +61,7 @@ class _Flow(nn.Module):
 
     def log_prob(self, points: Tensor) -> Tensor:
         base = dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1)
-        return flows.NormalizingFlow(base, self.transform).log_prob(points)
+        return NormalizingFlow(base, self.transform).log_prob(points)
 
 
 class _ZukoFlow(nn.Module):
@@ -98,7 +99,7 @@ _FLOWS: dict[str, dict[str, Callable[[], nn.Module]]] = {
             zuko.flows.RealNVP(2, transforms=6, hidden_features=_HIDDEN_DIMS, activation=nn.SiLU),
         ),
     },
-    # The same recipe the other way round: the affine maps act on the data, as Zuko's do, not on the noise.
+    # The inverse of the same recipe: its affine maps act on the data, as Zuko's do, not on the noise.
     "RealNVP, 6 layers, inverted": {
         "ours": lambda: _Flow(flows.coupling(2, num_layers=6, hidden_dims=_HIDDEN_DIMS).inv),
         "Zuko": lambda: _ZukoFlow(
@@ -151,8 +152,8 @@ def to_markdown(results: dict) -> str:
         f"{describe(results['environment'])} {_NUM_POINTS} training and {_NUM_POINTS} test points, "
         f"{results['num_steps']} steps of Adam at {_LEARNING_RATE} (cosine) with batches of {_BATCH_SIZE}, hidden layers "
         f"{_HIDDEN_DIMS}, {_NUM_BINS} bins; mean and standard deviation over seeds {_SEEDS}, in nats per point; higher is "
-        f"better. Inverted: our recipe is used in the other direction, which Zuko's flows have. {met} of {len(rows)} differences "
-        f"are above −{_TOLERANCE}. The times are those of a shared machine.",
+        f"better. Inverted: our recipe in its inverse direction, which is the direction of Zuko's flows. {met} of {len(rows)} "
+        f"differences are above −{_TOLERANCE}. The machine was shared, which the times include.",
         markdown_table(["data", "flow", "ours", "Zuko", "ours − Zuko", "seconds, ours / Zuko"], rows),
     ]
     return "\n\n".join(parts)

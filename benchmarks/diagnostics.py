@@ -1,8 +1,8 @@
 """Time and memory of draws and their diagnostics.
 
-Ten thousand draws with both densities on eight schools, and a million draws of a model in ten dimensions. Memory is the rise of
-the process's largest resident size over what it was once everything was imported and a small job of the same kind had run; a
-process of its own for each.
+Ten thousand draws with both densities on eight schools, and a million draws of a model in ten dimensions. Each job has a
+process of its own. It first imports everything and runs a small job of the same kind; memory is the rise of the largest
+resident size after that.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -47,12 +48,13 @@ def ten_latents() -> Callable[[int], fg.Draws]:
     return lambda num_samples: fg.draw(ten_dimensions, guide, y, num_samples=num_samples)
 
 
-def judge(draws: fg.Draws) -> None:
-    draws.elbo(), draws.khat(), draws.ess(), draws.verdict(), draws.summary(kind="all", weighted=True)
+def judge(draws: fg.Draws) -> list[Any]:
+    """Everything that is computed from draws; the first use of an attribute computes it."""
+    return [draws.elbo, draws.khat, draws.ess, draws.verdict, draws.summary(kind="all", weighted=True)]
 
 
-# By name: what makes the draws, how many, and what is done with them.
-JOBS: dict[str, tuple[Callable[[], Callable[[int], fg.Draws]], int, Callable[[fg.Draws], None]]] = {
+# By name: a function that makes the function to draw with, the number of draws, and their use.
+JOBS: dict[str, tuple[Callable[[], Callable[[int], fg.Draws]], int, Callable[[fg.Draws], Any]]] = {
     "draws with both densities, eight schools": (eight_schools, 10_000, lambda draws: None),
     "the same, with ELBO, k-hat, ESS and all tables": (eight_schools, 10_000, judge),
     "draws with both densities, ten dimensions": (ten_latents, 1_000_000, lambda draws: None),
@@ -61,7 +63,7 @@ JOBS: dict[str, tuple[Callable[[], Callable[[int], fg.Draws]], int, Callable[[fg
 
 
 def measure(name: str) -> dict:
-    """Seconds (the shortest of some runs) and the rise of the largest resident size, in MB."""
+    """Seconds (the shortest of several runs) and the rise of the largest resident size, in MB."""
     torch.set_num_threads(1)
     setup, num_samples, use = JOBS[name]
     pyro.set_rng_seed(0)
@@ -80,7 +82,7 @@ def measure(name: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--one", help="measure this job alone and print it as JSON")
+    parser.add_argument("--one", help="measure this job alone and print the result as JSON")
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(options.one)))

@@ -2,8 +2,8 @@
 
     python -m benchmarks.neutra --out benchmarks/results/neutra.json
 
-Both sides are Pyro's NUTS with the same settings, on the 10-dimensional funnel and on the centred eight schools. The flow is that
-of ``AutoFlow(model)``, fitted by ``fit``.
+Both sides are Pyro's NUTS with the same settings, on the 10-dimensional funnel and on the centred eight schools. The flow
+belongs to an ``AutoFlow(model)`` fitted by ``fit``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Callable
 import arviz as az
 import numpy as np
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro.infer import MCMC, NUTS
 from pyro.infer.mcmc.util import initialize_model
@@ -23,31 +22,18 @@ from pyro.infer.reparam import NeuTraReparam
 from torch import Tensor
 
 from pyro_flowguides import AutoFlow, fit
-from pyro_flowguides.examples import EIGHT_SCHOOLS_CENTERED
 
 from .common import describe, environment, markdown_table, write_results
+from .models import eight_schools_centered, funnel
 
-_DTYPE = torch.float64
 _NUM_CHAINS, _NUM_WARM_UP, _NUM_DRAWS, _TARGET = 4, 300, 500, 0.8
 _NUM_FIT_STEPS, _NUM_PARTICLES = 1000, 256
 _COMMENT = (
-    "In its own space NUTS does not reach the neck of either funnel: the mean is off by several of its standard errors, and the "
+    "In the model's own space NUTS does not reach the neck of either funnel: the mean is off by several standard errors, and the "
     "standard deviation is far too small. In the flow's space the chains agree (R-hat below 1.01). On the eight schools they "
-    "still fall a little short of the neck, where the flow is not exact: the standard deviation of log τ is some percent low, "
-    "and a few divergences say so."
+    "still do not reach the end of the neck, where the flow is not exact: the standard deviation of log τ is a few percent low, "
+    "and a few divergences report it."
 )
-
-
-def funnel() -> None:
-    """Neal's funnel: v ~ N(0, 3), x_i ~ N(0, exp(v/2))."""
-    v = pyro.sample("v", dist.Normal(torch.tensor(0.0, dtype=_DTYPE), 3.0))
-    with pyro.plate("coordinates", 9):
-        pyro.sample("x", dist.Normal(torch.tensor(0.0, dtype=_DTYPE), torch.exp(v / 2)))
-
-
-def eight_schools_centered() -> None:
-    EIGHT_SCHOOLS_CENTERED.model(**{name: value.to(_DTYPE) for name, value in EIGHT_SCHOOLS_CENTERED.data().items()})
-
 
 # The quantity that is hardest to sample, with its exact mean and standard deviation.
 TARGETS: dict[str, tuple[Callable[[], None], str, Callable[[dict], np.ndarray], tuple[float, float]]] = {
@@ -69,7 +55,7 @@ class _Counted:
 
 
 def sample_chain(model: Callable, seed: int, num_warm_up: int, num_draws: int) -> dict:
-    """One chain of NUTS: the values of the sampled sites, the gradients of warm-up and of sampling, and divergences."""
+    """One chain of NUTS: the values of the sampled sites, the numbers of gradients in warm-up and sampling, and divergences."""
     pyro.set_rng_seed(seed)
     initial, function, transforms, _ = initialize_model(model, jit_compile=True, skip_jit_warnings=True)
     potential = _Counted(function)
@@ -102,7 +88,7 @@ def sample_chain(model: Callable, seed: int, num_warm_up: int, num_draws: int) -
     }
 
 
-def summarise(chains: list[dict[str, np.ndarray]], quantity: Callable[[dict], np.ndarray]) -> dict:
+def summarize(chains: list[dict[str, np.ndarray]], quantity: Callable[[dict], np.ndarray]) -> dict:
     """The worst R-hat and the smallest bulk and tail ESS of all scalars, and the moments of the quantity."""
     scalars = []
     for name in chains[0]:
@@ -122,15 +108,14 @@ def summarise(chains: list[dict[str, np.ndarray]], quantity: Callable[[dict], np
 
 def measure(target: str, side: str, num_chains: int, num_warm_up: int, num_draws: int, num_fit_steps: int) -> dict:
     model, _, quantity, _ = TARGETS[target]
-    pyro.clear_param_store()
     result: dict = {"fit_seconds": 0.0, "fit_steps": 0}
     to_sites = dict
     if side == "NeuTra":
         fitted = fit(
             model, AutoFlow(model), num_steps=num_fit_steps, num_particles=_NUM_PARTICLES, seed=0, progress=False
         )
-        result |= {"fit_seconds": fitted.wall_time, "fit_steps": len(fitted.losses), "elbo": fitted.elbo}
-        result["khat"] = fitted.khat
+        result |= {"fit_seconds": fitted.wall_time, "fit_steps": len(fitted.losses)}
+        result |= {"elbo": fitted.elbo.value, "khat": fitted.khat.value}
         fitted.guide.requires_grad_(False)
         neutra = NeuTraReparam(fitted.guide)
         model = neutra.reparam(model)
@@ -144,7 +129,7 @@ def measure(target: str, side: str, num_chains: int, num_warm_up: int, num_draws
     result["seconds"] = time.perf_counter() - clock
     chains = [{name: value.numpy() for name, value in to_sites(run.pop("values")).items()} for run in runs]
     result |= {key: sum(run[key] for run in runs) for key in runs[0]}
-    result |= summarise(chains, quantity)
+    result |= summarize(chains, quantity)
     result["ess_per_1000_gradients"] = 1000 * result["ess_bulk"] / result["gradients"]
     return result
 
@@ -186,12 +171,12 @@ def report(results: dict) -> str:
         [
             "# NeuTra: NUTS in the space of a flow",
             f"Pyro's NUTS, {settings['num_chains']} chains of {settings['num_warm_up']} warm-up steps and "
-            f"{settings['num_draws']} draws, target acceptance {_TARGET}, in the model's space and in that of an "
+            f"{settings['num_draws']} draws, target acceptance {_TARGET}, in the model's space and in the space of an "
             f"`AutoFlow(model)` after {settings['num_fit_steps']} steps of `fit` with {_NUM_PARTICLES} particles. "
-            "Rank-normalised split R-hat and bulk and tail ESS (Vehtari et al. 2021, arXiv:1903.08008), the worst over all "
-            "scalars of the model and the quantity in the last but one column. Gradients are those of the draws, without "
-            "warm-up and without those of the fit. Where R-hat is above 1.01 the ESS is not to be trusted, and is too large "
-            "rather than too small. The times are those of a shared machine.",
+            "R-hat is the rank-normalised split R-hat, ESS the bulk and tail ESS (Vehtari et al. 2021, arXiv:1903.08008): the "
+            "worst over all scalars of the model and the quantity in the last column but one. Gradients are counted over the "
+            "draws, without warm-up and without the fit. Do not trust an ESS where R-hat is above 1.01: it is rather too large "
+            "than too small. The machine was shared, which the times include.",
             describe(results["environment"]),
             markdown_table(header, rows),
             _COMMENT,

@@ -1,8 +1,8 @@
-"""What the path gradient costs: milliseconds of a captured step with it and without, for four families of guides.
+"""The cost of the path gradient: milliseconds of a captured step with it and without it, for four families of guides.
 
     python -m benchmarks.path_gradient [--rounds 7]
 
-Eight schools, one thread; both kinds of step in turn, medians over the rounds.
+The model is eight schools, on one thread. The two kinds of step take turns, and the figures are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NUM_STEPS = 200
 
 
 def steps(guide: Callable, gradient: str, num_particles: int) -> Callable[[], float]:
-    """Takes some steps; returns the milliseconds of one."""
+    """Trains for a few steps; returns a function that takes more steps and returns the milliseconds of one."""
     model, data = EIGHT_SCHOOLS.model, EIGHT_SCHOOLS.data()
     loss = Trace_ELBO(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=1)
     with pyro.settings.context(module_local_params=True):

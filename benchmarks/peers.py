@@ -1,8 +1,8 @@
 """The same layer in every library: one table, family → library → constructor.
 
 A constructor takes the dimension and returns ``(parameters, call)``, where ``call(z)`` returns the output and log_det of the
-direction that the library computes in one pass. Networks have two hidden layers of 64 with ReLU (the default of all peers)
-on every side, splines 8 pieces on [−5, 5].
+direction that the library computes in one pass. On every side networks have two hidden layers of 64 with ReLU (the default of all
+peers), and splines have 8 pieces on [−5, 5].
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _register(family: str, library: str, requires: str | None = None) -> Callabl
 
 
 def _layer(module: nn.Module, call: Call) -> Layer:
-    """A layer whose parameters are moved from their start: a network that returns 0 could be unusually cheap."""
+    """A layer with its parameters moved away from their start, where a network that returns 0 could be unusually cheap."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     with torch.no_grad():
         for parameter in parameters:
@@ -54,7 +54,7 @@ def _layer(module: nn.Module, call: Call) -> Layer:
 # --- ours --------------------------------------------------------------------------------------------------------------
 
 _NETWORK: dict[str, Any] = {"hidden_dims": (HIDDEN, HIDDEN), "activation": nn.ReLU}
-_SPLINE: dict[str, Any] = {"num_bins": NUM_BINS, "bound": BOUND}
+_SPLINE: dict[str, Any] = {"num_bins": NUM_BINS, "tail_bound": BOUND}
 _OURS: dict[str, Callable[[int], T.FlowTransform]] = {
     "planar": T.Planar,
     "radial": T.Radial,
@@ -86,7 +86,7 @@ def _ours(constructor: Callable[[int], T.FlowTransform]) -> Callable[[int], Laye
 
 
 class BjorckSylvester(T.Sylvester):
-    """Our orthogonal Sylvester flow with Q from the iteration of its paper instead of a QR decomposition."""
+    """Our orthogonal Sylvester flow, with Q by the iteration of its paper instead of a QR decomposition."""
 
     def _orthonormal_columns(self, raw: Tensor) -> Tensor:
         q = raw.reshape(self.dim, self.num_vectors)
@@ -101,7 +101,7 @@ class BjorckSylvester(T.Sylvester):
 
 
 def _basis_alone(constructor: Callable[[int], T.Sylvester]) -> Callable[[int], Layer]:
-    """The orthonormal columns of a D × M matrix, which is the parameter; the points are not used."""
+    """The orthonormal columns of a D × M matrix, the parameter of the layer; the points are not used."""
 
     def construct(dim: int) -> Layer:
         transform = constructor(dim)
@@ -122,7 +122,7 @@ _register("sylvester, basis alone", "Björck iteration")(_basis_alone(lambda dim
 def _pyro_layer(transform: Any) -> Layer:
     def call(z: Tensor) -> tuple[Tensor, Tensor]:
         x = transform(z)
-        # Pyro remembers log_det, or what it is made of, from the call.
+        # Pyro caches log_det, or the parts of it, in the call.
         return x, transform.log_abs_det_jacobian(z, x)
 
     return _layer(transform, call) if isinstance(transform, nn.Module) else ([], call)
@@ -134,7 +134,7 @@ def _pyro_spline_sizes(num_coordinates: int) -> list[int]:
 
 def _pyro_made(dim: int, param_dims: list[int]) -> AutoRegressiveNN:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of hidden layers narrower than D
+        warnings.simplefilter("ignore")  # about hidden layers narrower than D
         return AutoRegressiveNN(dim, [HIDDEN, HIDDEN], param_dims=param_dims)
 
 
@@ -247,9 +247,9 @@ def _(dim: int) -> Layer:
 
 
 class _Network(nn.Sequential):
-    """The network of a coupling, with the second argument (a context) that these libraries pass."""
+    """The network of a coupling, with a second argument (a context), which these libraries pass."""
 
-    # Both scale some of the outputs down by it.
+    # Both libraries divide some of the outputs by its square root.
     hidden_features = HIDDEN
 
     def __init__(self, size_in: int, size_out: int) -> None:
@@ -356,7 +356,7 @@ def _normflows_residual(dim: int, num_terms: int | None) -> Layer:
     return layer
 
 
-# An unbiased estimate of some four terms, where ours is exact up to 128 hidden units.
+# An unbiased estimate from about four terms; ours is exact up to 128 hidden units.
 _register("residual, default log_det", "normflows", "normflows")(lambda dim: _normflows_residual(dim, None))
 _register("residual, series with random traces", "normflows", "normflows")(
     lambda dim: _normflows_residual(dim, NUM_TERMS)

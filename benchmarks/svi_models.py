@@ -1,8 +1,11 @@
-"""Three models for the benchmarks of training, each in Pyro and, where it is installed, in NumPyro.
+"""Three models for the benchmarks of training, each in Pyro and in NumPyro.
+
+This file does not import this library, and imports NumPyro only where it is used: one benchmark starts its clock before the
+imports, and no side should wait for the library of another.
 
 - Eight schools (Rubin 1981), non-centred: 10 latent dimensions, 8 observations.
 - Logistic regression on the sonar data (Gorman & Sejnowski 1988): 61 latent dimensions, 208 observations.
-- A hierarchical regression: 1000 observations in 20 groups with intercepts of their own, 3 slopes; 26 latent dimensions. The data
+- A hierarchical regression: 1000 observations, an intercept for each of 20 groups, and 3 slopes; 26 latent dimensions. The data
   are simulated with a fixed seed.
 """
 
@@ -29,9 +32,9 @@ class Problem:
     Attributes:
         name: Its name.
         model: The Pyro model.
-        numpyro_model: The same in NumPyro.
+        numpyro_model: The same model in NumPyro.
         arguments: Arrays, the positional arguments of both.
-        hidden_dims: The hidden layers of autoregressive networks; Pyro and NumPyro need them as wide as the latent vector.
+        hidden_dims: The hidden layers of autoregressive networks; in Pyro and NumPyro they must be as wide as the latent vector.
     """
 
     name: str

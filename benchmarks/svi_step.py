@@ -2,9 +2,9 @@
 
     python -m benchmarks.svi_step --sonar sonar.csv [--models …] [--guides …] [--particles …] [--inductor …] [--rounds 5]
 
-All sides run in one process, on one thread each, in turn, several rounds; the table has medians over the rounds and their ratios.
-Capture and compilation are apart. NumPyro's time per step is the difference of two runs of different lengths, so that tracing and
-compiling, which every ``svi.run`` does anew, cancel.
+All sides run in one process, on one thread each. They take turns for several rounds; the table has medians over the rounds and
+their ratios. The times are without capture and compilation. NumPyro's time per step is the difference of two runs of different
+lengths, so that tracing and compilation, which every ``svi.run`` repeats, cancel.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ PYRO_GUIDES: dict[str, Callable] = {
     "AutoIAF": lambda problem: AutoIAFNormal(problem.model, hidden_dim=list(problem.hidden_dims), num_transforms=3),
 }
 OUR_GUIDES: dict[str, Callable] = {
-    # A captured step is not for our guides only.
+    # CompiledSVI captures steps of any guide.
     "AutoNormal": lambda problem: AutoNormal(problem.model),
     "AutoIAF": lambda problem: fg.AutoIAF(problem.model, num_layers=3, hidden_dims=problem.hidden_dims),
     "AutoCoupling": lambda problem: fg.AutoCoupling(problem.model),
     "AutoSpline": lambda problem: fg.AutoSpline(problem.model),
     "AutoCoupling, path gradient": lambda problem: fg.AutoCoupling(problem.model, gradient="path"),
 }
-# Steps per round; a side that is slow gets fewer.
+# A round lasts about this long, so that a slow side takes fewer steps.
 SECONDS_PER_ROUND = 1.0
 
 Runner = Callable[[int], None]
@@ -76,7 +76,7 @@ def captured_runner(problem: Problem, guide: Callable, num_particles: int, backe
 
 
 def _in_own_store(run: Callable[[int], Any]) -> Runner:
-    """Runs with the parameters of its own first call, whatever the other sides put in Pyro's store meanwhile."""
+    """Runs with its own parameters, whatever the other sides have put in Pyro's store since the last call."""
     state: list[Any] = []
 
     def run_in_store(num_steps: int) -> None:

@@ -1,8 +1,8 @@
 """Time and memory of one training step of every family of transforms, against other libraries.
 
-One call is forward with log_det, and backward to the parameters and to the input. The sides take turns within one process,
-and the numbers are medians: noise of the machine hits all of them alike. Memory is the highest sum of the allocations and
-releases that torch's profiler records for one call, for all tensors made by it; it varies a little where they are small.
+One call is forward with log_det, and backward to the parameters and to the input. The sides take turns within one process, and
+the figures are medians, so that the noise of the machine is the same for all sides. Memory is the peak of the tensors that one
+call allocates, as torch's profiler records them; small peaks vary a little from call to call.
 
     python -m benchmarks.transforms --out benchmarks/results/transforms.json [--quick]
 """
@@ -26,12 +26,13 @@ from .peers import FAMILIES, OURS, Layer
 
 _DIMS = (10, 64, 512)
 _BATCH_SIZES = (64, 4096)
-# Seconds: a call that takes longer is not repeated, and a side is timed for about as long as the second.
+# A call that takes longer than this many seconds is not repeated.
 _LONGEST_CALL = 20.0
+# The seconds for which a side is timed.
 _TIME_PER_SIDE = 0.4
 _LARGEST_PEAK = 6e9
 _SCALING_DIMS = (100, 1_000, 10_000, 30_000, 100_000)
-# Below, a step costs about the same whatever D: the time is that of launching its operations.
+# For smaller D a step costs about the same whatever D, because launching its operations takes most of the time.
 _LINEAR_FROM = 10_000
 _SCALING_BATCH_SIZE = 16
 _SCALING: dict[str, Callable[[int], T.FlowTransform]] = {
@@ -46,7 +47,7 @@ def make_step(layer: Layer, z: Tensor) -> Callable[[], None]:
     parameters, call = layer
 
     def step() -> None:
-        # A new tensor each time: some libraries would find the previous result in a cache.
+        # A new tensor each time, because some libraries cache the previous result.
         point = z.detach().requires_grad_()
         outputs = [output for output in call(point) if output.requires_grad]
         torch.autograd.grad(
@@ -57,7 +58,7 @@ def make_step(layer: Layer, z: Tensor) -> Callable[[], None]:
 
 
 def time_in_turns(steps: dict[str, Callable[[], None]], seconds_per_side: float) -> dict[str, list[float]]:
-    """Seconds per call of every side, which take turns."""
+    """Seconds per call of every side; the sides take turns."""
     first = {}
     for name, step in steps.items():
         step()
@@ -77,7 +78,7 @@ def time_in_turns(steps: dict[str, Callable[[], None]], seconds_per_side: float)
 
 
 def peak_memory(step: Callable[[], None]) -> int:
-    """The largest number of bytes that the tensors made by a step hold at one time."""
+    """The largest number of bytes that the tensors of a step hold at one time."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -99,7 +100,7 @@ def compare(family: str, dim: int, batch_size: int, seconds_per_side: float) -> 
         try:
             step = make_step(constructor(dim), z)
             step()
-        except Exception as error:  # of any library: the cell says so
+        except Exception as error:  # whatever a library raises: the cell reports it
             skipped[library] = f"{type(error).__name__}: {error}"
             continue
         steps[library] = step
@@ -130,7 +131,7 @@ def compare(family: str, dim: int, batch_size: int, seconds_per_side: float) -> 
 
 
 def against_leanest(memory: dict[str, int]) -> dict:
-    """Our peak against that of the leanest peer; nothing if a peak is 0: there the profiler has lost the events of a step."""
+    """Our peak against the peak of the leanest peer; empty if a peak is 0, where the profiler has lost the events of a step."""
     if not all(memory.values()):
         return {}
     leanest = min((library for library in memory if library != OURS), key=memory.__getitem__)
@@ -187,19 +188,19 @@ def to_markdown(results: dict) -> str:
     parts = [
         "# Transforms: time and memory of a training step",
         __doc__.split("\n\n")[1].replace("\n", " "),
-        f"{describe(results['environment'])} Times in ms. The machine was shared: the interquartile range of a cell "
-        f"is {100 * spread:.0f} % of its median in the middle cell. Networks have two hidden layers of 64 and ReLU on "
-        "every side, splines 8 pieces. The fastest peer is not always the same one; a ratio below 1 means that ours is "
-        f"faster. {wins} of {len(results['cells'])} cells are.",
-        "Not the same maths everywhere: the log-determinant of Pyro's Sylvester is not that of its map; by "
-        "default the residual flow of normflows estimates log_det at random from some four terms of its series, and ours is "
-        "exact (the other row has both sum 20 terms with random traces); ours takes exact spectral norms in every call, "
-        "where users of normflows add power iterations that are not counted here; the linear maps of Zuko and normflows have "
-        "no shift; the affine layers of normflows do not bound the log-scale.",
+        f"{describe(results['environment'])} Times in ms. The machine was shared: in the median cell, the interquartile range is "
+        f"{100 * spread:.0f} % of the median. On every side networks have two hidden layers of 64 with ReLU, and splines have 8 "
+        "pieces. The fastest peer differs from row to row. A ratio below 1 means that ours is faster, as it is in "
+        f"{wins} of {len(results['cells'])} cells.",
+        "The sides do not always compute the same. Pyro's Sylvester returns a log-determinant that does not belong to its map. "
+        "By default the residual flow of normflows estimates log_det at random from about four terms of its series, and ours is "
+        "exact; in the other row both sum 20 terms with random traces. Ours takes exact spectral norms in every call; users of "
+        "normflows add power iterations, which are not counted here. The linear maps of Zuko and normflows have no shift. The "
+        "affine layers of normflows do not bound the log-scale.",
         markdown_table(header, rows),
         "## Time against D",
-        f"Ours, batch {_SCALING_BATCH_SIZE}, times in ms; the exponent is that of a power law from "
-        f"D = {_LINEAR_FROM} on, 1 meaning a time proportional to D.",
+        f"Ours, batch {_SCALING_BATCH_SIZE}, times in ms. The exponent belongs to a power law from D = {_LINEAR_FROM} on; 1 "
+        "means a time proportional to D.",
         markdown_table(
             ["family", *(f"D = {dim}" for dim in _SCALING_DIMS), "exponent"],
             [

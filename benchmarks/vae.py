@@ -2,9 +2,9 @@
 
     python -m benchmarks.vae --out benchmarks/results/vae.json
 
-The data are the 1797 digits of 8 × 8 pixels that come with scikit-learn, their grey values taken as the probabilities of binary
-pixels. Training draws the pixels anew for every minibatch; those of the validation and test digits are drawn once, with a fixed
-seed. All posteriors stand on the same encoder and decoder, start from the same weights and see the same minibatches.
+The data are the 1797 digits of 8 × 8 pixels that come with scikit-learn. Their grey values are the probabilities of binary
+pixels. Training draws the pixels anew for every minibatch; the pixels of the validation and test digits are drawn once, with a
+fixed seed. All posteriors have the same encoder and decoder, start from the same weights and see the same minibatches.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _SEEDS = (0, 1, 2)
 _COMMENT = (
     "The published gains over a diagonal normal, on MNIST with 64 latent dimensions (van den Berg et al. 2018, "
     "arXiv:1803.05649), are 0.5 nats for planar flows, 2.3 for IAF and 3.2 for Sylvester flows. Here every flow gains in every "
-    "seed, the planar one by as much as there, but that ranking is not reproduced: IAF and Sylvester flows gain no more than the "
-    "planar one, and their differences are about as large as those of the seeds. What speaks for a problem too small to show it, "
-    "though it was not tested on a larger one: a diagonal normal leaves only a third of a nat between −ELBO and NLL on these "
-    "digits, and a planar layer bends one direction of 8 rather than of 64, so that 16 of them are no bottleneck. Most of the "
-    "gain is in NLL: the decoder fits the data better where it is not held to normal posteriors. How much of what flows leave "
-    "is due to the encoder's errors on digits it has not seen was not measured. The settings were tuned for none of the "
-    "posteriors, and all take the same number of steps, not the same time."
+    "seed, and planar flows gain as much as published, but the ranking is not reproduced: IAF and Sylvester flows gain no more "
+    "than planar flows, and the differences between flows are about as large as the differences between seeds. Probably the "
+    "problem is too small to show the ranking; this was not tested on a larger one. Two facts support it: a diagonal normal "
+    "leaves only a third of a nat between −ELBO and NLL on these digits, and a planar layer bends one direction of 8 rather than "
+    "one of 64, so that 16 layers are no bottleneck. Most of the gain is in NLL: the decoder fits the data better when the "
+    "posteriors need not be normal. The encoder's errors on unseen digits are a part of the remaining gap; their size was not "
+    "measured. The settings were tuned for none of the posteriors, and all take the same number of steps, not the same time."
 )
 
 POSTERIORS: dict[str, Callable | None] = {
@@ -65,7 +65,7 @@ def digits() -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Autoencoder:
-    """The generative model with its decoder, and the encoder that all posteriors share in kind."""
+    """The generative model with its decoder, and an encoder of the same size for every posterior."""
 
     def __init__(self, num_data: int) -> None:
         self.num_data = num_data
@@ -136,11 +136,12 @@ def train(autoencoder: Autoencoder, guide: AmortizedFlow, grey: Tensor, validati
 def measure(flow: Callable | None, seed: int, num_steps: int, num_draws: int) -> dict[str, float]:
     """Trains one autoencoder, and measures −ELBO and NLL on the test digits, in nats per digit."""
     grey, validation, test = digits()
+    # SVI trains the parameters in Pyro's store.
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     autoencoder = Autoencoder(len(grey))
     guide = AmortizedFlow(autoencoder.model, autoencoder.encoder, flow).setup(validation)
-    # The weights of the flow have taken random numbers of their own.
+    # The flows draw different numbers of initial weights; from here on all posteriors see the same random numbers.
     pyro.set_rng_seed(seed)
     with pyro.validation_enabled(False):
         best_step = train(autoencoder, guide, grey, validation, num_steps)
@@ -189,16 +190,16 @@ def report(results: dict) -> str:
             f"{settings['num_train']} training, {_NUM_VALIDATION} validation and {_NUM_TEST} test digits of scikit-learn, with "
             "binary pixels whose probabilities are the grey values: drawn anew for every minibatch in training, once with a "
             f"fixed seed for validation and test. {_LATENT_DIM} latent dimensions; encoder and decoder with two hidden layers "
-            f"of {_HIDDEN_DIM} (SiLU), the same for all posteriors; parameters of the flows linear in the encoder's last layer, "
-            "but for IAF and couplings, whose networks (64 hidden units) it enters. "
+            f"of {_HIDDEN_DIM} (SiLU), the same for all posteriors. The parameters of the flows are linear in the encoder's last "
+            "layer; in IAF and couplings this layer is an input of their networks (64 hidden units). "
             f"{settings['num_steps']} steps of Adam at {_LEARNING_RATE} (cosine to 0) with one draw for each of {_BATCH_SIZE} "
-            f"digits, KL terms warmed up linearly over the first {_WARM_UP:.0%} of the steps; the parameters are those of the "
-            f"best ELBO on the validation digits, taken every {_VALIDATE_EVERY} steps after the warm-up.",
+            f"digits. The weight of the KL terms rises linearly over the first {_WARM_UP:.0%} of the steps. After that the ELBO "
+            f"on the validation digits is computed every {_VALIDATE_EVERY} steps, and the parameters with the best one are kept.",
             f"−ELBO and negative log-likelihood (NLL, by importance sampling with {settings['num_draws']} draws for each digit) "
             "of the test digits in nats per digit, mean and standard deviation over seeds "
             f"{tuple(settings['seeds'])}. Gains are over the diagonal normal of the same seed, with their standard error. "
-            "−ELBO − NLL is the divergence of the posterior that inference leaves, and a "
-            "little less where importance sampling is not exact.",
+            "−ELBO − NLL is the divergence from the guide to the true posterior, and a little less where importance sampling is "
+            "not exact.",
             describe(results["environment"]),
             markdown_table(header, rows),
             _COMMENT,
@@ -214,7 +215,7 @@ def main() -> None:
     torch.set_num_threads(1)
     seeds, num_steps, num_draws = ((0,), 200, 100) if options.quick else (_SEEDS, _NUM_STEPS, _NUM_IMPORTANCE)
     settings = {"seeds": list(seeds), "num_steps": num_steps, "num_draws": num_draws, "num_train": len(digits()[0])}
-    # A run that was interrupted goes on where it stopped.
+    # An interrupted run continues where it stopped.
     path = Path(options.out)
     results = json.loads(path.read_text()) if path.exists() else {}
     if results.get("settings") != settings:

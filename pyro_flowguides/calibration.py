@@ -126,10 +126,10 @@ class Calibration:
 def symmetry_p_value(probabilities: np.ndarray) -> float:
     r"""The p-value of the hypothesis that numbers are distributed symmetrically about 1/2.
 
-    The statistic D is the distance of Kolmogorov and Smirnov between P and 1 − P, as in VSBC. These are not two independent samples,
-    and the usual p-value would be too small. Under symmetry the signs of P − 1/2, from the farthest to the nearest, are a fair
-    random walk, of which n D is the largest distance from 0; its law is exact for every n. Butler (1969), *A test for symmetry
-    using the sample distribution function*, Annals of Mathematical Statistics 40(6). Cost O(n² D).
+    The statistic D is the distance of Kolmogorov and Smirnov between P and 1 − P, as in VSBC. These are not two independent
+    samples, and the usual p-value would be too small. Under symmetry the signs of P − 1/2, from the farthest to the nearest, are
+    a fair random walk, and n D is its largest distance from 0, whose law is exact for every n. Butler (1969), *A test for
+    symmetry using the sample distribution function*, Annals of Mathematical Statistics 40(6). Cost O(n² D).
 
     Arguments:
         probabilities: The numbers P, shape (n,); those that are exactly 1/2 say nothing and are left out.
@@ -277,7 +277,8 @@ def _simulate_and_rank(
         below = {name: value < true_values[name] for name, value in draws.values.items() if value.is_floating_point()}
     except Exception as error:
         raise RuntimeError(
-            f"check_calibration: the simulation with seed {seed} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            f"check_calibration: the simulation with seed {seed} failed: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}"
         ) from error
 
     def numpy(value: Tensor) -> np.ndarray:

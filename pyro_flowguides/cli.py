@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyro
 import torch
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
 
-from . import __version__
+from .checks import version
 from .diagnostics.compare import comparison_table
 from .diagnostics.importance import VerdictKind
 from .diagnostics.plots import plot_marginals
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flowguides", description="Fit Pyro models with normalizing-flow guides.")
-    parser.add_argument("--version", action="version", version=f"pyro_flowguides {__version__}")
+    parser.add_argument("--version", action="version", version=f"pyro_flowguides {version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     listing = commands.add_parser("list", help="name the bundled models and the guides")
@@ -81,8 +80,8 @@ def _parser() -> argparse.ArgumentParser:
         "--data", type=Path, metavar="FILE", help="arguments of your model by name: .json, .npz or .csv"
     )
     fitting.add_argument("--out", type=Path, metavar="DIR", help="write netCDF files and a PNG to this directory")
-    fitting.add_argument("--num-steps", type=int, metavar="N", help="training steps (default: that of fit)")
-    fitting.add_argument("--num-particles", type=int, metavar="N", help="draws per step (default: that of fit)")
+    fitting.add_argument("--num-steps", type=int, metavar="N", help="training steps (default: as in fit)")
+    fitting.add_argument("--num-particles", type=int, metavar="N", help="draws per step (default: as in fit)")
     fitting.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
     fitting.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
@@ -130,7 +129,6 @@ def _fit(options: argparse.Namespace) -> None:
 
 
 def _fit_one(example: Example, name: str, options: argparse.Namespace) -> FitResult:
-    pyro.clear_param_store()
     guide = GUIDES[name][0](example.model)
     # The errors of fit are about the user's model and data; what lies deeper keeps its traceback.
     try:

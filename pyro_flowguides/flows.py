@@ -1,12 +1,14 @@
-r"""Flows as distributions, and the recipes that stack transforms.
+r"""Recipes: functions that stack transforms into a flow.
 
 A recipe is a function ``recipe(dim, *, num_layers, hidden_dims, context_dim=0, **options) -> FlowTransform`` that returns a
-stack which starts as the identity. Any function of that shape can be given to a guide.
+stack which starts as the identity. Any function of that shape can be given to a guide. The options that a recipe does not
+name go to each of its layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -19,8 +21,8 @@ def coupling(
     *,
     num_layers: int | None = None,
     hidden_dims: Sequence[int] | None = None,
-    context_dim: int = 0,
-    bound: float = 3.0,
+    damped: bool = False,
+    **options: Any,
 ) -> T.FlowTransform:
     """RealNVP: affine couplings that keep one half of the coordinates and the other in turn.
 
@@ -32,19 +34,19 @@ def coupling(
         dim: The number D of coordinates.
         num_layers: The number of couplings; by default 10, or 16 for D > 30.
         hidden_dims: The hidden layers of each network; by default two of 32, or of 64 and 32 for D > 30.
-        context_dim: The size of the context; 0 for none.
-        bound: The bound of the log-scales.
+        damped: Whether the couplings start damped, see :class:`~pyro_flowguides.transforms.Coupling`.
+        options: As in :class:`~pyro_flowguides.transforms.AffineCoupling`: ``context_dim``, ``log_scale_bound``, …
     """
     many = dim > _MANY
     if num_layers is None:
         num_layers = 16 if many else 10
-    check_positive_integer("coupling", "num_layers", num_layers)
     if hidden_dims is None:
         hidden_dims = (64, 32) if many else (32, 32)
-    couplings = [
-        T.AffineCoupling(dim, flip=bool(layer % 2), hidden_dims=hidden_dims, context_dim=context_dim, bound=bound)
-        for layer in range(num_layers)
-    ]
+
+    def layer(index: int) -> T.FlowTransform:
+        return T.AffineCoupling(dim, flip=index % 2 == 1, hidden_dims=hidden_dims, damped=damped, **options)
+
+    couplings = _layers("coupling", num_layers, layer)
     return _with_shuffles(couplings) if many else T.Compose(couplings)
 
 
@@ -53,9 +55,8 @@ def spline_coupling(
     *,
     num_layers: int = 4,
     hidden_dims: Sequence[int] | None = None,
-    context_dim: int = 0,
-    num_bins: int = 8,
-    bound: float = 5.0,
+    damped: bool = False,
+    **options: Any,
 ) -> T.FlowTransform:
     """Neural spline flow: spline couplings that keep one half of the coordinates and the other in turn.
 
@@ -65,33 +66,18 @@ def spline_coupling(
         dim: The number D of coordinates.
         num_layers: The number of couplings.
         hidden_dims: The hidden layers of each network; by default two of 32, or of 64 for D > 30.
-        context_dim: The size of the context; 0 for none.
-        num_bins: The number of pieces of each spline.
-        bound: Half the side of the box outside which the splines are the identity.
+        damped: Whether the couplings start damped, see :class:`~pyro_flowguides.transforms.Coupling`.
+        options: As in :class:`~pyro_flowguides.transforms.SplineCoupling`: ``context_dim``, ``num_bins``, ``tail_bound``, …
     """
-    check_positive_integer("spline_coupling", "num_layers", num_layers)
     hidden_dims = _default_hidden_dims(dim, hidden_dims)
-    return T.Compose(
-        T.SplineCoupling(
-            dim,
-            flip=bool(layer % 2),
-            hidden_dims=hidden_dims,
-            context_dim=context_dim,
-            num_bins=num_bins,
-            bound=bound,
-        )
-        for layer in range(num_layers)
-    )
+
+    def layer(index: int) -> T.FlowTransform:
+        return T.SplineCoupling(dim, flip=index % 2 == 1, hidden_dims=hidden_dims, damped=damped, **options)
+
+    return T.Compose(_layers("spline_coupling", num_layers, layer))
 
 
-def iaf(
-    dim: int,
-    *,
-    num_layers: int = 3,
-    hidden_dims: Sequence[int] | None = None,
-    context_dim: int = 0,
-    bound: float = 3.0,
-) -> T.FlowTransform:
+def iaf(dim: int, *, num_layers: int = 3, hidden_dims: Sequence[int] | None = None, **options: Any) -> T.FlowTransform:
     """Inverse autoregressive flow: affine autoregressive layers, with the coordinates reversed between them.
 
     Sampling takes one pass per layer; the inverse takes D. Kingma et al. (2016), arXiv:1606.04934.
@@ -100,25 +86,13 @@ def iaf(
         dim: The number D of coordinates.
         num_layers: The number of autoregressive layers.
         hidden_dims: The hidden layers of each network; by default two of 32, or of 64 for D > 30.
-        context_dim: The size of the context; 0 for none.
-        bound: The bound of the log-scales.
+        options: As in :class:`~pyro_flowguides.transforms.AffineAutoregressive`: ``context_dim``, ``log_scale_bound``, …
     """
-    check_positive_integer("iaf", "num_layers", num_layers)
-    hidden_dims = _default_hidden_dims(dim, hidden_dims)
-    return _with_reverses(
-        T.AffineAutoregressive(dim, hidden_dims=hidden_dims, context_dim=context_dim, bound=bound)
-        for _ in range(num_layers)
-    )
+    options["hidden_dims"] = _default_hidden_dims(dim, hidden_dims)
+    return _with_reverses(_layers("iaf", num_layers, lambda _: T.AffineAutoregressive(dim, **options)))
 
 
-def maf(
-    dim: int,
-    *,
-    num_layers: int = 3,
-    hidden_dims: Sequence[int] | None = None,
-    context_dim: int = 0,
-    bound: float = 3.0,
-) -> T.FlowTransform:
+def maf(dim: int, *, num_layers: int = 3, hidden_dims: Sequence[int] | None = None, **options: Any) -> T.FlowTransform:
     """Masked autoregressive flow: the inverse direction of the layers of :func:`iaf`.
 
     The density of a given point takes one pass per layer, a draw D passes: for variational inference :func:`iaf` is the
@@ -128,25 +102,14 @@ def maf(
         dim: The number D of coordinates.
         num_layers: The number of autoregressive layers.
         hidden_dims: The hidden layers of each network; by default two of 32, or of 64 for D > 30.
-        context_dim: The size of the context; 0 for none.
-        bound: The bound of the log-scales.
+        options: As in :class:`~pyro_flowguides.transforms.AffineAutoregressive`: ``context_dim``, ``log_scale_bound``, …
     """
-    check_positive_integer("maf", "num_layers", num_layers)
-    hidden_dims = _default_hidden_dims(dim, hidden_dims)
-    return _with_reverses(
-        T.Inverse(T.AffineAutoregressive(dim, hidden_dims=hidden_dims, context_dim=context_dim, bound=bound))
-        for _ in range(num_layers)
-    )
+    options["hidden_dims"] = _default_hidden_dims(dim, hidden_dims)
+    return _with_reverses(_layers("maf", num_layers, lambda _: T.Inverse(T.AffineAutoregressive(dim, **options))))
 
 
 def spline_autoregressive(
-    dim: int,
-    *,
-    num_layers: int = 3,
-    hidden_dims: Sequence[int] | None = None,
-    context_dim: int = 0,
-    num_bins: int = 8,
-    bound: float = 5.0,
+    dim: int, *, num_layers: int = 3, hidden_dims: Sequence[int] | None = None, **options: Any
 ) -> T.FlowTransform:
     """Autoregressive neural spline flow, with the order of the coordinates reversed between its layers.
 
@@ -156,56 +119,39 @@ def spline_autoregressive(
         dim: The number D of coordinates.
         num_layers: The number of autoregressive layers.
         hidden_dims: The hidden layers of each network; by default two of 32, or of 64 for D > 30.
-        context_dim: The size of the context; 0 for none.
-        num_bins: The number of pieces of each spline.
-        bound: Half the side of the box outside which the splines are the identity.
+        options: As in :class:`~pyro_flowguides.transforms.SplineAutoregressive`: ``context_dim``, ``num_bins``,
+            ``tail_bound``, …
     """
-    check_positive_integer("spline_autoregressive", "num_layers", num_layers)
-    hidden_dims = _default_hidden_dims(dim, hidden_dims)
+    options["hidden_dims"] = _default_hidden_dims(dim, hidden_dims)
     return _with_reverses(
-        T.SplineAutoregressive(dim, hidden_dims=hidden_dims, context_dim=context_dim, num_bins=num_bins, bound=bound)
-        for _ in range(num_layers)
+        _layers("spline_autoregressive", num_layers, lambda _: T.SplineAutoregressive(dim, **options))
     )
 
 
-def planar(
-    dim: int, *, num_layers: int = 16, hidden_dims: Sequence[int] = (32, 32), context_dim: int = 0
-) -> T.FlowTransform:
+def planar(dim: int, *, num_layers: int = 16, **options: Any) -> T.FlowTransform:
     """A stack of planar flows. Rezende & Mohamed (2015), arXiv:1505.05770.
 
     Arguments:
         dim: The number D of coordinates.
         num_layers: The number of planar layers; each bends space along one direction, so that many are needed.
-        hidden_dims: The hidden layers of the networks of the context; not used without one.
-        context_dim: The size of the context; 0 for none.
+        options: As in :class:`~pyro_flowguides.transforms.Planar`: ``context_dim``, ``hidden_dims``.
     """
-    check_positive_integer("planar", "num_layers", num_layers)
-    return T.Compose(T.Planar(dim, context_dim=context_dim, hidden_dims=hidden_dims) for _ in range(num_layers))
+    return T.Compose(_layers("planar", num_layers, lambda _: T.Planar(dim, **options)))
 
 
-def radial(
-    dim: int, *, num_layers: int = 16, hidden_dims: Sequence[int] = (32, 32), context_dim: int = 0
-) -> T.FlowTransform:
+def radial(dim: int, *, num_layers: int = 16, **options: Any) -> T.FlowTransform:
     """A stack of radial flows. Rezende & Mohamed (2015), arXiv:1505.05770.
 
     Arguments:
         dim: The number D of coordinates.
         num_layers: The number of radial layers; each draws space to one centre, or pushes it away.
-        hidden_dims: The hidden layers of the networks of the context; not used without one.
-        context_dim: The size of the context; 0 for none.
+        options: As in :class:`~pyro_flowguides.transforms.Radial`: ``context_dim``, ``hidden_dims``.
     """
-    check_positive_integer("radial", "num_layers", num_layers)
-    return T.Compose(T.Radial(dim, context_dim=context_dim, hidden_dims=hidden_dims) for _ in range(num_layers))
+    return T.Compose(_layers("radial", num_layers, lambda _: T.Radial(dim, **options)))
 
 
 def sylvester(
-    dim: int,
-    *,
-    num_layers: int = 8,
-    num_vectors: int = 8,
-    basis: str = "qr",
-    hidden_dims: Sequence[int] = (32, 32),
-    context_dim: int = 0,
+    dim: int, *, num_layers: int = 8, num_vectors: int = 8, basis: str = "qr", **options: Any
 ) -> T.FlowTransform:
     """A stack of Sylvester flows. van den Berg et al. (2018), arXiv:1803.05649.
 
@@ -215,31 +161,30 @@ def sylvester(
         num_vectors: The number M of directions that each layer bends; D where that is less. Not used by ``"triangular"``,
             which bends all.
         basis: ``"qr"``, ``"householder"`` or ``"triangular"``, whose layers keep and reverse the coordinates in turn.
-        hidden_dims: The hidden layers of the networks of the context; not used without one.
-        context_dim: The size of the context; 0 for none.
+        options: As in :class:`~pyro_flowguides.transforms.Sylvester`: ``context_dim``, ``hidden_dims``, …
     """
-    check_positive_integer("sylvester", "num_layers", num_layers)
     check_positive_integer("sylvester", "num_vectors", num_vectors)
     triangular = basis == "triangular"
-    return T.Compose(
-        T.Sylvester(
-            dim,
-            None if triangular else min(num_vectors, dim),
-            basis=basis,
-            reverse=triangular and layer % 2 == 1,
-            context_dim=context_dim,
-            hidden_dims=hidden_dims,
-        )
-        for layer in range(num_layers)
-    )
+
+    def layer(index: int) -> T.FlowTransform:
+        size = None if triangular else min(num_vectors, dim)
+        return T.Sylvester(dim, size, basis=basis, reverse=triangular and index % 2 == 1, **options)
+
+    return T.Compose(_layers("sylvester", num_layers, layer))
 
 
 def nice(
-    dim: int, *, num_layers: int = 6, hidden_dims: Sequence[int] | None = None, context_dim: int = 0
+    dim: int,
+    *,
+    num_layers: int = 6,
+    hidden_dims: Sequence[int] | None = None,
+    context_dim: int = 0,
+    damped: bool = False,
+    **options: Any,
 ) -> T.FlowTransform:
     """NICE: additive couplings that change one half of the coordinates and the other in turn, then a scale for each.
 
-    The couplings preserve volume; all change of volume is that of the final elementwise affine map. Invertible at the
+    The couplings preserve volume; all change of volume comes from the final elementwise affine map. Invertible at the
     cost of a forward pass. Dinh et al. (2015), *NICE: non-linear independent components estimation*, arXiv:1410.8516.
 
     Arguments:
@@ -247,14 +192,15 @@ def nice(
         num_layers: The number of couplings.
         hidden_dims: The hidden layers of each network; by default two of 32, or of 64 for D > 30.
         context_dim: The size of the context; 0 for none.
+        damped: Whether the couplings start damped, see :class:`~pyro_flowguides.transforms.Coupling`.
+        options: Of the couplings, as in :class:`~pyro_flowguides.transforms.AdditiveCoupling`.
     """
-    check_positive_integer("nice", "num_layers", num_layers)
-    hidden_dims = _default_hidden_dims(dim, hidden_dims)
-    couplings = [
-        T.AdditiveCoupling(dim, flip=bool(layer % 2), hidden_dims=hidden_dims, context_dim=context_dim)
-        for layer in range(num_layers)
-    ]
-    return T.Compose([*couplings, T.Affine(dim, context_dim=context_dim, hidden_dims=hidden_dims)])
+    shared: dict[str, Any] = {"context_dim": context_dim, "hidden_dims": _default_hidden_dims(dim, hidden_dims)}
+
+    def layer(index: int) -> T.FlowTransform:
+        return T.AdditiveCoupling(dim, flip=index % 2 == 1, damped=damped, **shared, **options)
+
+    return T.Compose([*_layers("nice", num_layers, layer), T.Affine(dim, **shared)])
 
 
 def glow(
@@ -263,7 +209,8 @@ def glow(
     num_layers: int = 4,
     hidden_dims: Sequence[int] | None = None,
     context_dim: int = 0,
-    bound: float = 3.0,
+    damped: bool = False,
+    **options: Any,
 ) -> T.FlowTransform:
     """Glow for vectors: steps of a scale for each coordinate, a trainable linear map and an affine coupling.
 
@@ -276,29 +223,19 @@ def glow(
         num_layers: The number of steps.
         hidden_dims: The hidden layers of each network; by default two of 32, or of 64 for D > 30.
         context_dim: The size of the context; 0 for none.
-        bound: The bound of the log-scales of the couplings.
+        damped: Whether the couplings start damped, see :class:`~pyro_flowguides.transforms.Coupling`.
+        options: Of the couplings, as in :class:`~pyro_flowguides.transforms.AffineCoupling`: ``log_scale_bound``, …
     """
-    check_positive_integer("glow", "num_layers", num_layers)
-    hidden_dims = _default_hidden_dims(dim, hidden_dims)
-    steps: list[T.FlowTransform] = []
-    for layer in range(num_layers):
-        steps += [
-            T.ActNorm(dim, context_dim=context_dim, hidden_dims=hidden_dims),
-            T.LULinear(dim, context_dim=context_dim, hidden_dims=hidden_dims),
-            T.AffineCoupling(dim, flip=bool(layer % 2), hidden_dims=hidden_dims, context_dim=context_dim, bound=bound),
-        ]
-    return T.Compose(steps)
+    shared: dict[str, Any] = {"context_dim": context_dim, "hidden_dims": _default_hidden_dims(dim, hidden_dims)}
+
+    def step(index: int) -> list[T.FlowTransform]:
+        scale, mix = T.ActNorm(dim, **shared), T.LULinear(dim, **shared)
+        return [scale, mix, T.AffineCoupling(dim, flip=index % 2 == 1, damped=damped, **shared, **options)]
+
+    return T.Compose(part for parts in _layers("glow", num_layers, step) for part in parts)
 
 
-def residual(
-    dim: int,
-    *,
-    num_layers: int = 8,
-    hidden_dims: Sequence[int] = (32, 32),
-    context_dim: int = 0,
-    lipschitz: float = 0.9,
-    log_det: str = "auto",
-) -> T.FlowTransform:
+def residual(dim: int, *, num_layers: int = 8, **options: Any) -> T.FlowTransform:
     """A stack of residual flows. Chen et al. (2019), *Residual flows for invertible generative modeling*,
     arXiv:1906.02735.
 
@@ -308,16 +245,10 @@ def residual(
     Arguments:
         dim: The number D of coordinates.
         num_layers: The number of residual layers.
-        hidden_dims: The hidden layers of each network.
-        context_dim: The size of the context; 0 for none.
-        lipschitz: The bound L of the Lipschitz constant of each network, in (0, 1).
-        log_det: How the log-determinant is computed, as in :class:`~pyro_flowguides.transforms.Residual`.
+        options: As in :class:`~pyro_flowguides.transforms.Residual`: ``context_dim``, ``hidden_dims``, ``lipschitz`` for L,
+            ``log_det``, …
     """
-    check_positive_integer("residual", "num_layers", num_layers)
-    return T.Compose(
-        T.Residual(dim, hidden_dims=hidden_dims, log_det=log_det, lipschitz=lipschitz, context_dim=context_dim)
-        for _ in range(num_layers)
-    )
+    return T.Compose(_layers("residual", num_layers, lambda _: T.Residual(dim, **options)))
 
 
 # Every recipe by its name: what a guide accepts as a string.
@@ -338,6 +269,10 @@ RECIPES: dict[str, Callable[..., T.FlowTransform]] = {
 
 # Above so many coordinates the defaults are others.
 _MANY = 30
+
+
+def _layers(recipe: str, num_layers: int, make: Callable[[int], Any]) -> list[Any]:
+    return [make(index) for index in range(check_positive_integer(recipe, "num_layers", num_layers))]
 
 
 def _default_hidden_dims(dim: int, hidden_dims: Sequence[int] | None) -> Sequence[int]:

@@ -1,8 +1,12 @@
-"""Models that several tests use; all of them carry batch dimensions on the left through."""
+"""Models, data and training that several tests use; all models carry batch dimensions on the left through."""
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.optim import ClippedAdam
+
+Y = [0.3, 1.4, 2.2, 0.7, 1.9]
 
 
 def conjugate(y):
@@ -51,3 +55,22 @@ def funnel(dim=3):
     v = pyro.sample("v", dist.Normal(torch.tensor(0.0), 3.0))
     with pyro.plate("coordinates", dim - 1):
         pyro.sample("x", dist.Normal(0.0, torch.exp(v / 2)))
+
+
+def eight_schools():
+    """Centred: log Z = −31.311."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(torch.tensor(5.0)))
+    with pyro.plate("schools", 8):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        effect = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+        error = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+        pyro.sample("obs", dist.Normal(theta, error), obs=effect)
+
+
+def train(model, guide, *args, steps=200, lr=0.02, decay=1.0, num_particles=32, loss=None, batches=None):
+    """Steps of Pyro's SVI on the arguments, or on those that ``batches`` gives for a step; returns their losses."""
+    loss = loss or Trace_ELBO(num_particles=num_particles, vectorize_particles=True)
+    rate = decay ** (1 / steps) if steps else 1.0
+    svi = SVI(model, guide, ClippedAdam({"lr": lr, "lrd": rate, "clip_norm": 1e9}), loss)
+    return [svi.step(*(batches(step) if batches else args)) for step in range(steps)]

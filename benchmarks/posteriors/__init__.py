@@ -1,1 +1,1 @@
-"""Real posteriors as a benchmark: Pyro models, reference draws, and how close the guides come to them."""
+"""Real posteriors as a benchmark: Pyro models, reference draws, and the distances of fitted guides from them."""

@@ -1,12 +1,13 @@
-"""How close the guides come to real posteriors.
+"""The distance of fitted guides from real posteriors.
 
     python -m benchmarks.posteriors check  --database PATH [--sonar CSV] --out benchmarks/results/posteriors_check.json
     python -m benchmarks.posteriors run    --database PATH [--sonar CSV] --guides default,mvn --seeds 0,1,2 --out DIR
     python -m benchmarks.posteriors report --out DIR
 
-Without one of these words it runs; without ``--out`` into the folder ``build/posteriors``.
+The command ``run`` is the default, and its default folder is ``build/posteriors``.
 
-PATH is the folder ``posterior_database`` of a checkout of posteriordb; without it only the targets with a known evidence remain.
+PATH is the folder ``posterior_database`` of a checkout of posteriordb. Without it there are only the targets with a known
+evidence.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import torch
 
 from ..common import describe, environment, markdown_table, write_results
 from .check import Check, check
+from .configurations import CONFIGURATIONS
 from .database import posteriors
-from .posterior import Posterior
-from .recipes import RECIPES
+from .known import KnownPosterior
 from .report import report
 from .run import read, run
 from .targets import targets
@@ -52,7 +53,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     checking.set_defaults(command=_check)
 
     running = commands.add_parser("run", parents=[sources], help="fit the guides and score their draws")
-    running.add_argument("--guides", type=_words, default=["default"], help=f"some of {', '.join(RECIPES)}")
+    running.add_argument("--guides", type=_words, default=["default"], help=f"some of {', '.join(CONFIGURATIONS)}")
     running.add_argument("--seeds", type=_numbers, default=[0, 1, 2], help="numbers separated by commas")
     running.add_argument("--steps", type=int, help="instead of the default number of steps")
     running.add_argument("--particles", type=int, help="instead of the default number of particles")
@@ -60,13 +61,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--dtype",
         choices=("float32", "float64"),
         default="float64",
-        help="single precision halves the seconds of large posteriors; the condition numbers of some leave nothing of it",
+        help="single precision halves the seconds of large posteriors, but some posteriors are too badly conditioned for it",
     )
     running.add_argument(
         "--out",
         type=Path,
         default=Path("build/posteriors"),
-        help="the folder of the results; what is there is not repeated",
+        help="the folder of the results; fits that are already there are not repeated",
     )
     running.set_defaults(command=_run)
 
@@ -76,15 +77,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     reporting.set_defaults(command=_report)
 
     options = parser.parse_args(arguments)
-    unknown = set(getattr(options, "guides", [])) - set(RECIPES)
+    unknown = set(getattr(options, "guides", [])) - set(CONFIGURATIONS)
     if unknown:
-        parser.error(f"unknown guides {', '.join(sorted(unknown))}; known are {', '.join(RECIPES)}")
+        parser.error(f"unknown guides {', '.join(sorted(unknown))}; known are {', '.join(CONFIGURATIONS)}")
     if options.command is not _report:
         options.posteriors = _chosen(options, parser)
     return options
 
 
-def _chosen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Callable[[], Posterior]]:
+def _chosen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Callable[[], KnownPosterior]]:
     found = posteriors(options.database) if options.database else {}
     found |= targets(options.sonar)
     if options.only is None:
@@ -96,7 +97,7 @@ def _chosen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> dic
 
 
 def _check(options: argparse.Namespace) -> int:
-    """0 if every model that has reference draws passed."""
+    """Check every model that has reference draws; 0 if all passed."""
     checks: dict[str, Check] = {}
     for name, load in options.posteriors.items():
         posterior = load()
@@ -130,10 +131,10 @@ def _check_table(checks: dict[str, Check]) -> str:
     return "\n\n".join(
         [
             "# Posteriors: the models against their reference draws",
-            f"{passed} of {len(checks)} pass. s is the gradient of the model's log-density in unconstrained space; the columns "
-            "of Stein's identity hold the largest |z| of its statistics, the bound what it stays below but for one time in a "
-            "thousand if the model is right. Alone: the largest difference, in nats, between the density of a draw among others "
-            "and alone.",
+            f"{passed} of {len(checks)} pass. s is the gradient of the model's log-density in unconstrained space. The columns "
+            "of Stein's identity have the largest |z| of its statistics; for a right model it exceeds the bound once in a "
+            "thousand times. Alone: the largest difference, in nats, between the log-density of a draw in a batch and of the "
+            "same draw alone.",
             markdown_table(header, rows),
         ]
     )

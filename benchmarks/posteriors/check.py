@@ -1,13 +1,13 @@
-r"""Whether a model is the one that its reference draws come from, by the identity of Stein.
+r"""A check of a model against its reference draws, by Stein's identity.
 
 For a density p on ℝ^D that vanishes at infinity, with the score :math:`s = \nabla \log p`,
 
-.. math:: E_p[s] = 0, \qquad E_p[s\, x^\top] = -I,
+.. math:: E_p[s] = 0, \qquad E_p[s\, x^\top] = -I.
 
-so that averages over the reference draws, mapped to unconstrained space, tell a wrong model, be it a prior that is missing,
-before any fit is judged. (The first identity alone would let p² pass for p.) Both are taken in the coordinates that whiten the
-draws, in which all statistics are of one size. Stein (1972), *A bound for the error in the normal approximation to the
-distribution of a sum of dependent random variables*.
+Averages over the reference draws, mapped to unconstrained space, therefore reveal a wrong model, for example a missing prior,
+before any fit is judged. (The first identity alone would accept p² as p.) Both averages are taken in the coordinates that
+whiten the draws, where all statistics have the same scale. Stein (1972), *A bound for the error in the normal approximation to
+the distribution of a sum of dependent random variables*.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
 
-from .posterior import Posterior
+from .known import KnownPosterior
 
-# Long enough for the autocorrelation of thinned chains; their number is the degrees of freedom of the standard errors.
+# Batches of this number are long enough for the autocorrelation of thinned chains. The number is the degrees of freedom of the
+# standard errors.
 NUM_BATCHES = 200
-# The chance that a right model is rejected.
+# The probability of rejecting a right model.
 SIGNIFICANCE = 1e-3
 MAX_DRAWS, CHUNK = 10_000, 1000
 
 
 @dataclass(frozen=True)
 class Check:
-    """What :func:`check` found.
+    """The result of :func:`check`.
 
     Attributes:
-        num_draws: How many reference draws were used.
+        num_draws: The number of reference draws that were used.
         dim: The size D of unconstrained space.
         worst_mean: The largest |z| among the D statistics of E[s] = 0.
         worst_product: The largest |z| among the D² statistics of E[s xᵀ] = −I.
-        bound: What the largest |z| of that many stays below, but for one time in a thousand.
-        worst_alone: The largest difference between log p of a draw among others and alone, in nats.
+        bound: For a right model the largest |z| exceeds this bound once in a thousand times.
+        worst_alone: The largest difference between log p of a draw in a batch and log p of the same draw alone, in nats.
     """
 
     num_draws: int
@@ -56,8 +57,8 @@ class Check:
         return max(self.worst_mean, self.worst_product) < self.bound and self.worst_alone < 1e-6
 
 
-def check(posterior: Posterior) -> Check:
-    """Compares a model with its reference draws, and its density of many draws with that of each alone.
+def check(posterior: KnownPosterior) -> Check:
+    """Compare a model with its reference draws, and its density of a batch of draws with its density of each draw alone.
 
     Raises:
         ValueError: if the posterior has no draws, or a draw has no finite density or score.
@@ -97,7 +98,7 @@ def stein_statistics(points: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _z_scores(series: Tensor) -> Tensor:
-    """Means in units of their standard errors, from the means of batches, which include the autocorrelation."""
+    """Means in units of their standard errors, which the means of batches give, so that they include the autocorrelation."""
     usable = len(series) // NUM_BATCHES * NUM_BATCHES
     batches = series[:usable].reshape(NUM_BATCHES, -1, *series.shape[1:]).mean(1)
     return batches.mean(0) / (batches.std(0) / NUM_BATCHES**0.5)
@@ -116,18 +117,18 @@ def log_density_and_score(density: Callable[[Tensor], Tensor], points: Tensor) -
 def unconstrained_density(
     model: Callable, args: tuple, latents: Mapping[str, Tensor]
 ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """log p on flat unconstrained space, of any batch of points, and the latents as points there, shape (S, D).
+    """log p on flat unconstrained space, for any batch of points, and the latents as points there, shape (S, D).
 
-    The model has no plates, so that whatever stands in front of a site's own dimensions is the batch.
+    The model has no plates, so that all dimensions on the left of a site's own are batch dimensions.
 
     Raises:
-        ValueError: if the latents are not those of the model.
+        ValueError: if the latents are not the latent sites of the model.
     """
     with torch.no_grad():
         prototype = poutine.trace(model).get_trace(*args)
     sites = {name: prototype.nodes[name] for name in prototype.stochastic_nodes}
     if set(sites) != set(latents):
-        raise ValueError(f"the model has the latent sites {sorted(sites)}, but the draws those of {sorted(latents)}")
+        raise ValueError(f"the model has the latent sites {sorted(sites)}, but the draws have {sorted(latents)}")
     transforms = {name: biject_to(site["fn"].support) for name, site in sites.items()}
     shapes = {name: transforms[name].inverse_shape(site["value"].shape) for name, site in sites.items()}
     parts = [transforms[name].inv(latents[name]).reshape(-1, shape.numel()) for name, shape in shapes.items()]

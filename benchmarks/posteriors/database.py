@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from .definitions import DEFINITIONS, Definition
-from .posterior import Posterior, Reference, by_site, scalar, tensor
+from .known import KnownPosterior, Reference, by_site, scalar, tensor
 
 
-def posteriors(database: Path) -> dict[str, Callable[[], Posterior]]:
-    """What loads each posterior of the folder ``posterior_database`` whose model is known.
+def posteriors(database: Path) -> dict[str, Callable[[], KnownPosterior]]:
+    """A function that loads the posterior, for each posterior of the folder ``posterior_database`` whose model is known.
 
     Raises:
-        FileNotFoundError: if this is no such folder.
+        FileNotFoundError: if the folder is not a database.
     """
     folder = database / "posteriors"
     if not folder.is_dir():
@@ -34,13 +34,13 @@ def posteriors(database: Path) -> dict[str, Callable[[], Posterior]]:
     }
 
 
-def _load(database: Path, entry: dict[str, Any]) -> Posterior:
+def _load(database: Path, entry: dict[str, Any]) -> KnownPosterior:
     definition = DEFINITIONS[entry["model_name"]]
-    data = {name: tensor(value) for name, value in _read(database / "data" / "data" / entry["data_name"]).items()}
+    data = {name: tensor(value) for name, value in read_data(database, entry["data_name"]).items()}
     draws = reference_draws(database, entry["reference_posterior_name"])
     arguments = definition.arguments(data)
     reference = {name: tensor(value) for name, value in by_site(draws).items()}
-    return Posterior(
+    return KnownPosterior(
         name=entry["name"],
         model=definition.model,
         args=arguments,
@@ -48,6 +48,11 @@ def _load(database: Path, entry: dict[str, Any]) -> Posterior:
         latents=definition.latents(reference, data),
         log_evidence=definition.log_evidence(*arguments) if definition.log_evidence else None,
     )
+
+
+def read_data(database: Path, name: str) -> dict[str, Any]:
+    """The content of a data set."""
+    return _read(database / "data" / "data" / name)
 
 
 def reference_draws(database: Path, name: str) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
 """The posteriors of posteriordb (Magnusson et al. 2024, arXiv:2407.04967) that the benchmark knows, by the name of their model.
 
-A row says which Pyro model it is, how its arguments come from the data, and, where they differ, how its latent sites come from
-the parameters of the reference draws.
+A row has the Pyro model, the map from the data to its arguments and, where they differ, the map from the parameters of the
+reference draws to its latent sites.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Data = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Definition:
-    """How a posterior is made from its data and its reference draws.
+    """The way from data and reference draws to a posterior of the benchmark.
 
     Attributes:
         model: The Pyro model.
-        arguments: Its arguments, from the data.
-        latents: Its latent sites, from the parameters of the reference and the data; the same by default.
+        arguments: The map from the data to its arguments.
+        latents: The map from the parameters of the reference and the data to its latent sites; by default the parameters.
         log_scale: Parameters without a usable sd, which are judged on the log scale.
-        log_evidence: log Z, from the arguments of the model, where there is a formula.
+        log_evidence: The map from the arguments of the model to log Z, where there is a formula.
     """
 
     model: Callable

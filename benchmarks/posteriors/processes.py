@@ -1,4 +1,4 @@
-r"""A Gaussian process with counts, and a compartment that empties at a saturating rate."""
+r"""A Gaussian process with counts, and a compartment with a saturating rate of elimination."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ JITTER = 1e-10
 
 
 def _covariance_factor(x: Tensor, rho: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """L with LLᵀ = α² exp(−(x − x′)² / 2ρ²) + jitter, and 0 where it exists."""
+    """L with LLᵀ = α² exp(−(x − x′)² / 2ρ²) + jitter, and a number that is 0 where L exists."""
     distance = (x.unsqueeze(-1) - x).square()
     covariance = alpha[..., None, None] ** 2 * torch.exp(-distance / (2 * rho[..., None, None] ** 2))
-    # Not the version that raises: far from the posterior the matrix may be singular to working precision.
+    # The version that does not raise, because far from the posterior the matrix may be singular to working precision.
     return torch.linalg.cholesky_ex(covariance + JITTER * torch.eye(len(x), dtype=x.dtype, device=x.device))
 
 
@@ -44,13 +44,13 @@ def poisson_process_latents(reference: dict[str, Tensor], data: dict[str, Tensor
 
 # --- a compartment -----------------------------------------------------------------------------------------------------
 
-# Enough for 1 % of the noise at the most extreme of 10,000 draws, and for 0.04 % at the median one.
+# The error is 1 % of the noise at the most extreme of 10,000 draws, and 0.04 % at the median draw.
 NUM_NODES, NUM_NEWTON_STEPS = 25, 5
 
 
 @functools.cache
 def _collocation() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Chebyshev nodes on [−1, 1], the integrals from −1 to them of the interpolant, and its Chebyshev coefficients."""
+    """Chebyshev nodes on [−1, 1], and the maps from values there to integrals from −1 and to Chebyshev coefficients."""
     nodes = -np.cos(np.pi * np.arange(NUM_NODES) / (NUM_NODES - 1))
     coefficients = np.linalg.inv(np.polynomial.chebyshev.chebvander(nodes, NUM_NODES - 1))
     antiderivatives = np.polynomial.chebyshev.chebint(np.eye(NUM_NODES), lbnd=-1)
@@ -72,12 +72,12 @@ def concentration(
 ) -> Tensor:
     r"""The solution of :math:`C' = \frac{D}{V} k_a e^{-k_a t} - \frac{V_m}{V} \frac{C}{K_m + C}`, C(0) = 0, at the nodes.
 
-    As an integral equation, C = A − ∫ r(C), with what has been absorbed, A, in closed form. It holds at all nodes at once, and
-    Newton's method solves it there: one linear system per step, for all times, instead of a loop over small ones. The rate of
-    elimination r is concave, which makes the steps monotone once C is kept positive (Bellman & Kalaba 1965,
+    As an integral equation this is C = A − ∫ r(C), where the absorbed amount A has a closed form. Newton's method solves the
+    equation at all nodes at once: each step is one linear system for all times, instead of a loop over small time steps. The
+    rate of elimination r is concave, which makes the steps monotone as long as C is positive (Bellman & Kalaba 1965,
     *Quasilinearization and nonlinear boundary-value problems*).
 
-    Only the last step is differentiated: at the solution a step of Newton's has the derivative of the solution, the first one.
+    Only the last step is differentiated: at the solution, a Newton step has the same first derivative as the solution.
     """
     k_a, k_m, v_m = (parameter.unsqueeze(-1) for parameter in (k_a, k_m, v_m))
     absorbed = -dose / volume * torch.expm1(-k_a * elapsed)
@@ -87,7 +87,7 @@ def concentration(
         slope = v_m / volume * k_m / (k_m + c) ** 2
         matrix = torch.eye(len(elapsed), dtype=c.dtype, device=c.device) + integrals * slope.unsqueeze(-2)
         right = absorbed - (rate - slope * c) @ integrals.mT
-        # Not the version that raises: a draw without a solution has no finite density, which is for the trainer to see.
+        # The version that does not raise: a draw without a solution has no finite density, and the training skips such a step.
         return torch.linalg.solve_ex(matrix, right.unsqueeze(-1))[0].squeeze(-1)
 
     with torch.no_grad():
@@ -104,7 +104,7 @@ def compartment(
     one = observed.new_ones(())
     k_a, k_m, v_m, sigma = (pyro.sample(name, dist.HalfCauchy(one)) for name in ("k_a", "K_m", "V_m", "sigma"))
     at_nodes = concentration(dose, volume, k_a, k_m, v_m, elapsed, integrals)
-    # The interpolant of a concentration near 0 may be negative, which has no logarithm.
+    # The interpolant of a concentration near 0 may be negative, and a negative number has no logarithm.
     loc = (at_nodes @ at_times.mT).clamp(min=1e-12).log()
     pyro.sample("C_hat", dist.LogNormal(loc, sigma.unsqueeze(-1)).to_event(1), obs=observed)
 

@@ -1,11 +1,12 @@
 r"""Linear regressions, with their evidence.
 
-With :math:`y \sim N(X\beta, \sigma^2 I)` and β flat, or normal, the integral over β is closed, and the evidence is an integral
-over σ alone, taken here by the trapezoidal rule in log σ. For β flat, with the residual sum of squares R of least squares,
+With :math:`y \sim N(X\beta, \sigma^2 I)` and a flat or normal prior of β, the integral over β has a closed form, and the
+evidence is an integral over σ alone, computed by the trapezoidal rule in log σ. For a flat β, with the residual sum of squares
+R of least squares,
 
 .. math:: \int p(y \mid \beta, \sigma)\,d\beta = (2\pi\sigma^2)^{-(n-k)/2} |X^\top X|^{-1/2} e^{-R / 2\sigma^2},
 
-and for :math:`\beta \sim N(m, S^2)` it is :math:`N(y;\, Xm,\, \sigma^2 I + X S^2 X^\top)`.
+and for :math:`\beta \sim N(m, S^2)` the integral is :math:`N(y;\, Xm,\, \sigma^2 I + X S^2 X^\top)`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from .posterior import flat
+from .known import flat
 
-# In log σ, to both sides of the scale of the residuals: the posterior of log σ has an sd of some (2n)^-½.
+# The half-width in log σ, around the scale of the residuals; the sd of the posterior of log σ is about (2n)^-½.
 _HALF_WIDTH, _NUM_NODES = 4.0, 40_001
 LOG_TWO_PI = math.log(2 * math.pi)
 
@@ -41,7 +42,7 @@ def _flat_scale(x: Tensor) -> Tensor:
 
 
 def flat_regression(x: Tensor, y: Tensor) -> None:
-    """Coefficients and residual scale are flat."""
+    """Flat coefficients, flat residual scale."""
     _observe(_flat_coefficients(x) @ x.mT, _flat_scale(x), y)
 
 
@@ -60,7 +61,7 @@ def normal_regression(x: Tensor, y: Tensor) -> None:
 
 
 def line(x: Tensor, y: Tensor, intercept: Tensor, slope: Tensor) -> None:
-    """A straight line; ``intercept`` and ``slope`` hold the mean and the sd of the priors of α and β. σ is flat."""
+    """A straight line; ``intercept`` and ``slope`` are mean and sd of the priors of α and β. σ is flat."""
     alpha = pyro.sample("alpha", dist.Normal(intercept[0], intercept[1]))
     beta = pyro.sample("beta", dist.Normal(slope[0], slope[1]))
     _observe(alpha.unsqueeze(-1) + beta.unsqueeze(-1) * x, _flat_scale(x), y)
@@ -94,7 +95,7 @@ def _half_t(sigma: Tensor) -> Tensor:
 
 
 def columns(*parts: Tensor | float) -> Tensor:
-    """A design matrix of columns; a number is a constant one."""
+    """A design matrix of columns; a number is a constant column."""
     length = next(len(part) for part in parts if isinstance(part, Tensor))
     return torch.stack([part if isinstance(part, Tensor) else torch.full((length,), float(part)) for part in parts], -1)
 
@@ -123,7 +124,7 @@ def election_design(data: dict[str, Tensor]) -> Tensor:
 
 
 def autoregressive_arguments(data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The K values before each one, the latest first, and the values that have K before them."""
+    """The K values before each value, the latest first, and the values that have K predecessors."""
     y, order = data["y"], int(data["K"])
     lags = torch.stack([y[order - k : len(y) - k] for k in range(1, order + 1)], -1)
     return lags, y[order:]
@@ -132,8 +133,8 @@ def autoregressive_arguments(data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 def triangular_factor(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The triangular factor R of the columns 1, x, y, and the number of rows.
 
-    The columns are QR with orthonormal columns in Q, so that residuals have the same sum of squares on the rows of R: thousands
-    of rows become as many as there are columns, and the density stays what it was.
+    The table of columns is QR, and Q has orthonormal columns. Residuals therefore have the same sum of squares on the rows of R
+    as on all rows: thousands of rows become as many as there are columns, and the density is the same.
     """
     table = torch.cat([torch.ones_like(y).unsqueeze(-1), x, y.unsqueeze(-1)], -1)
     return torch.linalg.qr(table).R, y.new_tensor(float(len(y)))
@@ -150,7 +151,7 @@ def _integral_over_scale(log_density: Callable[[Tensor], Tensor], around: float)
 
 
 def flat_log_evidence(x: Tensor, y: Tensor, log_prior: Callable[[Tensor], Tensor] = torch.zeros_like) -> float:
-    """log Z where β is flat and σ has the log-density given; flat by default."""
+    """log Z for a flat β and a σ with the given log-density, by default flat."""
     q, r = torch.linalg.qr(x)
     rss = float((y - q @ (q.mT @ y)).square().sum())
     freedom, log_volume = len(y) - x.shape[1], float(r.diagonal().abs().log().sum())
@@ -169,9 +170,9 @@ def normal_log_evidence(
     log_prior: Callable[[Tensor], Tensor] = torch.zeros_like,
     num_rows: int | None = None,
 ) -> float:
-    """log Z where β ~ N(mean, sd²), coordinate by coordinate, and σ has the log-density given; flat by default.
+    """log Z for β ~ N(mean, sd²), coordinate by coordinate, and a σ with the given log-density, by default flat.
 
-    ``num_rows`` is the number of rows that x and y stand for, where they are compressed.
+    ``num_rows`` is the number of rows before compression, where x and y are compressed.
     """
     num_rows = len(y) if num_rows is None else num_rows
     left, singular, _ = torch.linalg.svd(x * sd, full_matrices=False)
@@ -209,8 +210,11 @@ def autoregression_log_evidence(lags: Tensor, y: Tensor) -> float:
 
 
 def heavy_tailed_log_evidence(factor: Tensor, num_rows: Tensor) -> float:
-    """The first row of R is that of the intercept alone, since the columns are centred: it takes a quadrature of its own."""
-    # Around the mean of y, in units of its standard error: the inner integrand is normal there but for the prior.
+    """The evidence of :func:`heavy_tailed_regression`.
+
+    The columns are centred, so that the first row of R belongs to the intercept alone. A second quadrature integrates over it.
+    """
+    # Around the mean of y, in units of its standard error: apart from the prior, the inner integrand is normal there.
     units = torch.linspace(-8, 8, 121, dtype=factor.dtype)
     step, mean = float(units[1] - units[0]), factor[0, -1] / factor[0, 0]
 

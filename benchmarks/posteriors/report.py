@@ -14,7 +14,7 @@ Records = Sequence[dict]
 
 @dataclass(frozen=True)
 class Column:
-    """A figure of a record: its title, where it is, its digits, and how it goes into the summary over the posteriors."""
+    """A figure of a record: its title, its keys, its digits, and its part in the summary over the posteriors."""
 
     title: str
     path: tuple[str, ...]
@@ -23,7 +23,7 @@ class Column:
     less_is_worse: bool = False
 
     def value(self, record: dict) -> float | None:
-        """None where the record does not have it."""
+        """The figure, or None where the record does not have it."""
         for key in self.path:
             record = record.get(key, {})
         return record if isinstance(record, (int, float)) else None
@@ -38,7 +38,7 @@ class Column:
 
 
 def _distance(title: str, name: str) -> list[Column]:
-    """Of the draws, of the weighted draws, and of a perfect guide."""
+    """The columns of a distance: for the draws, for the weighted draws, and for a perfect guide."""
     return [
         Column(title, ("raw", name), 3),
         Column("PSIS", ("psis", name), 3),
@@ -64,9 +64,9 @@ NOTE = (
     "Each figure is the median over the seeds. Mean error: the largest |mean − mean_ref| / sd_ref among the scalars of a "
     "posterior; sd error: the largest |sd / sd_ref − 1|; W₁: the 1-Wasserstein distance of the marginals over sd_ref, averaged "
     "over the scalars (K_m and V_m on the log scale); PSIS: the same for the draws with their smoothed importance weights; "
-    "floor: what draws of the reference itself would score by the Monte-Carlo error of the reference. Gap: log Z − ELBO, in "
-    "nats, where log Z is known. Seconds: all of the fit, whitening and its final draws included; whitening: its part, "
-    "measured apart."
+    "floor: the score of draws from the reference itself, which is its Monte-Carlo error. Gap: log Z − ELBO, in nats, where "
+    "log Z is known. Seconds: the whole fit, with whitening and the final draws; whitening: whitening alone, measured "
+    "separately."
 )
 
 
@@ -79,7 +79,7 @@ def report(records: Records) -> str:
     if not records:
         raise ValueError("report: there are no results yet; run the benchmark first")
     configurations = list(dict.fromkeys(_configuration(record) for record in records))
-    parts = ["# Posteriors: how close the guides come", NOTE, _summary(records, configurations)]
+    parts = ["# Posteriors: the distance of fitted guides", NOTE, _summary(records, configurations)]
     if len(configurations) > 1:
         parts += ["## Gap", _gaps(records, configurations)]
     for configuration in configurations:
@@ -94,7 +94,7 @@ def report(records: Records) -> str:
 
 
 def _summary(records: Records, configurations: Sequence[str]) -> str:
-    """One row for each guide: median / worst over the posteriors."""
+    """A row for each guide: median / worst over the posteriors."""
     columns = [column for column in COLUMNS if column.summarised]
     rows = []
     for configuration in configurations:
@@ -107,7 +107,7 @@ def _summary(records: Records, configurations: Sequence[str]) -> str:
 
 
 def _gaps(records: Records, configurations: Sequence[str]) -> str:
-    """One row for each posterior whose evidence is known, one column for each guide."""
+    """A row for each posterior whose evidence is known, a column for each guide."""
     gap = next(column for column in COLUMNS if column.title == "gap")
     by_posterior = _by_posterior([record for record in records if "gap" in record])
     rows = [
@@ -130,7 +130,7 @@ def _median_and_worst(column: Column, records: Records) -> str:
 
 
 def _table(records: Records) -> str:
-    """One row for each posterior: the medians over the seeds."""
+    """A row for each posterior: the medians over the seeds."""
     by_posterior = _by_posterior([record for record in records if "error" not in record])
     rows = [[name, *(column.cell(_median(column, some)) for column in COLUMNS)] for name, some in by_posterior.items()]
     return markdown_table(["posterior", *(column.title for column in COLUMNS)], rows)

@@ -1,4 +1,4 @@
-"""Fits of guides to posteriors: one JSON line for each, so that a run that was cut off goes on where it was."""
+"""Fits of guides to posteriors, one JSON line for each, so that an interrupted run continues where it stopped."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import pyro
 import pyro_flowguides as fg
 
 from ..common import environment
-from .posterior import Posterior
-from .recipes import RECIPES
+from .configurations import CONFIGURATIONS
+from .known import KnownPosterior
 from .scores import scores
 
 NUM_DRAWS = 100_000
 
 
 def run(
-    posteriors: Mapping[str, Callable[[], Posterior]],
+    posteriors: Mapping[str, Callable[[], KnownPosterior]],
     guides: Sequence[str],
     seeds: Iterable[int],
     out: Path,
     num_steps: int | None = None,
     num_particles: int | None = None,
 ) -> None:
-    """Fits what is not yet in the file ``runs.jsonl`` of the folder, and adds a line for each.
+    """Make the fits that are not yet in the file ``runs.jsonl`` of the folder, and add a line for each.
 
-    A fit that fails leaves a line with its error, and the others go on.
+    A fit that fails leaves a line with its error, and the run continues.
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "runs.jsonl"
@@ -43,7 +43,7 @@ def run(
                     continue
                 try:
                     record |= fit_and_score(load(), guide, seed, **options)
-                except Exception as error:  # whatever it is, the other fits are worth having
+                except Exception as error:  # whatever it is, the run continues
                     record["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
                 record["environment"] = environment("pyro-ppl", "pyro-flowguides")
                 with path.open("a") as file:
@@ -51,16 +51,17 @@ def run(
                 print(_line(record), flush=True)
 
 
-def fit_and_score(posterior: Posterior, guide_name: str, seed: int, **options: int | None) -> dict:
-    """The scores of one fit; options that are None are left at their defaults."""
-    pyro.clear_param_store()
+def fit_and_score(posterior: KnownPosterior, guide_name: str, seed: int, **options: int | None) -> dict:
+    """The scores of one fit; an option that is None keeps its default."""
     given = {name: value for name, value in options.items() if value is not None}
     start = time.perf_counter()
-    recipe = RECIPES[guide_name]
-    guide = recipe.guide(posterior.model)
-    fit = fg.fit(posterior.model, guide, *posterior.args, seed=seed, progress=False, **{**recipe.options, **given})
+    configuration = CONFIGURATIONS[guide_name]
+    guide = configuration.guide(posterior.model)
+    fit = fg.fit(
+        posterior.model, guide, *posterior.args, seed=seed, progress=False, **{**configuration.options, **given}
+    )
     seconds = time.perf_counter() - start
-    draws = fg.draw(posterior.model, guide, *posterior.args, num_samples=NUM_DRAWS, seed=seed)
+    draws = fg.draw(fit.model, fit.guide, *posterior.args, num_samples=NUM_DRAWS, seed=seed)
     return {
         "seconds": seconds,
         "whitening_seconds": _whitening_seconds(posterior, guide_name, seed),
@@ -70,13 +71,14 @@ def fit_and_score(posterior: Posterior, guide_name: str, seed: int, **options: i
     }
 
 
-def _whitening_seconds(posterior: Posterior, guide_name: str, seed: int) -> float | None:
-    """How long whitening alone takes, on a guide of its own; it is part of the seconds of the fit too."""
-    pyro.clear_param_store()
-    recipe = RECIPES[guide_name]
-    guide = recipe.guide(posterior.model)
-    if not isinstance(guide, fg.AutoFlow) or recipe.options.get("whiten", "auto") is None:
+def _whitening_seconds(posterior: KnownPosterior, guide_name: str, seed: int) -> float | None:
+    """The seconds of whitening alone, measured on another guide; the seconds of the fit include them too."""
+    configuration = CONFIGURATIONS[guide_name]
+    guide = configuration.guide(posterior.model)
+    if not isinstance(guide, fg.AutoFlow) or configuration.options.get("whiten", "auto") is None:
         return None
+    # A guide that is set up by hand has its parameters in Pyro's store.
+    pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     guide.setup(*posterior.args)
     start = time.perf_counter()
@@ -85,7 +87,7 @@ def _whitening_seconds(posterior: Posterior, guide_name: str, seed: int) -> floa
 
 
 def read(path: Path) -> list[dict]:
-    """The lines of a file of results; none where there is no file."""
+    """The lines of a file of results; an empty list where there is no file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 

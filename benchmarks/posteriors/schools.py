@@ -1,8 +1,8 @@
 r"""Eight schools (Rubin 1981), with exact answers.
 
-Given τ everything is normal, so that moments, draws and evidence are an integral over τ alone:
-:math:`p(y \mid \tau) = N(y;\, 0,\, \mathrm{diag}(\sigma^2 + \tau^2) + 25\, 1 1^\top)`, taken here by the trapezoidal rule in
-log τ.
+Given τ everything is normal, so that moments, draws and evidence are integrals over τ alone, with
+:math:`p(y \mid \tau) = N(y;\, 0,\, \mathrm{diag}(\sigma^2 + \tau^2) + 25\, 1 1^\top)`. The trapezoidal rule in log τ computes
+them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from scipy.special import logsumexp, softmax
 from torch import Tensor
 
-from .posterior import Reference
+from .known import Reference
 
 _LOG_TAU, _STEP = np.linspace(-20.0, 9.0, 8001, retstep=True)
 _PRIOR_SD, _PRIOR_SCALE = 5.0, 5.0
@@ -62,7 +62,7 @@ class _GivenTau:
         log_weight: The log-density of y and log τ.
         mu_mean: The mean of μ.
         mu_sd: Its standard deviation.
-        shrinkage: The weight of μ in the mean of each θ_j given μ; the rest is that of y_j.
+        shrinkage: The weight of μ in the mean of each θ_j given μ; the rest is the weight of y_j.
         theta_sd: The standard deviation of each θ_j given μ.
     """
 
@@ -99,7 +99,7 @@ def log_evidence(y: Tensor, sigma: Tensor) -> float:
 
 
 def exact_reference(y: np.ndarray, sigma: np.ndarray, num_draws: int) -> Reference:
-    """Independent draws, with the exact moments in place of their own."""
+    """Independent draws, with the exact moments instead of the moments of the draws."""
     given = _given_tau(y, sigma)
     weight, tau = softmax(given.log_weight), np.exp(_LOG_TAU)
     names = ("mu", "tau", *(f"theta[{j}]" for j in range(1, 1 + len(y))))
@@ -112,7 +112,7 @@ def exact_reference(y: np.ndarray, sigma: np.ndarray, num_draws: int) -> Referen
 
     rng = np.random.default_rng(0)
     node = rng.choice(len(weight), size=num_draws, p=weight)
-    # Anywhere in the cell of the node, over which the rule takes the density as constant.
+    # Uniform within the cell of the node, where the rule treats the density as constant.
     tau = np.exp(_LOG_TAU[node] + _STEP * (rng.random(num_draws) - 0.5))
     mu = given.mu_mean[node] + given.mu_sd[node] * rng.standard_normal(num_draws)
     shrinkage = given.shrinkage[node]

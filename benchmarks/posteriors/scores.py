@@ -1,4 +1,4 @@
-"""How far the draws of a guide are from a reference, scalar by scalar, and what a perfect guide would score."""
+"""The distance of a guide's draws from a reference, scalar by scalar, and the score of a perfect guide."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_flowguides import Draws
 
-from .posterior import Posterior, Reference, scalar
+from .known import KnownPosterior, Reference, scalar
 
 NUM_RESAMPLES = 20
 
@@ -26,8 +26,8 @@ def distances(draws: np.ndarray, reference: Reference, weights: np.ndarray | Non
 
     Returns:
         ``mean_error``: the largest \\|mean − mean_ref\\| / sd_ref among the scalars, and ``sd_error``: the largest
-        \\|sd / sd_ref − 1\\|, each with the scalar it belongs to; ``wasserstein``: the 1-Wasserstein distance of the marginals
-        over sd_ref, averaged over the scalars.
+        \\|sd / sd_ref − 1\\|, each with its scalar; ``wasserstein``: the 1-Wasserstein distance of the marginals over sd_ref,
+        averaged over the scalars.
     """
     mean = np.average(draws, axis=0, weights=weights)
     sd = np.average((draws - mean) ** 2, axis=0, weights=weights) ** 0.5
@@ -46,7 +46,7 @@ def distances(draws: np.ndarray, reference: Reference, weights: np.ndarray | Non
 
 
 def noise_floor(reference: Reference) -> dict[str, float]:
-    """The median score of the reference's own draws, resampled: the Monte-Carlo error that a perfect guide would show."""
+    """The median score of the reference's own draws, resampled: the Monte-Carlo error, and so the score of a perfect guide."""
     rng = np.random.default_rng(0)
     size = len(reference.draws)
     resampled = [distances(reference.draws[rng.integers(size, size=size)], reference) for _ in range(NUM_RESAMPLES)]
@@ -54,15 +54,15 @@ def noise_floor(reference: Reference) -> dict[str, float]:
 
 
 def columns(values: Mapping[str, np.ndarray], reference: Reference) -> np.ndarray:
-    """The scalars of a reference, out of the values by site: shape (N, scalars)."""
+    """The scalars of a reference, from the values by site: shape (N, scalars)."""
     return np.stack([scalar(values, name) for name in reference.names], -1)
 
 
 # The weights and the squares of a poor guide's draws overflow.
 @np.errstate(over="ignore")
-def scores(posterior: Posterior, draws: Draws) -> dict:
-    """Everything that is known about the draws of a guide: ELBO, weights, and distances before and after weighting."""
-    elbo, khat, ess = draws.elbo(), draws.khat(), draws.ess()
+def scores(posterior: KnownPosterior, draws: Draws) -> dict:
+    """All figures of a guide's draws: ELBO, k-hat, ESS, verdict, and the distances before and after weighting."""
+    elbo, khat, ess = draws.elbo, draws.khat, draws.ess
     found: dict = {
         "num_draws": len(draws),
         "elbo": elbo.value,
@@ -71,7 +71,7 @@ def scores(posterior: Posterior, draws: Draws) -> dict:
         "khat_se": _number(khat.se),
         "ess_fraction": ess.value / len(draws),
         "ess_fraction_se": ess.se / len(draws),
-        "verdict": draws.verdict(),
+        "verdict": str(draws.verdict),
         "importance_log_evidence": _log_mean_exp(draws.log_weights),
     }
     if posterior.log_evidence is not None:

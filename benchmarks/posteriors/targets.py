@@ -17,17 +17,17 @@ from torch import Tensor
 from pyro_flowguides.examples.eight_schools import EFFECTS, STANDARD_ERRORS
 
 from . import schools
-from .posterior import Posterior, Reference, by_site, flat, tensor
+from .known import KnownPosterior, Reference, by_site, flat, tensor
 
 NUM_DRAWS = 100_000
 FUNNEL_DIMS = (2, 10, 50)
-# By importance sampling with 1,200,000 draws of a Gaussian found by whitening, ± 0.004.
+# Importance sampling with 1,200,000 draws of the Gaussian that whitening finds, ± 0.004.
 SONAR_LOG_EVIDENCE = -108.387
 
 
-def targets(sonar: Path | None = None) -> dict[str, Callable[[], Posterior]]:
-    """What loads each target; the logistic regression only where the path of its data is given."""
-    found: dict[str, Callable[[], Posterior]] = {"eight_schools_centered": eight_schools}
+def targets(sonar: Path | None = None) -> dict[str, Callable[[], KnownPosterior]]:
+    """A function that loads the target, for each target; the logistic regression needs the path of its data."""
+    found: dict[str, Callable[[], KnownPosterior]] = {"eight_schools_centered": eight_schools}
     found |= {f"funnel_{dim}": functools.partial(funnel_posterior, dim) for dim in FUNNEL_DIMS}
     found |= {name: functools.partial(planar_posterior, name) for name in ENERGIES}
     if sonar is not None:
@@ -38,11 +38,11 @@ def targets(sonar: Path | None = None) -> dict[str, Callable[[], Posterior]]:
 # --- centred eight schools ---------------------------------------------------------------------------------------------
 
 
-def eight_schools() -> Posterior:
-    """With exact moments instead of reference draws."""
+def eight_schools() -> KnownPosterior:
+    """The centred eight schools, with exact moments instead of moments of reference draws."""
     y, sigma = tensor(EFFECTS), tensor(STANDARD_ERRORS)
     reference = schools.exact_reference(np.array(EFFECTS), np.array(STANDARD_ERRORS), NUM_DRAWS)
-    return Posterior(
+    return KnownPosterior(
         "eight_schools_centered",
         schools.centered,
         (y, sigma),
@@ -53,7 +53,7 @@ def eight_schools() -> Posterior:
 
 
 def _latents(reference: Reference) -> dict[str, Tensor]:
-    """The latent sites, where the scalars of the reference are all of them."""
+    """The latent sites, for a reference whose scalars are all latents."""
     draws = dict(zip(reference.names, reference.draws.T, strict=True))
     return {name: tensor(value) for name, value in by_site(draws).items()}
 
@@ -62,19 +62,19 @@ def _latents(reference: Reference) -> dict[str, Tensor]:
 
 
 def funnel(zeros: Tensor) -> None:
-    """v ~ N(0, 3), x_i ~ N(0, e^{v/2}) (Neal 2003, *Slice sampling*); one x for each of the zeros."""
+    """v ~ N(0, 3), x_i ~ N(0, e^{v/2}) (Neal 2003, *Slice sampling*); there are as many x as zeros."""
     v = pyro.sample("v", dist.Normal(zeros.new_zeros(()), 3.0))
     scale = (v / 2).exp().unsqueeze(-1)
     pyro.sample("x", dist.Normal(zeros.expand(scale.shape[:-1] + zeros.shape), scale).to_event(1))
 
 
-def funnel_posterior(dim: int) -> Posterior:
-    """Judged on v alone: the others have so heavy tails that their sd cannot be told from draws."""
+def funnel_posterior(dim: int) -> KnownPosterior:
+    """The funnel, judged on v alone: the tails of x are so heavy that draws do not determine its sd."""
     noise = np.random.default_rng(0).standard_normal((NUM_DRAWS, dim))
     v = 3 * noise[:, 0]
     reference = Reference(("v",), v[:, None], np.zeros(1), np.full(1, 3.0))
     latents = {"v": tensor(v), "x": tensor(np.exp(v / 2)[:, None] * noise[:, 1:])}
-    return Posterior(f"funnel_{dim}", funnel, (tensor(np.zeros(dim - 1)),), reference, latents, 0.0)
+    return KnownPosterior(f"funnel_{dim}", funnel, (tensor(np.zeros(dim - 1)),), reference, latents, 0.0)
 
 
 # --- densities in the plane --------------------------------------------------------------------------------------------
@@ -120,13 +120,13 @@ ENERGIES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def plane(bounds: Tensor, *, energy: Callable[[Tensor], Tensor]) -> None:
-    """The density e^{−U}, between the bounds in both directions."""
+    """The density e^{−U}, within the bounds in both directions."""
     z = pyro.sample("z", flat(dist.Uniform(bounds[0], bounds[1]).expand([2]).to_event(1)))
     pyro.factor("energy", -energy(z))
 
 
-def planar_posterior(name: str) -> Posterior:
-    """Evidence, moments and draws by the midpoint rule."""
+def planar_posterior(name: str) -> KnownPosterior:
+    """A density in the plane, with evidence, moments and draws by the midpoint rule."""
     width = 2 * _BOUND / _NUM_CELLS
     axis = np.linspace(-_BOUND + width / 2, _BOUND - width / 2, _NUM_CELLS)
     cells = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
@@ -137,7 +137,7 @@ def planar_posterior(name: str) -> Posterior:
     rng = np.random.default_rng(0)
     cell = rng.choice(len(cells), size=NUM_DRAWS, p=weight)
     reference = Reference(("z[1]", "z[2]"), cells[cell] + width * (rng.random((NUM_DRAWS, 2)) - 0.5), mean, sd)
-    return Posterior(
+    return KnownPosterior(
         name,
         functools.partial(plane, energy=ENERGIES[name]),
         (tensor([-_BOUND, _BOUND]),),
@@ -151,15 +151,15 @@ def planar_posterior(name: str) -> Posterior:
 
 
 def logistic_regression(x: Tensor, y: Tensor) -> None:
-    """β ~ N(0, 1), the intercept among them."""
+    """β ~ N(0, 1), including the intercept."""
     beta = pyro.sample("beta", dist.Normal(x.new_zeros(x.shape[1]), 1.0).to_event(1))
     pyro.sample("y", dist.Bernoulli(logits=beta @ x.mT).to_event(1), obs=y)
 
 
-def sonar_posterior(path: Path) -> Posterior:
-    """Mines or rocks by 60 standardised echoes (Gorman & Sejnowski 1988): columns x1, …, x60 and the label, 0 or 1."""
+def sonar_posterior(path: Path) -> KnownPosterior:
+    """Mines or rocks, by 60 standardised echoes (Gorman & Sejnowski 1988): columns x1, …, x60 and the label, 0 or 1."""
     table = tensor(np.loadtxt(path, delimiter=",", skiprows=1))
     x, label = table[:, :-1], table[:, -1]
     x = (x - x.mean(0)) / x.std(0, correction=0)
     design = torch.cat([torch.ones_like(label).unsqueeze(-1), x], -1)
-    return Posterior("sonar", logistic_regression, (design, label), log_evidence=SONAR_LOG_EVIDENCE)
+    return KnownPosterior("sonar", logistic_regression, (design, label), log_evidence=SONAR_LOG_EVIDENCE)

@@ -7,36 +7,37 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from .posterior import flat
+from .known import flat
 
 # --- hidden Markov models ----------------------------------------------------------------------------------------------
 
 
-# States come first and the time last: the other order has inner loops over two states, and takes three times as long.
+# States are the first dimensions and time is the last. The other order has inner loops over two states, and takes three times as
+# long.
 
 
 def _multiply(left: Tensor, right: Tensor) -> Tensor:
     """Products of matrices, shapes ``(K, K, …)``."""
     columns, rows = left.unsqueeze(2).unbind(1), right.unsqueeze(1).unbind(0)
     result = columns[0] * rows[0]
-    # One after the other: all at once would be K times as large as the result.
+    # One after the other, because all at once would need K times the memory of the result.
     for column, row in zip(columns[1:], rows[1:], strict=True):
         result = torch.addcmul(result, column, row)
     return result
 
 
 def matrix_product(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """The product of T matrices of numbers ≥ 0, shape ``(K, K, …, T)``, as a matrix whose largest number is 1, and the logarithm
-    of the factor that was taken out: shapes ``(K, K, …)`` and ``(…)``.
+    """The product of T matrices of numbers ≥ 0, shape ``(K, K, …, T)``, scaled so that its largest number is 1, and the
+    logarithm of the scale: shapes ``(K, K, …)`` and ``(…)``.
 
     Neighbours are multiplied in pairs, log₂ T times.
     """
     log_scale, level = matrices.new_zeros(()), 0
     while True:
         length = matrices.shape[-1]
-        # Four matrices whose largest number is 1 can be multiplied before the product must be brought back to that size.
+        # The product of four matrices whose largest number is 1 does not overflow or vanish before it is scaled again.
         if level % 2 == 0 or length == 1:
-            # The value does not depend on the factors, so that no gradient goes through them.
+            # The value does not depend on the factors, so they need no gradient.
             factor = matrices.detach().amax((0, 1))
             matrices, log_scale = matrices / factor, log_scale + factor.log().sum(-1)
         if length == 1:
@@ -56,13 +57,13 @@ def forward_log_likelihood(transition: Tensor, log_emission: Tensor) -> Tensor:
     """
     top = log_emission.detach().amax(0)
     emission = (log_emission - top).exp()
-    # An even number of steps is left for the pairs.
+    # The remaining number of steps is even, for the pairs.
     num_first = 2 - emission.shape[-1] % 2
     first, rest = emission.split([num_first, emission.shape[-1] - num_first], -1)
     weight = first[..., 0]
     if num_first == 2:
         weight = (weight.unsqueeze(1) * transition).sum(0) * first[..., 1]
-    # Two steps, i → j → k: the matrices of single steps, most of all numbers, are never made.
+    # Two steps, i → j → k. The matrices of single steps, which would be most of the memory, are never made.
     middle, end = rest.unflatten(-1, (-1, 2)).unbind(-1)
     paths = (transition.unsqueeze(2) * transition.unsqueeze(0)).unsqueeze(-1)
     pairs = torch.zeros_like(end)
@@ -77,13 +78,13 @@ def _states_first(values: Tensor) -> Tensor:
 
 
 def _transition(first: Tensor, second: Tensor) -> Tensor:
-    """The matrix of two states, from the priors of its rows."""
+    """The transition matrix of two states, from the priors of its rows."""
     rows = [pyro.sample(f"theta{i}", dist.Dirichlet(prior)) for i, prior in enumerate((first, second), start=1)]
     return torch.stack([_states_first(row) for row in rows])
 
 
 def _positive_ordered(name: str, loc: Tensor) -> Tensor:
-    """0 < x_1 < x_2 < …, with the density of N(loc, 1) there: positive increments, whose map has determinant 1."""
+    """0 < x_1 < x_2 < …, with the density of N(loc, 1), from positive increments; the map has determinant 1."""
     increments = pyro.sample(f"{name}_increments", flat(dist.HalfNormal(torch.ones_like(loc)).to_event(1)))
     values = pyro.deterministic(name, increments.cumsum(-1), event_dim=1)
     pyro.factor(f"{name}_prior", dist.Normal(loc, 1.0).log_prob(values).sum(-1))
@@ -93,7 +94,7 @@ def _positive_ordered(name: str, loc: Tensor) -> Tensor:
 def increment_latents(
     reference: dict[str, Tensor], data: dict[str, Tensor], names: tuple[str, ...]
 ) -> dict[str, Tensor]:
-    """The ordered vectors of those names become increments."""
+    """Replace the ordered vectors of the given names by their increments."""
     latents = {name: value for name, value in reference.items() if name not in names}
     for name in names:
         value = reference[name]
@@ -134,7 +135,7 @@ def linear_recursion(inputs: Tensor, decay: Tensor) -> Tensor:
 def garch11(y: Tensor, sigma1: Tensor) -> None:
     """σ_t² = α0 + α1 (y_{t−1} − μ)² + β1 σ_{t−1}², all four flat, β1 on (0, 1 − α1).
 
-    β1 is 1 − α1 times a fraction of (0, 1), so that no support depends on a latent: guides take supports as constant.
+    β1 is 1 − α1 times a fraction in (0, 1), so that no support depends on a latent: guides assume constant supports.
     """
     zero = y.new_zeros(())
     mu = pyro.sample("mu", flat(dist.Normal(zero, 1.0)))

@@ -22,8 +22,7 @@ from pyro.infer.util import get_dependent_plate_dims, torch_sum
 from torch import Tensor
 
 from .. import internals
-from ..guides.amortized import AmortizedFlow
-from ..guides.auto import AutoFlow
+from ..guides.base import FlowGuide
 
 
 @runtime_checkable
@@ -303,19 +302,17 @@ def _overrides(own: Any, inherited: Any) -> bool:
 
 # --- the path gradient -------------------------------------------------------------------------------------------------
 
-FLOW_GUIDES = (AutoFlow, AmortizedFlow)
 
-
-def flow_guides(guide: Callable) -> list[AutoFlow | AmortizedFlow]:
+def flow_guides(guide: Callable) -> list[FlowGuide]:
     """The flow guides in a guide, which is one of them, a list of guides, or none."""
     modules = guide.modules() if isinstance(guide, torch.nn.Module) else ()
-    return [module for module in modules if isinstance(module, FLOW_GUIDES)]
+    return [module for module in modules if isinstance(module, FlowGuide)]
 
 
 def has_path_gradient(guide: Callable) -> bool:
     """Whether every part of a guide is a flow guide."""
     parts = list(guide) if isinstance(guide, AutoGuideList) else [guide]
-    return all(isinstance(part, FLOW_GUIDES) for part in parts)
+    return all(isinstance(part, FlowGuide) for part in parts)
 
 
 @contextlib.contextmanager

@@ -14,11 +14,11 @@ from torch.distributions import biject_to
 
 from ..checks import warn
 from ..model.call import ModelCall
-from ..model.plates import is_subsampled
 from ..model.sites import (
     deterministic_sites,
     has_stochastic_log_prob,
     is_deterministic,
+    is_subsampled,
     latent_sites,
     log_prob_per_draw,
     observed_sites,

@@ -2,6 +2,7 @@
 
 from .amortized import AmortizedFlow
 from .auto import AutoFlow
+from .base import FlowGuide
 from .named import AutoCoupling, AutoIAF, AutoPlanar, AutoRadial, AutoResidual, AutoSpline, AutoSylvester
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "AutoResidual",
     "AutoSpline",
     "AutoSylvester",
+    "FlowGuide",
 ]

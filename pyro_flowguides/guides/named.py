@@ -117,7 +117,7 @@ class AutoSpline(AutoFlow):
         num_layers: The number of couplings.
         hidden_dims: The hidden layers of each network; by default two of 32, or of 64 above 30 latent dimensions.
         num_bins: The number of pieces of each spline.
-        bound: Outside of ±bound, in whitened coordinates, a spline is the identity.
+        tail_bound: Outside of ±tail_bound, in whitened coordinates, a spline is the identity.
         options: The options of :class:`AutoFlow`.
 
     References:
@@ -131,11 +131,15 @@ class AutoSpline(AutoFlow):
         num_layers: int = 4,
         hidden_dims: Sequence[int] | None = None,
         num_bins: int = 8,
-        bound: float = 5.0,
+        tail_bound: float = 5.0,
         **options: Any,
     ) -> None:
         recipe = functools.partial(
-            flows.spline_coupling, num_layers=num_layers, hidden_dims=hidden_dims, num_bins=num_bins, bound=bound
+            flows.spline_coupling,
+            num_layers=num_layers,
+            hidden_dims=hidden_dims,
+            num_bins=num_bins,
+            tail_bound=tail_bound,
         )
         super().__init__(model, recipe, **options)
 

@@ -1,17 +1,19 @@
-r"""The Gaussian found before training, which a flow guide starts from.
+r"""The Gaussian found before training, from which a flow guide starts.
 
-A flow starts at N(0, I), whatever the posterior; an affine map that is close to the posterior's location and covariance
-spares it what it is worst at. The map is held fixed while the flow trains, and is computed in float64.
+A flow starts at N(0, I), whatever the posterior. Location, scale and correlations are what it learns most slowly; an affine map
+close to those of the posterior leaves only the shape to it. The map is held fixed while the flow trains, and is computed in
+float64.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from ..model.target import Target
 
 # log p at each row of a batch of points, in float64, differentiable.
 LogDensity = Callable[[Tensor], Tensor]
@@ -21,12 +23,14 @@ DIAGONAL_BATCH_SIZE = 32
 NUM_ELBO_DRAWS = 1000
 MAX_PATH_STEPS = 200
 NUM_PATH_DRAWS = 64
+# Above this size the map is diagonal: a full one costs D² numbers and D³ operations to find.
+MAX_FULL_RANK_DIM = 200
 
 
 def batch_and_match(
     log_density: LogDensity, loc: Tensor, scale_tril: Tensor, num_updates: int = NUM_UPDATES
 ) -> tuple[Tensor, Tensor]:
-    r"""The Gaussian whose scores match those of the target, by closed-form updates without a learning rate.
+    r"""The Gaussian whose scores match the scores of the target, by closed-form updates without a learning rate.
 
     Each update draws a batch from the current :math:`N(\mu, \Sigma)`, takes the scores :math:`g` of the target there, and
     solves for the Gaussian that matches them, regularised towards the current one with weight 1/λ:
@@ -182,39 +186,6 @@ def diagonal_batch_and_match(
     return loc, scale
 
 
-def laplace(log_density: LogDensity, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The Laplace approximation :math:`N(m, (-\nabla^2 \log p(m))^{-1})` at the mode m.
-
-    Where the Hessian at the point that the optimiser reaches is not negative definite, as in a funnel, whose mode tells
-    nothing of its mass, a warning says so and the best Gaussian of the quasi-Newton path is taken instead.
-
-    Cost: the path and an optimiser from its best point on, and a double backward pass through a batch of D points.
-
-    Arguments:
-        log_density: The target, in float64.
-        loc: Where the optimiser starts, shape (D,), float64.
-        scale_tril: The Cholesky factor of the covariance there, shape (D, D), float64.
-
-    Returns:
-        The mean and the Cholesky factor of the covariance.
-    """
-    # Limited memory alone gets stuck where the scales of the coordinates differ by orders of magnitude.
-    path = quasi_newton_path(log_density, loc, scale_tril)
-    point = mode(log_density, path[0])
-    precision = -hessian(log_density, point)
-    factor, failed = torch.linalg.cholesky_ex(precision)
-    if not int(failed) and bool(factor.isfinite().all()):
-        scale_tril, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor))
-        if not int(failed):
-            return point, scale_tril
-    warnings.warn(
-        "whiten: the log-density has no maximum with a negative definite Hessian where the optimiser came to an end, as in a "
-        "funnel or with a flat direction; the best Gaussian on a quasi-Newton path is used instead of Laplace's",
-        stacklevel=4,
-    )
-    return path
-
-
 def mode(log_density: LogDensity, loc: Tensor, max_steps: int = MAX_PATH_STEPS) -> Tensor:
     """A maximum of log p by L-BFGS; the start, where the optimiser leaves the range of finite numbers."""
     point = loc.clone().requires_grad_()
@@ -281,10 +252,44 @@ def value_and_score(log_density: LogDensity, points: Tensor) -> tuple[Tensor, Te
     return value.detach(), score
 
 
-def hessian(log_density: LogDensity, point: Tensor) -> Tensor:
-    """The second derivatives of log p at a point, by a single double backward pass through a batch of D copies of it."""
-    with torch.enable_grad():
-        copies = point.detach().expand(len(point), -1).clone().requires_grad_()
-        (score,) = torch.autograd.grad(log_density(copies).sum(), copies, create_graph=True)
-        (second,) = torch.autograd.grad(score.diagonal().sum(), copies)
-    return (second + second.mT) / 2
+# For the covariance as a whole, and for its diagonal above MAX_FULL_RANK_DIM.
+METHODS: dict[str, Callable[[LogDensity, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "auto": best_gaussian,
+    "batch_and_match": batch_and_match,
+    "pathfinder": quasi_newton_path,
+}
+DIAGONAL_METHODS: dict[str, Callable[[LogDensity, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "auto": best_diagonal_gaussian,
+    "batch_and_match": diagonal_batch_and_match,
+}
+
+
+def check_method(method: str, dim: int = 1) -> None:
+    """Raises ValueError if the name of a method is unknown, or the method is not for this number of dimensions."""
+    if method not in ("init", *METHODS):
+        raise ValueError(f"whiten: method must be one of {', '.join(['init', *METHODS])}, got {method!r}")
+    if dim > MAX_FULL_RANK_DIM and method not in ("init", *DIAGONAL_METHODS):
+        raise ValueError(
+            f'whiten: "{method}" is for at most {MAX_FULL_RANK_DIM} latent dimensions, here are {dim}; '
+            f"use one of {', '.join(DIAGONAL_METHODS)}"
+        )
+
+
+def whiten(target: Target, start: tuple[Tensor, Tensor], method: str) -> tuple[Tensor, Tensor]:
+    """A Gaussian near the target by one of the methods, above ``MAX_FULL_RANK_DIM`` dimensions with a diagonal covariance.
+
+    Arguments:
+        target: The log-density of the model.
+        start: The mean to start from, shape (D,), and the Cholesky factor of the covariance, shape (D, D), or the standard
+            deviations, shape (D,), for a diagonal one; float64.
+        method: ``"auto"``, ``"batch_and_match"`` or ``"pathfinder"``.
+
+    Returns:
+        The mean, and the Cholesky factor or the standard deviations.
+
+    Raises:
+        ValueError: if the method is unknown, or cannot be used in this number of dimensions.
+    """
+    check_method(method, len(start[0]))
+    methods = METHODS if start[1].dim() == 2 else DIAGONAL_METHODS
+    return methods[method](target.log_prob, *start)

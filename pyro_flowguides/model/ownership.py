@@ -56,7 +56,7 @@ class PrivateStore:
         params: Mapping[str, Tensor] | None = None,
         constraints: Mapping[str, Any] | None = None,
         held: Mapping[str, Tensor] | None = None,
-        leaves: Mapping[str, nn.Parameter] | None = None,
+        leaves: Mapping[str, Tensor] | None = None,
         belongs_to_fit: bool = False,
     ) -> None:
         self.params = dict(params or {})
@@ -73,15 +73,18 @@ class PrivateStore:
             if not self._open:
                 stack.enter_context(internals.parameter_store(self.params, self.constraints))
                 if self.held:
-                    stack.enter_context(_ModulesHolding(self.held, are_kept=False))
+                    stack.enter_context(_ModulesHolding(self.held, self.leaves, are_kept=False))
             self._open.append(stack.pop_all())
 
     def __exit__(self, *error: Any) -> None:
         self._open.pop().__exit__(*error)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What a module holds is saved with the module. Copies, since a stored parameter has a link that cannot be pickled.
-        params = {name: _copied(leaf) for name, leaf in self.params.items() if not isinstance(leaf, nn.Parameter)}
+        # A parameter of a module is that of the module in the copy, too.
+        params = {
+            name: _without_link(leaf) if isinstance(leaf, nn.Parameter) else _copied(leaf)
+            for name, leaf in self.params.items()
+        }
         held = {name: _copied(value) for name, value in self.held.items()}
         return {**self.__dict__, "params": params, "held": held, "leaves": {}, "_open": []}
 
@@ -91,12 +94,14 @@ class _ModulesHolding(Messenger):
 
     Arguments:
         values: Unconstrained values by name.
+        leaves: Takes up the parameters that were given a value.
         are_kept: Whether modules keep these values; otherwise they get back theirs at the end.
     """
 
-    def __init__(self, values: Mapping[str, Tensor], are_kept: bool) -> None:
+    def __init__(self, values: Mapping[str, Tensor], leaves: dict[str, Tensor], are_kept: bool) -> None:
         super().__init__()
         self.values = values
+        self.leaves = leaves
         self.are_kept = are_kept
         self._given: dict[str, tuple[nn.Parameter, Tensor]] = {}
 
@@ -118,6 +123,7 @@ class _ModulesHolding(Messenger):
                 "was fitted; use the module with the sizes it was fitted with"
             )
         self._given[name] = leaf, leaf.data
+        self.leaves[name] = leaf
         leaf.data = value.detach().clone().to(leaf.device)
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -147,6 +153,11 @@ class OwnedFunction:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.store:
             return self.function(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        for leaf in self.store.leaves.values():
+            _without_link(leaf)
+        return self.__dict__
 
 
 @contextmanager
@@ -183,7 +194,7 @@ def private_store(model: Callable, guide: Callable) -> Iterator[tuple[Callable, 
                 internals.set_module_context(function, None)
             if earlier is not None:
                 state = earlier.__getstate__() if earlier.belongs_to_fit else vars(earlier)
-                params.update(state["params"])
+                params.update(_loose(state["params"]))
                 constraints.update(state["constraints"])
                 held.update(state["held"])
                 # At once, where nothing needs to run for it: a model that is run for inspection is hidden from handlers.
@@ -192,14 +203,14 @@ def private_store(model: Callable, guide: Callable) -> Iterator[tuple[Callable, 
             trained.append(function)
         stack.enter_context(internals.parameter_store(params, constraints))
         if held:
-            stack.enter_context(_ModulesHolding(held, are_kept=True))
+            stack.enter_context(_ModulesHolding(held, {}, are_kept=True))
         try:
             yield trained[1], trained[0]
         finally:
-            free = {name: leaf for name, leaf in params.items() if not isinstance(leaf, nn.Parameter)}
             for function in trained:
                 if isinstance(function, PyroModule):
-                    store = PrivateStore(free, {name: constraints[name] for name in free})
+                    kept = _loose(params) | _held_by(function, function, params)
+                    store = PrivateStore(kept, {name: constraints[name] for name in kept})
                     internals.set_module_context(function, store)
 
 
@@ -229,7 +240,11 @@ def owned(model: Callable, guide: Callable) -> tuple[Callable, Callable, dict[st
     )
     for function in (model, guide):
         result = internals.copy_with_models(function, memo) if isinstance(function, nn.Module) else function
-        if isinstance(result, PyroModule):
+        if isinstance(function, PyroModule) and isinstance(result, PyroModule):
+            # Otherwise the first call would put them into the store, and Pyro switches their gradients on there.
+            own = _held_by(result, function, live)
+            store.params.update(own)
+            store.constraints.update({name: constraints[name] for name in own})
             internals.set_module_context(result, store)
         elif loose or result is not function:
             result = OwnedFunction(result, store)
@@ -268,10 +283,28 @@ def _names_of(function: Callable, params: Mapping[str, Tensor]) -> set[str]:
     return {name for name, leaf in params.items() if id(leaf) in own or _is_name_of(name, function)}
 
 
+def _loose(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters that no module holds."""
+    return {name: leaf for name, leaf in params.items() if not isinstance(leaf, nn.Parameter)}
+
+
+def _held_by(result: nn.Module, module: nn.Module, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of a module's copy, under the names that those of the module have in a store."""
+    paths = {id(leaf): path for path, leaf in module.named_parameters()}
+    copies = dict(result.named_parameters())
+    return {name: copies[paths[id(leaf)]] for name, leaf in params.items() if id(leaf) in paths}
+
+
 def _is_name_of(name: str, function: Callable) -> bool:
     """Whether a parameter of this name belongs to a module of Pyro that has a name, as every autoguide has."""
     root = internals.module_name(function) if isinstance(function, PyroModule) else ""
     return bool(root) and name.startswith((f"{root}.", f"{root}$$$"))
+
+
+def _without_link(leaf: Tensor) -> Tensor:
+    """A parameter without the link to itself that Pyro gives it, which can be neither copied nor pickled."""
+    vars(leaf).pop("unconstrained", None)
+    return leaf
 
 
 def _copied(leaf: Tensor) -> Tensor:

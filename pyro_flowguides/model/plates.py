@@ -16,17 +16,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import constraints
 
-from .sites import is_subsample, quiet_trace
-
-
-def is_subsampled(frame: Any) -> bool:
-    """Whether a plate takes a part of its elements."""
-    return full_size(frame) != frame.size
-
-
-def full_size(frame: Any) -> int:
-    """The number of elements of a whole plate."""
-    return frame.size if frame.full_size is None else frame.full_size
+from .sites import is_subsample, is_subsampled, quiet_trace
 
 
 def plate_indices(plates: Mapping[str, pyro.plate]) -> dict[str, Tensor]:
@@ -71,7 +61,7 @@ def cover_whole_plates(site: Any) -> None:
         value = periodic_repeat(value, frame.full_size, axis)
         batch_shape[frame.dim] = frame.full_size
         try:
-            support = _same_along(support, axis)
+            support = same_along(support, axis)
         except ValueError as error:
             raise ValueError(
                 f"the support of latent site '{site['name']}' ({fn.support}) is not the same for all elements of plate "
@@ -82,16 +72,20 @@ def cover_whole_plates(site: Any) -> None:
     site["fn"] = dist.ImproperUniform(support, torch.Size(batch_shape), fn.event_shape)
 
 
-def _same_along(support: constraints.Constraint, axis: int) -> constraints.Constraint:
-    """A constraint whose bounds have a single entry along an axis."""
+def same_along(support: constraints.Constraint, axis: int) -> constraints.Constraint:
+    """A constraint whose bounds have a single entry along an axis.
+
+    Raises:
+        ValueError: if a bound has different entries there.
+    """
     new = copy.copy(support)
     for name, bound in vars(support).items():
         if isinstance(bound, constraints.Constraint):
-            setattr(new, name, _same_along(bound, axis))
+            setattr(new, name, same_along(bound, axis))
         elif isinstance(bound, Tensor) and bound.dim() >= -axis:
             first = bound.narrow(axis, 0, 1)
             if not bool((bound == first).all()):
-                raise ValueError
+                raise ValueError(f"the bounds differ along dimension {axis}")
             setattr(new, name, first)
     return new
 
@@ -143,12 +137,12 @@ def signature(*arguments: Any) -> Any:
 
 
 def _signature(argument: Any) -> Any:
-    if isinstance(argument, Tensor):
-        return tuple(argument.shape), argument.dtype, argument.device
     if isinstance(argument, Mapping):
         return tuple(
             (name, _signature(value)) for name, value in sorted(argument.items(), key=lambda item: str(item[0]))
         )
     if isinstance(argument, (list, tuple)):
         return tuple(_signature(value) for value in argument)
+    if hasattr(argument, "shape"):
+        return tuple(argument.shape), getattr(argument, "dtype", None), getattr(argument, "device", None)
     return argument if isinstance(argument, (int, str)) else type(argument)

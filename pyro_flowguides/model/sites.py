@@ -1,4 +1,4 @@
-"""Running a model, with or without its guide, many times at once: one vectorised pass, or a loop where that is impossible."""
+"""What a trace says of a model: kinds of sites, their plates, and the log-probability of every draw."""
 
 from __future__ import annotations
 
@@ -43,9 +43,19 @@ def subsampled_plate(trace: Trace) -> str | None:
     """The name of a plate that takes a part of its elements, if there is one."""
     for _, site in tensor_sites(trace):
         for frame in site["cond_indep_stack"]:
-            if frame.full_size is not None and frame.full_size != frame.size:
+            if is_subsampled(frame):
                 return frame.name
     return None
+
+
+def is_subsampled(frame: Any) -> bool:
+    """Whether a plate takes a part of its elements."""
+    return full_size(frame) != frame.size
+
+
+def full_size(frame: Any) -> int:
+    """The number of elements of a whole plate."""
+    return frame.size if frame.full_size is None else frame.full_size
 
 
 def deterministic_sites(trace: Trace) -> Iterator[tuple[str, Any]]:

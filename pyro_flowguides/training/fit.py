@@ -14,6 +14,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from ..checks import check_positive_integer
+from ..compiled.losses import Objective, as_objective
 from ..compiled.svi import MAX_NONFINITE_STEPS
 from ..model.call import ModelCall
 from ..model.ownership import private_store
@@ -36,7 +37,7 @@ def fit(
     num_restarts: int = 1,
     seed: int | None = None,
     progress: bool = True,
-    loss: ELBO | None = None,
+    loss: Objective | ELBO | Callable[..., Tensor] | None = None,
     optim: PyroOptim | Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
     schedule: str | Callable[[float], float] | None = None,
     whiten: str | None = "auto",
@@ -81,7 +82,9 @@ def fit(
     **Other arguments**
 
     Arguments:
-        loss: An ELBO of Pyro, or :class:`pyro_flowguides.IWELBO`, to use instead; then the guide's own ``gradient`` holds.
+        loss: What to minimise instead: an ELBO of Pyro, :class:`pyro_flowguides.IWELBO`, an object of your own with a method
+            ``loss(model, guide, args, kwargs) -> Tensor``, or a function ``loss(model, guide, *args, **kwargs) -> Tensor``. The
+            guide's own ``gradient`` holds then.
         optim: A Pyro optimiser, or a function from a list of parameters to a torch optimiser.
         schedule: The factor of the learning rate over a round: ``"cosine"``, ``"constant"``, or a function of the progress from
             0 to 1. A step: ``lambda progress: 1.0 if progress < 0.5 else 0.1``. A warm-up: ``lambda progress: min(1.0, progress
@@ -132,7 +135,7 @@ def fit(
         num_steps=num_steps,
         num_particles=num_particles,
         batches=batches,
-        loss=loss,
+        loss=None if loss is None else as_objective(loss),
         optim=optim,
         schedule=None if isinstance(optim, PyroOptim) else find_schedule(schedule),
         svi={"backend": backend, "ema_decay": ema_decay, "max_nonfinite_steps": max_nonfinite_steps},

@@ -114,7 +114,9 @@ class Loop:
             guide,
             self.call.args,
             dict(self.call.kwargs),
-            parameters=parameters,
+            parameters={
+                name: value for name, value in parameters.items() if name not in self.tracer.guide_prototype.nodes
+            },
             losses=np.array(self.losses),
             num_skipped=self.num_skipped,
             num_rolled_back=self.num_rolled_back,
@@ -126,14 +128,16 @@ class Loop:
         """Round after round, until one more would not help; returns the draws of the last one that is kept."""
         for round in self.rounds[len(self.scores) :]:
             steps = Steps(self, round, saved)
-            stopped = self._train(steps)
             saved = None
+            stopped = self._train(steps)
             draws = self._judge()
             if self.best is not None and got_worse(self.scores):
-                steps.svi.restore(self.best)
+                # Taken back.
+                steps.svi.restore(self.best, *self.call.args, **self.call.kwargs)
                 return self._draw()
             if stopped or not is_worth_another(self.scores):
                 return draws
+            # Kept.
             self.best = steps.svi.snapshot()
         return draws
 
@@ -191,6 +195,7 @@ class Loop:
         )
 
     def _load(self, saved: dict[str, Any]) -> None:
+        assert self.options.checkpoint is not None
         num_steps = [round.num_steps for round in self.rounds]
         if saved["num_steps"] != num_steps:
             then, now = (" + ".join(map(str, numbers)) for numbers in (saved["num_steps"], num_steps))
@@ -270,7 +275,7 @@ class Steps:
                 stopped = loop.interrupted = True
                 self._collect(bar)
                 warn(f"fit: interrupted after {len(self.losses)} of {self.round.num_steps} steps")
-        if loop.options.svi["ema_decay"] is not None:
+        if loop.options.svi["ema_decay"] is not None and self.losses:
             self.svi.use_ema()
         return stopped
 
@@ -327,11 +332,12 @@ class Steps:
         }
 
     def _load(self, state: dict[str, Any]) -> None:
-        call = self.loop.call
+        call, checkpoint = self.loop.call, self.loop.options.checkpoint
+        assert checkpoint is not None
         try:
             self.svi.load_state_dict(state["svi"], *call.args, **call.kwargs)
         except ValueError as error:
-            raise ValueError(f"fit: checkpoint '{self.loop.options.checkpoint.path}' does not fit: {error}") from error
+            raise ValueError(f"fit: checkpoint '{checkpoint.path}' does not fit: {error}") from error
         self.losses = list(state["losses"])
         if self.batches is not None and state["batches"] is not None:
             self.batches.load_state_dict(state["batches"])

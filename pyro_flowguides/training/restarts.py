@@ -78,5 +78,5 @@ def _take_over(call: ModelCall, guide: Callable, best: FitResult) -> None:
         warnings.simplefilter("ignore")
         start.set_up(replace(call, model=model), trained)
         for module, source in ((call.model, model), (trained, best.guide)):
-            if isinstance(module, nn.Module):
+            if isinstance(module, nn.Module) and isinstance(source, nn.Module):
                 module.load_state_dict(source.state_dict())

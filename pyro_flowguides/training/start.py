@@ -73,4 +73,4 @@ def whiten(call: ModelCall, guide: Callable, method: str | None, tracer: Tracer)
         guide.whiten(*call.args, method=method, **options)
     for part in guide.modules() if isinstance(guide, torch.nn.Module) else ():
         if isinstance(part, AutoFlow) and part.prototype_trace is not None:
-            part.let_go()
+            part.undamp()

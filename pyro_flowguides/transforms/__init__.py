@@ -1,8 +1,8 @@
 """Bijections of ℝᴰ with exact log-determinants, one family per file; they know nothing of models."""
 
 from .autoregressive import AffineAutoregressive, Autoregressive, SplineAutoregressive
-from .base import Compose, FlowTransform, Inverse, debug
-from .coupling import AdditiveCoupling, AffineCoupling, Coupling, SplineCoupling
+from .base import Compose, FlowTransform, Inverse, detect_nan
+from .coupling import AdditiveCoupling, AffineCoupling, Coupling, SplineCoupling, undamp
 from .elementwise import ActNorm, Affine, Elementwise, ElementwiseSpline, Sigmoid
 from .linear import FixedAffine, LowerTriangularAffine, LULinear, Permutation, Reverse
 from .orthogonal import Householder, Orthogonal
@@ -38,5 +38,6 @@ __all__ = [
     "SplineAutoregressive",
     "SplineCoupling",
     "Sylvester",
-    "debug",
+    "detect_nan",
+    "undamp",
 ]

@@ -19,6 +19,7 @@ network (MADE) of hidden width H,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,12 +60,10 @@ class Autoregressive(FlowTransform):
         self.conditioner = MaskedMLP(dim, univariate.num_parameters, hidden_dims, activation, context_dim)
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, context = self.check_input(z, context)
         x, log_derivative = self.univariate.forward(z, self.conditioner(z, context))
         return x, log_derivative.expand_as(x).sum(-1)
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, context = self.check_input(x, context)
         network = self.conditioner.at(context)
         with torch.no_grad():
             coordinates = torch.arange(self.dim, device=x.device)
@@ -76,8 +75,8 @@ class Autoregressive(FlowTransform):
         solution = solution.detach()
         if not torch.is_grad_enabled():
             return solution, -self._log_det(network, solution)
-        parameters, slopes = network.linearise(solution)
-        x_back, log_derivative, pull_back = self._linearise_univariate(solution, parameters)
+        parameters, slopes = network.linearize(solution)
+        x_back, log_derivative, pull_back = self._linearize_univariate(solution, parameters)
         with torch.no_grad():
             _, by_parameters = pull_back((torch.ones_like(x_back), torch.zeros_like(log_derivative)))
             jacobian = network.pull_back_rows(slopes, by_parameters) + torch.diag_embed(log_derivative.exp())
@@ -91,10 +90,9 @@ class Autoregressive(FlowTransform):
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z, context = self.check_input(z, context)
         network = self.conditioner.at(context)
-        parameters, slopes = network.linearise(z)
-        x, log_derivative, pull_back = self._linearise_univariate(z, parameters)
+        parameters, slopes = network.linearize(z)
+        x, log_derivative, pull_back = self._linearize_univariate(z, parameters)
         with torch.no_grad():
             gradient, by_parameters = pull_back((torch.zeros_like(x), torch.ones_like(log_derivative)))
             score = score - gradient - network.pull_back(slopes, by_parameters)
@@ -111,7 +109,7 @@ class Autoregressive(FlowTransform):
         x, log_derivative = self.univariate.forward(z, network(z))
         return log_derivative.expand_as(x).sum(-1)
 
-    def _linearise_univariate(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor, Callable]:
+    def _linearize_univariate(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor, Callable]:
         """x, the log-derivatives, and the function that pulls gradients back to z and the parameters of every point."""
         # A free parameter is one for all points; its gradients are wanted point by point.
         parameters = parameters.expand(*z.shape, self.univariate.num_parameters)
@@ -125,13 +123,13 @@ class Autoregressive(FlowTransform):
 class AffineAutoregressive(Autoregressive):
     r"""Affine autoregressive transform: :math:`x_i = e^{s_i(z_{<i})} z_i + t_i(z_{<i})`.
 
-    The log-scale is clipped smoothly at ``bound``, :math:`s = c\tanh(a/c)`. Forward is an inverse autoregressive flow
+    The log-scale is clipped smoothly at its bound c, :math:`s = c\tanh(a/c)`. Forward is an inverse autoregressive flow
     (IAF); ``.inv`` is a masked autoregressive flow (MAF).
 
     Arguments:
         dim: The number D of coordinates.
-        hidden_dims, activation, context_dim: As in :class:`Autoregressive`.
-        bound: The bound c of the log-scale.
+        log_scale_bound: The bound c of the log-scale.
+        options: As in :class:`Autoregressive`.
 
     Example:
         >>> x, log_det = AffineAutoregressive(4).forward_and_log_det(torch.zeros(10, 4))
@@ -139,45 +137,21 @@ class AffineAutoregressive(Autoregressive):
         torch.Size([10])
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        hidden_dims: Sequence[int] = (32, 32),
-        activation: Callable[[], nn.Module] = nn.SiLU,
-        context_dim: int = 0,
-        bound: float = 3.0,
-    ) -> None:
-        super().__init__(
-            dim, ShiftScale(bound), hidden_dims=hidden_dims, activation=activation, context_dim=context_dim
-        )
+    def __init__(self, dim: int, *, log_scale_bound: float = 3.0, **options: Any) -> None:
+        super().__init__(dim, ShiftScale(log_scale_bound), **options)
 
 
 class SplineAutoregressive(Autoregressive):
-    r"""Autoregressive rational-quadratic spline on :math:`[-\text{bound}, \text{bound}]`, the identity outside.
+    r"""Autoregressive rational-quadratic spline on :math:`[-B, B]`, the identity outside.
 
     Durkan et al. (2019), *Neural spline flows*, arXiv:1906.04032.
 
     Arguments:
         dim: The number D of coordinates.
-        hidden_dims, activation, context_dim: As in :class:`Autoregressive`.
-        num_bins, bound: As in :class:`~pyro_flowguides.transforms.univariate.RationalQuadraticSpline`.
+        num_bins: The number of pieces of each spline.
+        tail_bound: B, half the side of the box.
+        options: As in :class:`Autoregressive`.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        hidden_dims: Sequence[int] = (32, 32),
-        activation: Callable[[], nn.Module] = nn.SiLU,
-        context_dim: int = 0,
-        num_bins: int = 8,
-        bound: float = 5.0,
-    ) -> None:
-        super().__init__(
-            dim,
-            RationalQuadraticSpline(num_bins, bound),
-            hidden_dims=hidden_dims,
-            activation=activation,
-            context_dim=context_dim,
-        )
+    def __init__(self, dim: int, *, num_bins: int = 8, tail_bound: float = 5.0, **options: Any) -> None:
+        super().__init__(dim, RationalQuadraticSpline(num_bins, tail_bound), **options)

@@ -10,7 +10,9 @@ Training a flow by variational inference needs the sampling direction alone: dra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+import types
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,39 +22,75 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ..checks import check_positive_integer
-from .numerics import solve_newton, sum_tensors, value_and_pull_back
+from ..internals import is_functorch_tensor, is_recording
+from .numerics import linearize, solve_newton, sum_tensors, value_and_pull_back
 
-_debugging = False
+_detecting_nan = False
 
 
 @contextmanager
-def debug(enabled: bool = True) -> Iterator[None]:
+def detect_nan(enabled: bool = True) -> Iterator[None]:
     """Within it transforms raise an error at the first NaN, which names the transform.
 
     A transform refuses an input or a context that holds NaN, and a :class:`Compose` checks what each of its parts returns,
-    so that the part that made the first NaN is the one that is named. It is off by default, whatever the validation settings
-    of Pyro, because every check waits for the device. Values that cannot be read (under ``torch.vmap``, ``make_fx``,
+    so that the error names the part that made the first NaN. It is off by default, whatever the validation settings of
+    Pyro, because every check waits for the device. Values that cannot be read (under ``torch.vmap``, ``make_fx``,
     ``torch.compile``, ``torch.jit.trace``, while a CUDA graph is captured, on the meta device) are not checked. The switch is
     one for all threads.
 
     Arguments:
-        enabled: Whether to check; False switches an outer ``debug()`` off.
+        enabled: Whether to check; False switches an outer ``detect_nan()`` off.
 
     Example:
         >>> from pyro_flowguides.transforms import Planar
         >>> planar = Planar(2)
-        >>> with debug():
+        >>> with detect_nan():
         ...     planar(torch.tensor([0.0, torch.nan]))
         Traceback (most recent call last):
             ...
         ValueError: Planar: 1 of the 2 numbers of its input is NaN
     """
-    global _debugging
-    previous, _debugging = _debugging, enabled
+    global _detecting_nan
+    previous, _detecting_nan = _detecting_nan, enabled
     try:
         yield
     finally:
-        _debugging = previous
+        _detecting_nan = previous
+
+
+def _checked_forward(method: Callable) -> Callable:
+    @functools.wraps(method)
+    def forward_and_log_det(self: Any, z: Tensor, context: Tensor | None = None) -> Any:
+        z, context = self.check_input(z, context)
+        return method(self, z, context)
+
+    return forward_and_log_det
+
+
+def _checked_inverse(method: Callable) -> Callable:
+    @functools.wraps(method)
+    def inverse_and_log_det(self: Any, x: Tensor, context: Tensor | None = None) -> Any:
+        x, context = self.check_input(x, context)
+        return method(self, x, context)
+
+    return inverse_and_log_det
+
+
+def _checked_score(method: Callable) -> Callable:
+    @functools.wraps(method)
+    def forward_with_score(self: Any, z: Tensor, score: Tensor, context: Tensor | None = None) -> Any:
+        z, context = self.check_input(z, context)
+        return method(self, z, score, context)
+
+    return forward_with_score
+
+
+# The methods that a family writes, each with the function that puts the check of its input before it.
+_CHECKED: dict[str, Callable[[Callable], Callable]] = {
+    "forward_and_log_det": _checked_forward,
+    "inverse_and_log_det": _checked_inverse,
+    "forward_with_score": _checked_score,
+}
 
 
 class FlowTransform(TransformModule):
@@ -60,7 +98,8 @@ class FlowTransform(TransformModule):
 
     A subclass writes the maths of one method, :meth:`forward_and_log_det`; everything else has a working default here. Where
     a family knows better (an analytic inverse, a closed-form inverse Jacobian) it overrides :meth:`inverse_and_log_det` and
-    :meth:`forward_with_score`.
+    :meth:`forward_with_score`. These three methods of a subclass run after :meth:`check_input`: they get a point whose shape
+    is right, broadcast with the context, and need no check of their own.
 
     A transform is also a ``torch.distributions.Transform`` and a ``pyro.distributions.TransformModule``, so it can be used in
     ``pyro.distributions.TransformedDistribution``. No tensor is ever cached on it: points that were not produced by it can be
@@ -78,6 +117,12 @@ class FlowTransform(TransformModule):
     codomain = constraints.real_vector
     bijective = True
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name, checked in _CHECKED.items():
+            if isinstance(method := vars(cls).get(name), types.FunctionType):
+                setattr(cls, name, checked(method))
+
     def __init__(self, dim: int, context_dim: int = 0) -> None:
         super().__init__()
         self.dim = check_positive_integer(type(self).__name__, "dim", dim)
@@ -92,7 +137,7 @@ class FlowTransform(TransformModule):
 
         Arguments:
             z: Points of the base space, shape ``batch_shape + (dim,)``.
-            context: The context, shape ``context_batch_shape + (context_dim,)``; its batch shape broadcasts with that of z.
+            context: The context, shape ``context_batch_shape + (context_dim,)``; its batch shape broadcasts with the one of z.
 
         Returns:
             x of the (broadcast) shape of z, and ``log|det ∂x/∂z|`` of shape ``batch_shape``.
@@ -103,6 +148,7 @@ class FlowTransform(TransformModule):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement forward_and_log_det")
 
+    @_checked_inverse
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Maps x to z; ``log_det`` is ``log|det ∂z/∂x|``.
 
@@ -110,15 +156,19 @@ class FlowTransform(TransformModule):
         the implicit function theorem. A point at which the solver does not converge comes back as NaN. Cost: some tens of
         forward passes, each with D vector-Jacobian products and one solve of size D.
         """
-        x, context = self.check_input(x, context)
-        with torch.no_grad():
-            solution = solve_newton(lambda z: self._linearise(z, context)[::2], x)
-            jacobian = self._linearise(solution, context)[2]
-        # One Newton step with the Jacobian held fixed: its value polishes the solution, its derivative is the implicit one.
-        residual = self.forward_and_log_det(solution, context)[0] - x
-        z = solution - torch.linalg.solve(jacobian, residual.unsqueeze(-1)).squeeze(-1)
-        return z, -self.forward_and_log_det(z, context)[1]
 
+        def forward(z: Tensor) -> tuple[Tensor, Tensor]:
+            return self.forward_and_log_det(z, context)
+
+        with torch.no_grad():
+            solution = solve_newton(lambda z: linearize(forward, z)[::2], x)
+            jacobian = linearize(forward, solution)[2]
+        # One Newton step with the Jacobian held fixed: its value polishes the solution, its derivative is the implicit one.
+        residual = forward(solution)[0] - x
+        z = solution - torch.linalg.solve(jacobian, residual.unsqueeze(-1)).squeeze(-1)
+        return z, -forward(z)[1]
+
+    @_checked_score
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,7 +177,7 @@ class FlowTransform(TransformModule):
         .. math:: s_x = J^{-\top}\left(s_z - \nabla_z \log|\det J|\right), \qquad J = \frac{\partial x}{\partial z}.
 
         The outgoing score is detached from the graph: this is what the path gradient (Roeder et al. 2017, arXiv:1703.09194)
-        needs. The recursion is that of Vaitl et al. (2024), *Fast and unified path gradient estimators for normalizing flows*,
+        needs. The recursion: Vaitl et al. (2024), *Fast and unified path gradient estimators for normalizing flows*,
         arXiv:2403.15881. The default builds the Jacobian by D vector-Jacobian products and solves a system of size D.
 
         Arguments:
@@ -138,8 +188,7 @@ class FlowTransform(TransformModule):
         Returns:
             x, ``log|det ∂x/∂z|`` and the score at x.
         """
-        z, context = self.check_input(z, context)
-        x, log_det, jacobian, log_det_gradient = self._linearise(z, context)
+        x, log_det, jacobian, log_det_gradient = linearize(lambda z: self.forward_and_log_det(z, context), z)
         with torch.no_grad():
             score = torch.linalg.solve(jacobian.mT, (score - log_det_gradient).unsqueeze(-1)).squeeze(-1)
         return x, log_det, score.detach()
@@ -188,7 +237,7 @@ class FlowTransform(TransformModule):
     def check_input(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Checks a point and its context, and broadcasts the point to their common batch shape.
 
-        NaN are an error within :func:`debug` alone.
+        It runs before the methods of a subclass by itself. Within :func:`detect_nan` it refuses NaN.
         """
         if torch.jit.is_tracing():  # type: ignore[attr-defined]
             # Sizes are tensors there, and their comparison would become part of the trace.
@@ -200,7 +249,7 @@ class FlowTransform(TransformModule):
             raise ValueError(
                 f"{name}: the last dimension of its input must be dim = {self.dim}, got shape {tuple(value.shape)}"
             )
-        if _debugging:
+        if _detecting_nan:
             _refuse_nan(name, {"its input": value, "its context": context})
         if self.context_dim == 0:
             if context is not None:
@@ -217,16 +266,6 @@ class FlowTransform(TransformModule):
             )
         batch_shape = torch.broadcast_shapes(value.shape[:-1], context.shape[:-1])
         return value.expand(*batch_shape, self.dim), context
-
-    def _linearise(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x, log_det, the Jacobian ``[..., output, input]`` and the gradient of log_det, the last two without graph."""
-        (x, log_det), pull_back = value_and_pull_back(lambda point: self.forward_and_log_det(point, context), z)
-        with torch.no_grad():
-            basis = torch.eye(self.dim, dtype=z.dtype, device=z.device)
-            basis = basis.reshape(self.dim, *[1] * (z.dim() - 1), self.dim).expand(self.dim, *z.shape)
-            rows = torch.func.vmap(lambda row: pull_back((row, torch.zeros_like(log_det)))[0])(basis)
-            (log_det_gradient,) = pull_back((torch.zeros_like(x), torch.ones_like(log_det)))
-        return x, log_det, rows.movedim(0, -2), log_det_gradient
 
 
 class Compose(FlowTransform):
@@ -278,14 +317,13 @@ class Compose(FlowTransform):
         return context if transform.context_dim else None
 
     def _check_part(self, index: int, results: dict[str, Tensor | None]) -> None:
-        """Within :func:`debug`, an error for NaN that a part has returned: its input had none."""
-        if _debugging:
+        """Within :func:`detect_nan`, an error for NaN that a part has returned: its input had none."""
+        if _detecting_nan:
             part = f"{type(self.transforms[index]).__name__}, part {index} of {type(self).__name__}"
             _refuse_nan(part, {f"the {name} it returned": value for name, value in results.items()})
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, context = self.check_input(z, context)
-        log_dets = []
+        x, log_dets = z, []
         for index, transform in enumerate(self.transforms):
             x, log_det = transform.forward_and_log_det(x, self._context_of(transform, context))
             self._check_part(index, {"x": x, "log_det": log_det})
@@ -293,8 +331,7 @@ class Compose(FlowTransform):
         return x, sum_tensors(log_dets)
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, context = self.check_input(x, context)
-        log_dets = []
+        z, log_dets = x, []
         for index, transform in reversed(list(enumerate(self.transforms))):
             z, log_det = transform.inverse_and_log_det(z, self._context_of(transform, context))
             self._check_part(index, {"z, going back": z, "log_det, going back": log_det})
@@ -304,8 +341,7 @@ class Compose(FlowTransform):
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x, context = self.check_input(z, context)
-        log_dets = []
+        x, log_dets = z, []
         for index, transform in enumerate(self.transforms):
             x, log_det, score = transform.forward_with_score(x, score, self._context_of(transform, context))
             self._check_part(index, {"x": x, "log_det": log_det, "score": score})
@@ -385,27 +421,21 @@ class Conditioned(FlowTransform):
         return self.transform.stochastic_log_det
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, _ = self.check_input(z, context)
         return self.transform.forward_and_log_det(z, self.context)
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, _ = self.check_input(x, context)
         return self.transform.inverse_and_log_det(x, self.context)
 
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z, _ = self.check_input(z, context)
         return self.transform.forward_with_score(z, score, self.context)
 
 
 def _refuse_nan(owner: str, tensors: dict[str, Tensor | None]) -> None:
     """An error that counts the NaN of the first tensor that has any, of those that can be read."""
     for name, value in tensors.items():
-        if value is None or not _can_be_read(value):
-            continue
-        count = int(value.detach().isnan().sum())
-        if count:
+        if value is not None and _can_be_read(value) and (count := int(value.detach().isnan().sum())):
             verb = "is" if count == 1 else "are"
             raise ValueError(f"{owner}: {count} of the {value.numel()} numbers of {name} {verb} NaN")
 
@@ -414,9 +444,6 @@ def _can_be_read(value: Tensor) -> bool:
     """Whether the numbers of a tensor are there for Python to look at."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or value.is_meta:  # type: ignore[attr-defined]
         return False
-    # Neither torch.func nor make_fx tells in public whether it is at work.
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode
-
-    if torch._C._functorch.is_functorch_wrapped_tensor(value) or get_proxy_mode() is not None:
+    if is_functorch_tensor(value) or is_recording():
         return False
     return not (value.is_cuda and torch.cuda.is_current_stream_capturing())

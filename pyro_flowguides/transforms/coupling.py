@@ -11,25 +11,38 @@ al. (2017), *Density estimation using Real NVP*, arXiv:1605.08803.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .base import FlowTransform
-from .networks import MLP, FreeParameters
+from .networks import MLP, FreeParameters, ScalarState, scale_parameters
 from .numerics import value_and_pull_back
 from .univariate import RationalQuadraticSpline, Shift, ShiftScale, Univariate
 
+# How far the network of a damped coupling sees: in standard deviations, where its inputs have about unit scale.
+REACH = 3.0
 
-class Coupling(FlowTransform):
+
+class Coupling(ScalarState, FlowTransform):
     r"""The coupling structure over any scalar function.
 
     For ``dim = 1`` there is nothing to condition on, and the parameters are free (or depend on the context alone).
 
-    With a ``reach`` r, an attribute that is None at first, the network sees :math:`z_A / \sqrt{1 + (z_A/r)^2}`
-    in place of :math:`z_A`. Its outputs then no longer grow with a point far out, and no stack of couplings can send one
-    ever further from layer to layer.
+    Damping keeps a stack of couplings stable when a guide that starts far too narrow is trained at a high learning rate. All
+    couplings widen such a guide together. Every layer pushes outlying draws further, and one gradient at such a draw
+    inflates Adam's second moment for about a thousand steps. A damped coupling differs in two ways:
+
+    - its network sees :math:`z_A / \sqrt{1 + (z_A/r)^2}` with the reach :math:`r = 3` in place of :math:`z_A`. Its outputs
+      no longer grow with a point far out, so a stack of couplings cannot amplify an outlying point layer by layer;
+    - its network moves 8 times less in a step of the optimizer, see :class:`~pyro_flowguides.transforms.networks.MLP`.
+
+    A guide that starts at a Gaussian fitted to the posterior needs no damping, and the tails of a posterior want networks
+    without limits: :func:`undamp` switches damping off. Both numbers are buffers, so that ``state_dict()`` alone determines
+    the function.
 
     Arguments:
         dim: The number D of coordinates.
@@ -40,10 +53,16 @@ class Coupling(FlowTransform):
         hidden_dims: The hidden layers of the network.
         activation: Makes the activation module of the network.
         context_dim: The size of the context, a further input of the network; 0 for none.
+        damped: Whether the coupling starts damped.
 
     Raises:
         ValueError: if the mask is unknown, of the wrong shape, or keeps every coordinate.
     """
+
+    reach: Tensor
+    _reach: float
+    order: Tensor
+    order_back: Tensor
 
     def __init__(
         self,
@@ -55,16 +74,15 @@ class Coupling(FlowTransform):
         hidden_dims: Sequence[int] = (32, 32),
         activation: Callable[[], nn.Module] = nn.SiLU,
         context_dim: int = 0,
+        damped: bool = False,
     ) -> None:
         super().__init__(dim, context_dim)
         self.univariate = univariate
-        self.reach: float | None = None
+        self.set_scalar("reach", REACH if damped else math.inf)
         kept = _kept_coordinates(dim, mask, flip)
         order = torch.cat([kept.nonzero().squeeze(-1), (~kept).nonzero().squeeze(-1)])
         self.num_kept = int(kept.sum())
         self.num_changed = dim - self.num_kept
-        self.order: Tensor
-        self.order_back: Tensor
         self.register_buffer("order", order)
         self.register_buffer("order_back", order.argsort())
         # Two slices are views; an index is a copy.
@@ -73,9 +91,14 @@ class Coupling(FlowTransform):
         out_features = self.num_changed * univariate.num_parameters
         self.conditioner: nn.Module
         if self.num_kept:
-            self.conditioner = MLP(self.num_kept + context_dim, out_features, hidden_dims, activation)
+            self.conditioner = MLP(self.num_kept + context_dim, out_features, hidden_dims, activation, damped)
         else:
             self.conditioner = FreeParameters(torch.zeros(out_features), context_dim, hidden_dims)
+
+    @property
+    def damped(self) -> bool:
+        """Whether damping is on."""
+        return self._reach < math.inf
 
     def _split(self, value: Tensor) -> tuple[Tensor, Tensor]:
         if self.kept_last:
@@ -91,24 +114,22 @@ class Coupling(FlowTransform):
         return value if self.kept_first else value.index_select(-1, self.order_back)
 
     def _univariate_parameters(self, kept: Tensor, context: Tensor | None) -> Tensor:
-        if self.reach is not None:
-            kept = kept * torch.rsqrt(1 + (kept / self.reach).square())
         if not self.num_kept:
             outputs = self.conditioner(context)
-        elif context is None:
-            outputs = self.conditioner(kept)
         else:
-            outputs = self.conditioner(torch.cat([kept, context.expand(*kept.shape[:-1], -1)], -1))
+            if self.damped:
+                kept = kept * torch.rsqrt(1 + (kept / self._reach).square())
+            if context is not None:
+                kept = torch.cat([kept, context.expand(*kept.shape[:-1], -1)], -1)
+            outputs = self.conditioner(kept)
         return outputs.reshape(*outputs.shape[:-1], self.univariate.num_parameters, self.num_changed).mT
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, context = self.check_input(z, context)
         kept, changed = self._split(z)
         changed, log_derivative = self.univariate.forward(changed, self._univariate_parameters(kept, context))
         return self._join(kept, changed), log_derivative.expand_as(changed).sum(-1)
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, context = self.check_input(x, context)
         kept, changed = self._split(x)
         changed, log_derivative = self.univariate.inverse(changed, self._univariate_parameters(kept, context))
         return self._join(kept, changed), log_derivative.expand_as(changed).sum(-1)
@@ -116,7 +137,6 @@ class Coupling(FlowTransform):
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z, context = self.check_input(z, context)
         kept, changed = self._split(z)
         parameters, pull_back_network = value_and_pull_back(
             lambda point: self._univariate_parameters(point, context), kept
@@ -134,46 +154,40 @@ class Coupling(FlowTransform):
         return self._join(kept, changed), log_derivative.expand_as(changed).sum(-1), score.detach()
 
     def extra_repr(self) -> str:
-        reach = "" if self.reach is None else f", reach={self.reach}"
-        return f"{super().extra_repr()}, kept={self.num_kept}, univariate={self.univariate}{reach}"
+        damped = ", damped=True" if self.damped else ""
+        return f"{super().extra_repr()}, kept={self.num_kept}, univariate={self.univariate}{damped}"
 
 
 class AffineCoupling(Coupling):
     r"""Affine coupling (RealNVP): :math:`x_B = e^{s(z_A)} \odot z_B + t(z_A)`.
 
-    The log-scale is clipped smoothly at ``bound``, :math:`s = c\tanh(a/c)`.
+    The log-scale is clipped smoothly at its bound c, :math:`s = c\tanh(a/c)`.
 
     Arguments:
         dim: The number D of coordinates.
-        mask, flip, hidden_dims, activation, context_dim: As in :class:`Coupling`.
-        bound: The bound c of the log-scale.
+        log_scale_bound: The bound c of the log-scale.
+        options: As in :class:`Coupling`.
 
     Example:
-        >>> x, log_det = AffineCoupling(4).forward_and_log_det(torch.zeros(10, 4))
+        >>> coupling = AffineCoupling(4, hidden_dims=(8,))
+        >>> coupling
+        AffineCoupling(
+          dim=4, kept=2, univariate=ShiftScale(log_scale_bound=3.0)
+          (conditioner): MLP(
+            (layers): ModuleList(
+              (0): Linear(in_features=2, out_features=8, bias=True)
+              (1): SiLU()
+              (2): Linear(in_features=8, out_features=4, bias=True)
+            )
+          )
+        )
+        >>> x, log_det = coupling.forward_and_log_det(torch.zeros(10, 4))
         >>> log_det.shape
         torch.Size([10])
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        mask: str | Tensor = "half",
-        flip: bool = False,
-        hidden_dims: Sequence[int] = (32, 32),
-        activation: Callable[[], nn.Module] = nn.SiLU,
-        context_dim: int = 0,
-        bound: float = 3.0,
-    ) -> None:
-        super().__init__(
-            dim,
-            ShiftScale(bound),
-            mask=mask,
-            flip=flip,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            context_dim=context_dim,
-        )
+    def __init__(self, dim: int, *, log_scale_bound: float = 3.0, **options: Any) -> None:
+        super().__init__(dim, ShiftScale(log_scale_bound), **options)
 
 
 class AdditiveCoupling(Coupling):
@@ -181,62 +195,44 @@ class AdditiveCoupling(Coupling):
 
     Arguments:
         dim: The number D of coordinates.
-        mask, flip, hidden_dims, activation, context_dim: As in :class:`Coupling`.
+        options: As in :class:`Coupling`.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        mask: str | Tensor = "half",
-        flip: bool = False,
-        hidden_dims: Sequence[int] = (32, 32),
-        activation: Callable[[], nn.Module] = nn.SiLU,
-        context_dim: int = 0,
-    ) -> None:
-        super().__init__(
-            dim,
-            Shift(),
-            mask=mask,
-            flip=flip,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            context_dim=context_dim,
-        )
+    def __init__(self, dim: int, **options: Any) -> None:
+        super().__init__(dim, Shift(), **options)
 
 
 class SplineCoupling(Coupling):
-    r"""Rational-quadratic spline coupling on :math:`[-\text{bound}, \text{bound}]`, the identity outside.
+    r"""Rational-quadratic spline coupling on :math:`[-B, B]`, the identity outside.
 
     Durkan et al. (2019), *Neural spline flows*, arXiv:1906.04032.
 
     Arguments:
         dim: The number D of coordinates.
-        mask, flip, hidden_dims, activation, context_dim: As in :class:`Coupling`.
-        num_bins, bound: As in :class:`~pyro_flowguides.transforms.univariate.RationalQuadraticSpline`.
+        num_bins: The number of pieces of each spline.
+        tail_bound: B, half the side of the box.
+        options: As in :class:`Coupling`.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        mask: str | Tensor = "half",
-        flip: bool = False,
-        hidden_dims: Sequence[int] = (32, 32),
-        activation: Callable[[], nn.Module] = nn.SiLU,
-        context_dim: int = 0,
-        num_bins: int = 8,
-        bound: float = 5.0,
-    ) -> None:
-        super().__init__(
-            dim,
-            RationalQuadraticSpline(num_bins, bound),
-            mask=mask,
-            flip=flip,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            context_dim=context_dim,
-        )
+    def __init__(self, dim: int, *, num_bins: int = 8, tail_bound: float = 5.0, **options: Any) -> None:
+        super().__init__(dim, RationalQuadraticSpline(num_bins, tail_bound), **options)
+
+
+def undamp(flow: nn.Module) -> None:
+    """Switches damping off in all couplings of a flow, in place.
+
+    The weights in use stay the same: what is stored is divided by the slowdown. So a flow that is still the identity stays
+    the identity. A flow that has been trained becomes another map, since its networks see further.
+
+    Arguments:
+        flow: A coupling, or a module that contains couplings.
+    """
+    for module in flow.modules():
+        if isinstance(module, Coupling) and module.damped:
+            module.set_scalar("reach", math.inf)
+            if isinstance(network := module.conditioner, MLP):
+                scale_parameters(network, 1 / float(network.slowdown))
+                network.set_scalar("slowdown", 1.0)
 
 
 def _kept_coordinates(dim: int, mask: str | Tensor, flip: bool) -> Tensor:

@@ -8,6 +8,7 @@ Invertible whenever f is increasing. Both directions cost O(D).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,19 +43,16 @@ class Elementwise(FlowTransform):
         return parameters.reshape(*parameters.shape[:-1], self.univariate.num_parameters, self.dim).mT
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, context = self.check_input(z, context)
         x, log_derivative = self.univariate.forward(z, self._univariate_parameters(context))
         return x, log_derivative.expand_as(x).sum(-1)
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, context = self.check_input(x, context)
         z, log_derivative = self.univariate.inverse(x, self._univariate_parameters(context))
         return z, log_derivative.expand_as(z).sum(-1)
 
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z, context = self.check_input(z, context)
         parameters = self._univariate_parameters(context)
         (x, log_derivative), pull_back = value_and_pull_back(
             lambda point: self.univariate.forward(point, parameters), z
@@ -73,42 +71,36 @@ class Affine(Elementwise):
 
     Arguments:
         dim: The number D of coordinates.
-        context_dim: The size of the context; 0 for none.
-        hidden_dims: The hidden layers of the network of the context.
+        options: As in :class:`Elementwise`.
 
     Example:
         >>> Affine(2).forward_and_log_det(torch.ones(2))[0]
         tensor([1., 1.], grad_fn=<AddBackward0>)
+        >>> Affine(2)
+        Affine(
+          dim=2, univariate=ShiftScale(log_scale_bound=None)
+          (parameters_of): FreeParameters()
+        )
     """
 
-    def __init__(self, dim: int, *, context_dim: int = 0, hidden_dims: Sequence[int] = (32, 32)) -> None:
-        super().__init__(dim, ShiftScale(bound=None), context_dim=context_dim, hidden_dims=hidden_dims)
+    def __init__(self, dim: int, **options: Any) -> None:
+        super().__init__(dim, ShiftScale(None), **options)
 
 
 class ElementwiseSpline(Elementwise):
-    r"""A rational-quadratic spline for every coordinate on :math:`[-\text{bound}, \text{bound}]`, the identity outside.
+    r"""A rational-quadratic spline for every coordinate on :math:`[-B, B]`, the identity outside.
 
     Durkan et al. (2019), *Neural spline flows*, arXiv:1906.04032.
 
     Arguments:
         dim: The number D of coordinates.
-        context_dim: The size of the context; 0 for none.
-        hidden_dims: The hidden layers of the network of the context.
-        num_bins, bound: As in :class:`~pyro_flowguides.transforms.univariate.RationalQuadraticSpline`.
+        num_bins: The number of pieces of each spline.
+        tail_bound: B, half the side of the box.
+        options: As in :class:`Elementwise`.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        context_dim: int = 0,
-        hidden_dims: Sequence[int] = (32, 32),
-        num_bins: int = 8,
-        bound: float = 5.0,
-    ) -> None:
-        super().__init__(
-            dim, RationalQuadraticSpline(num_bins, bound), context_dim=context_dim, hidden_dims=hidden_dims
-        )
+    def __init__(self, dim: int, *, num_bins: int = 8, tail_bound: float = 5.0, **options: Any) -> None:
+        super().__init__(dim, RationalQuadraticSpline(num_bins, tail_bound), **options)
 
 
 class ActNorm(Affine):
@@ -121,8 +113,7 @@ class ActNorm(Affine):
 
     Arguments:
         dim: The number D of coordinates.
-        context_dim: The size of the context; 0 for none.
-        hidden_dims: The hidden layers of the network of the context.
+        options: As in :class:`Elementwise`.
 
     Example:
         >>> norm = ActNorm(2)
@@ -177,11 +168,9 @@ class Sigmoid(FlowTransform):
     codomain = constraints.independent(constraints.unit_interval, 1)
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, _ = self.check_input(z, context)
         return _into_unit_interval(torch.sigmoid(z)), _log_sigmoid_derivative(z).sum(-1)
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, _ = self.check_input(x, context)
         x = _into_unit_interval(x)
         z = x.log() - (-x).log1p()
         return z, -_log_sigmoid_derivative(z).sum(-1)
@@ -189,7 +178,6 @@ class Sigmoid(FlowTransform):
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z, _ = self.check_input(z, context)
         log_derivative = _log_sigmoid_derivative(z)
         with torch.no_grad():
             # 1 − 2σ(z) = −tanh(z/2) is the gradient of log_det.

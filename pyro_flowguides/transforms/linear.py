@@ -39,11 +39,9 @@ class Permutation(FlowTransform):
         self.register_buffer("inverse_permutation", permutation.argsort())
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, _ = self.check_input(z, context)
         return z.index_select(-1, self.permutation), z.new_zeros(z.shape[:-1])
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, _ = self.check_input(x, context)
         return x.index_select(-1, self.inverse_permutation), x.new_zeros(x.shape[:-1])
 
     def forward_with_score(
@@ -99,19 +97,16 @@ class LowerTriangularAffine(FlowTransform):
         return scale * relative_loc, scale.unsqueeze(-1) * below_diagonal + torch.diag_embed(scale), log_scale.sum(-1)
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, context = self.check_input(z, context)
         loc, scale_tril, log_det = self._loc_scale_tril_log_det(context)
         return affine(scale_tril, z, loc), log_det.expand(z.shape[:-1])
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, context = self.check_input(x, context)
         loc, scale_tril, log_det = self._loc_scale_tril_log_det(context)
         return solve_lower(scale_tril, x - loc), -log_det.expand(x.shape[:-1])
 
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z, context = self.check_input(z, context)
         loc, scale_tril, log_det = self._loc_scale_tril_log_det(context)
         with torch.no_grad():
             score = solve_lower(scale_tril, score.expand_as(z), transpose=True)
@@ -165,12 +160,10 @@ class LULinear(FlowTransform):
         return affine(lower, multiply(upper, z), loc)
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, context = self.check_input(z, context)
         loc, lower, upper_transposed, log_det = self._loc_factors_log_det(context)
         return self._multiply(loc, lower, upper_transposed, z), log_det.expand(z.shape[:-1])
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, context = self.check_input(x, context)
         loc, lower, upper_transposed, log_det = self._loc_factors_log_det(context)
         z = solve_lower(upper_transposed, solve_lower(lower, x - loc), transpose=True)
         return z, -log_det.expand(x.shape[:-1])
@@ -178,7 +171,6 @@ class LULinear(FlowTransform):
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z, context = self.check_input(z, context)
         loc, lower, upper_transposed, log_det = self._loc_factors_log_det(context)
         with torch.no_grad():
             score = solve_lower(lower, solve_lower(upper_transposed, score.expand_as(z)), transpose=True)
@@ -220,11 +212,9 @@ class FixedAffine(FlowTransform):
         return diagonal.log().sum().expand(value.shape[:-1])
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, _ = self.check_input(z, context)
         return affine(self.scale, z, self.loc), self._log_det(z)
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, _ = self.check_input(x, context)
         return solve_lower(self.scale, x - self.loc), -self._log_det(x)
 
     def forward_with_score(

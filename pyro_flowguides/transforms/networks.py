@@ -19,18 +19,46 @@ from torch.nn.functional import linear, softplus
 NEAR_ZERO = 1e-8
 
 
-class MLP(nn.Module):
+# How many times smaller the steps of a damped network are. A power of 2 rounds nothing.
+SLOWDOWN = 8.0
+
+
+class ScalarState(nn.Module):
+    """A module with numbers that are part of its state, and that its forward pass reads as Python numbers.
+
+    As a buffer a number is saved, loaded and copied with the module. As a Python number, which lies beside the buffer under
+    its name with an underscore before it, it may decide a branch, and costs no operation and no wait for the device.
+    """
+
+    def set_scalar(self, name: str, value: float) -> None:
+        """Sets the buffer of this name, and the Python number beside it."""
+        before = self._buffers.get(name)
+        # A new tensor, never a write to the old one: a step that was captured with the old number sees the exchange.
+        self.register_buffer(name, torch.tensor(value) if before is None else torch.full_like(before, value))
+        setattr(self, f"_{name}", value)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for name in list(self._buffers):
+            loaded, current = state_dict.get(prefix + name), vars(self).get(f"_{name}")
+            # One of another shape is an error already.
+            if current is not None and loaded is not None and loaded.shape == () and float(loaded) != current:
+                self.set_scalar(name, float(loaded))
+
+
+class MLP(ScalarState):
     r"""A fully connected network with smooth activations whose output starts at 0.
 
     SiLU is the default activation: with it flows fit clearly better than with ReLU or tanh.
 
     The output is divided by :math:`\sqrt{H}` for a last hidden layer of width H. A step of Adam moves all weights by about the
-    learning rate, whatever the width; without the division it would move the output by up to H times as much, which is where
-    most of the noise of a flow comes from that trains on few draws at a high rate. Jacot et al. (2018), *Neural tangent
+    learning rate, whatever the width; without the division it would move the output by up to H times as much. That is the
+    main source of noise when a flow is trained with few draws at a high learning rate. Jacot et al. (2018), *Neural tangent
     kernel: convergence and generalization in neural networks*, arXiv:1806.07572.
 
-    Every parameter is used divided by ``slowdown``, 1 at first. A step of Adam in what is stored then is that much smaller in
-    what is used (the equalised learning rate of Karras et al. 2018, *Progressive growing of GANs*, arXiv:1710.10196).
+    The forward pass divides every parameter by the buffer ``slowdown``: 1, or 8 in a damped network, whose parameters are
+    stored 8 times as large. The function is the same, but a step of Adam in a stored parameter changes the parameter in use
+    8 times less (the equalised learning rate of Karras et al. 2018, *Progressive growing of GANs*, arXiv:1710.10196).
 
     Arguments:
         in_features: The size of the input, at least 1.
@@ -38,10 +66,14 @@ class MLP(nn.Module):
         hidden_dims: The widths of the hidden layers; without any the network is a linear map, which is what a context that
             comes from a deep encoder needs.
         activation: Makes an activation module; one is made per hidden layer.
+        damped: Whether steps of an optimizer move the network 8 times less.
 
     Raises:
         ValueError: if a size is smaller than 1.
     """
+
+    slowdown: Tensor
+    _slowdown: float
 
     def __init__(
         self,
@@ -49,6 +81,7 @@ class MLP(nn.Module):
         out_features: int,
         hidden_dims: Sequence[int] = (32, 32),
         activation: Callable[[], nn.Module] = nn.SiLU,
+        damped: bool = False,
     ) -> None:
         super().__init__()
         sizes = [in_features, *hidden_dims, out_features]
@@ -66,14 +99,9 @@ class MLP(nn.Module):
             last.bias.zero_()
         self.layers: Any = nn.ModuleList([*layers, last])
         self.output_scale = hidden_dims[-1] ** -0.5 if hidden_dims else 1.0
-        self.slowdown = 1.0
-
-    def slow_down(self, slowdown: float) -> None:
-        """Makes steps smaller by another factor; the function stays the same."""
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.mul_(slowdown / self.slowdown)
-        self.slowdown = slowdown
+        self.set_scalar("slowdown", SLOWDOWN if damped else 1.0)
+        if damped:
+            scale_parameters(self, SLOWDOWN)
 
     def forward(self, inputs: Tensor) -> Tensor:
         *hidden_layers, last = self.layers
@@ -82,9 +110,16 @@ class MLP(nn.Module):
         return self._linear(last, inputs, self.output_scale)
 
     def _linear(self, layer: nn.Linear, inputs: Tensor, scale: float = 1.0) -> Tensor:
-        scale = scale / self.slowdown
+        scale = scale / self._slowdown
         # On the weights, which are fewer numbers than the outputs of many draws.
         return layer(inputs) if scale == 1 else linear(inputs, scale * layer.weight, scale * layer.bias)
+
+
+def scale_parameters(module: nn.Module, factor: float) -> None:
+    """Multiplies what a module stores, in place."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(factor)
 
 
 class FreeParameters(nn.Module):
@@ -161,13 +196,13 @@ class LipschitzMLP(nn.Module):
         # β = softplus of these.
         self.sharpness = nn.Parameter(torch.full((len(hidden_dims),), 0.5))
 
-    def normalised_weights(self) -> list[Tensor]:
+    def normalized_weights(self) -> list[Tensor]:
         """The weights as they are used, first layer first: the spectral norm of each is at most c."""
         bound = self.lipschitz ** (1 / len(self.layers))
         weights = [layer.weight for layer in self.layers]
         return [weight / (torch.linalg.matrix_norm(weight, 2) / bound).clamp(min=1.0) for weight in weights]
 
-    def linearise(
+    def linearize(
         self, inputs: Tensor, context: Tensor | None = None, weights: list[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         r"""The output, and the slope of the activation at every hidden unit, one tensor per hidden layer.
@@ -175,7 +210,7 @@ class LipschitzMLP(nn.Module):
         With the weights :math:`W_l` and the slopes :math:`d_l` the Jacobian of the network is
         :math:`W_L \operatorname{diag}(d_{L-1}) W_{L-1} \dots \operatorname{diag}(d_1) W_1`.
         """
-        weights = self.normalised_weights() if weights is None else weights
+        weights = self.normalized_weights() if weights is None else weights
         sharpness = softplus(self.sharpness)
         hidden, slopes = inputs, []
         for index, (layer, weight) in enumerate(zip(self.layers, weights, strict=True)):
@@ -188,7 +223,7 @@ class LipschitzMLP(nn.Module):
         return hidden, slopes
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.linearise(inputs, context)[0]
+        return self.linearize(inputs, context)[0]
 
 
 def _lip_swish(inputs: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,17 +56,14 @@ class Orthogonal(FlowTransform):
         return torch.linalg.solve_ex(identity + skew, identity - skew)[0]
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, context = self.check_input(z, context)
         return _rotate(self._rotation(z, context), z), z.new_zeros(z.shape[:-1])
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, context = self.check_input(x, context)
         return _rotate(self._rotation(x, context).mT, x), x.new_zeros(x.shape[:-1])
 
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z, context = self.check_input(z, context)
         rotation = self._rotation(z, context)
         with torch.no_grad():
             score = _rotate(rotation, score.expand_as(z))
@@ -122,17 +119,14 @@ class Householder(FlowTransform):
         return vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, context = self.check_input(z, context)
         return _reflect(z, self._unit_vectors(context)), z.new_zeros(z.shape[:-1])
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, context = self.check_input(x, context)
         return _reflect(x, self._unit_vectors(context).flip(-2)), x.new_zeros(x.shape[:-1])
 
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z, context = self.check_input(z, context)
         unit_vectors = self._unit_vectors(context)
         with torch.no_grad():
             score = _reflect(score.expand_as(z), unit_vectors)

@@ -15,7 +15,6 @@ The inverse needs one scalar root along w: with :math:`\alpha = w^\top z`,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -24,9 +23,7 @@ from torch.nn.functional import softplus
 
 from .base import FlowTransform
 from .networks import FreeParameters
-from .numerics import implicit_root, solve_increasing, tanh_derivative
-
-_LOG_E_MINUS_1 = math.log(math.e - 1)
+from .numerics import LOG_E_MINUS_1, implicit_root, solve_increasing, tanh_derivative
 
 
 class Planar(FlowTransform):
@@ -56,14 +53,13 @@ class Planar(FlowTransform):
         """
         u, w, b = self.parameters_of(context).split([self.dim, self.dim, 1], -1)
         a = (w * u).sum(-1, keepdim=True)
-        one_plus_m = softplus(a + _LOG_E_MINUS_1)
+        one_plus_m = softplus(a + LOG_E_MINUS_1)
         m = one_plus_m - 1
         # At w = 0 the ridge has no direction and any û on w will do; the floor only keeps 0/0 out.
         squared_norm = (w * w).sum(-1, keepdim=True).clamp(min=1e-12)
         return torch.addcmul(u, (m - a) / squared_norm, w), w, b, m, one_plus_m
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, context = self.check_input(z, context)
         u_hat, w, b, _, one_plus_m = self._ridge_parameters(context)
         ridge = _along(z, w) + b
         h = torch.tanh(ridge)
@@ -71,7 +67,6 @@ class Planar(FlowTransform):
         return torch.addcmul(z, u_hat, h), slope.log().squeeze(-1)
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, context = self.check_input(x, context)
         u_hat, w, b, m, one_plus_m = self._ridge_parameters(context)
         target = _along(x, w)
 
@@ -89,7 +84,6 @@ class Planar(FlowTransform):
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z, context = self.check_input(z, context)
         u_hat, w, b, m, one_plus_m = self._ridge_parameters(context)
         ridge = _along(z, w) + b
         h = torch.tanh(ridge)

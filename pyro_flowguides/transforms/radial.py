@@ -29,9 +29,8 @@ from torch.nn.functional import softplus
 
 from .base import FlowTransform
 from .networks import NEAR_ZERO, FreeParameters
-from .numerics import log_one_plus
+from .numerics import LOG_E_MINUS_1, log_one_plus
 
-_LOG_E_MINUS_1 = math.log(math.e - 1)
 # The least scale, of space at the centre and of α in units of √D. Without it both reach 0 in float32, and log_det −∞.
 _MARGIN = 1e-4
 
@@ -61,12 +60,11 @@ class Radial(FlowTransform):
     def _radial_parameters(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """z₀, α, m = β/α, and 1 + m, which does not lose its last digits near m = −1."""
         centre, raw = self.parameters_of(context).split([self.dim, 2], -1)
-        scale = _MARGIN + (1 - _MARGIN) * softplus(raw + _LOG_E_MINUS_1)
+        scale = _MARGIN + (1 - _MARGIN) * softplus(raw + LOG_E_MINUS_1)
         alpha, one_plus_m = scale.unbind(-1)
         return centre, self.dim**0.5 * alpha, _excess(raw[..., 1], one_plus_m), one_plus_m
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, context = self.check_input(z, context)
         centre, alpha, m, one_plus_m = self._radial_parameters(context)
         offset = z - centre
         p, across, along = _scales(_norm(offset), alpha, one_plus_m)
@@ -74,7 +72,6 @@ class Radial(FlowTransform):
         return z + shift.unsqueeze(-1) * offset, self._log_det(shift, p, across, along)
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, context = self.check_input(x, context)
         centre, alpha, m, one_plus_m = self._radial_parameters(context)
         offset = x - centre
         distance = _norm(offset)
@@ -89,7 +86,6 @@ class Radial(FlowTransform):
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z, context = self.check_input(z, context)
         centre, alpha, m, one_plus_m = self._radial_parameters(context)
         offset = z - centre
         r = _norm(offset)

@@ -120,32 +120,29 @@ class Residual(FlowTransform):
         return self.log_det in ("hutchinson", "roulette")
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, context = self.check_input(z, context)
-        step, jacobian = self._linearise_g(z, context, self.g.normalised_weights())
+        step, jacobian = self._linearize_g(z, context, self.g.normalized_weights())
         return z + step, self._log_det(jacobian, z)
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, context = self.check_input(x, context)
-        weights = self.g.normalised_weights()
+        weights = self.g.normalized_weights()
         with torch.no_grad():
             solution = (self._solve_by_fixed_point if self.stochastic_log_det else self._solve_by_newton)(
                 x, context, weights
             )
-            _, jacobian = self._linearise_g(solution, context, weights)
+            _, jacobian = self._linearize_g(solution, context, weights)
         # One Newton step with the Jacobian held fixed: its value polishes the solution, its derivative is the implicit
         # one.
-        residual = solution + self._linearise_g(solution, context, weights)[0] - x
+        residual = solution + self._linearize_g(solution, context, weights)[0] - x
         z = solution - self._solve(jacobian, residual)
-        return z, -self._log_det(self._linearise_g(z, context, weights)[1], z)
+        return z, -self._log_det(self._linearize_g(z, context, weights)[1], z)
 
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z, context = self.check_input(z, context)
-        weights = self.g.normalised_weights()
+        weights = self.g.normalized_weights()
 
         def log_det_of(point: Tensor) -> tuple[Tensor, tuple[Tensor, _Jacobian]]:
-            step, jacobian = self._linearise_g(point, context, weights)
+            step, jacobian = self._linearize_g(point, context, weights)
             return self._log_det(jacobian, point), (step, jacobian)
 
         log_det, pull_back, (step, jacobian) = torch.func.vjp(log_det_of, z, has_aux=True)  # type: ignore[misc]
@@ -157,8 +154,8 @@ class Residual(FlowTransform):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, log_det={self.log_det!r}, lipschitz={self.lipschitz}"
 
-    def _linearise_g(self, point: Tensor, context: Tensor | None, weights: list[Tensor]) -> tuple[Tensor, _Jacobian]:
-        step, slopes = self.g.linearise(point, context, weights)
+    def _linearize_g(self, point: Tensor, context: Tensor | None, weights: list[Tensor]) -> tuple[Tensor, _Jacobian]:
+        step, slopes = self.g.linearize(point, context, weights)
         return step, _Jacobian(weights, slopes)
 
     # --- log_det ------------------------------------------------------------------------------------------------------
@@ -219,7 +216,7 @@ class Residual(FlowTransform):
     def _solve_by_fixed_point(self, x: Tensor, context: Tensor | None, weights: list[Tensor]) -> Tensor:
         z = x
         for _ in range(self._steps_to_the_last_digit(x.dtype)):
-            z = x - self._linearise_g(z, context, weights)[0]
+            z = x - self._linearize_g(z, context, weights)[0]
         return z
 
     def _solve_by_newton(self, x: Tensor, context: Tensor | None, weights: list[Tensor]) -> Tensor:
@@ -228,12 +225,12 @@ class Residual(FlowTransform):
         The number of steps is fixed. A point whose residual does not come below ``sqrt(eps)·max(1, |x|)`` becomes NaN.
         """
         z = x
-        residual, jacobian = self._linearise_g(z, context, weights)
+        residual, jacobian = self._linearize_g(z, context, weights)
         error = torch.linalg.vector_norm(residual, dim=-1, keepdim=True)
         plain = torch.zeros_like(error, dtype=torch.bool)
         for _ in range(_NEWTON_STEPS):
             trial = z - torch.where(plain, residual, self._solve(jacobian, residual))
-            step, trial_jacobian = self._linearise_g(trial, context, weights)
+            step, trial_jacobian = self._linearize_g(trial, context, weights)
             trial_residual = trial + step - x
             trial_error = torch.linalg.vector_norm(trial_residual, dim=-1, keepdim=True)
             accept = (trial_error <= self.lipschitz * error) | (plain & (trial_error < error))

@@ -166,14 +166,12 @@ class Sylvester(FlowTransform):
         return identity - vectors.mT @ reflection_factor(vectors)[..., : self.num_vectors]
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, context = self.check_input(z, context)
         ridges = self._ridge_parameters(context)
         u = affine(ridges.q_into.mT, z, ridges.shift)
         h = torch.tanh(u)
         return z + multiply(ridges.q_out, h), _log_det(h, tanh_derivative(u), ridges.product)
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, context = self.check_input(x, context)
         ridges = self._ridge_parameters(context)
         target = multiply(ridges.q.mT, x) if ridges.q is not None else x.flip(-1) if self.reverse else x
         with torch.no_grad():
@@ -192,7 +190,6 @@ class Sylvester(FlowTransform):
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z, context = self.check_input(z, context)
         ridges = self._ridge_parameters(context)
         u = affine(ridges.q_into.mT, z, ridges.shift)
         h = torch.tanh(u)

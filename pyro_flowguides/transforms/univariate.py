@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, softplus
 
-_LOG_E_MINUS_1 = math.log(math.e - 1)
+from .numerics import LOG_E_MINUS_1
 
 
 class Univariate(Protocol):
@@ -53,21 +53,21 @@ class ShiftScale:
     gradient neither explodes nor stops at a wall.
 
     Arguments:
-        bound: The bound c of the log-scale, or None for s = a.
+        log_scale_bound: The bound c, or None for s = a.
     """
 
-    bound: float | None = 3.0
+    log_scale_bound: float | None = 3.0
     num_parameters = 2
 
     def __post_init__(self) -> None:
-        if self.bound is not None and not self.bound > 0:
-            raise ValueError(f"ShiftScale: the bound of the log-scale must be positive or None, got {self.bound}")
+        if self.log_scale_bound is not None and not self.log_scale_bound > 0:
+            raise ValueError(f"ShiftScale: log_scale_bound must be positive or None, got {self.log_scale_bound}")
 
     def _shift_and_log_scale(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
         # All shifts first, then all log-scales: that is how they lie in memory, and how their gradients are put together.
         shift, log_scale = parameters.mT.unbind(-2) if parameters.dim() > 1 else parameters.unbind()
-        if self.bound is not None:
-            log_scale = self.bound * torch.tanh(log_scale / self.bound)
+        if self.log_scale_bound is not None:
+            log_scale = self.log_scale_bound * torch.tanh(log_scale / self.log_scale_bound)
         return shift, log_scale
 
     def forward(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,17 +100,17 @@ class RationalQuadraticSpline:
 
     Arguments:
         num_bins: The number K of pieces, at least 2.
-        bound: B, half the side of the box.
+        tail_bound: B, half the side of the box.
         min_width: The smallest width of a piece, as a fraction of the side of the box.
         min_height: The smallest height of a piece, as a fraction of the side of the box.
         min_derivative: The smallest derivative at a knot.
 
     Raises:
-        ValueError: if there are fewer than 2 pieces, the bound is not positive, or a minimum leaves no room.
+        ValueError: if there are fewer than 2 pieces, tail_bound is not positive, or a minimum leaves no room.
     """
 
     num_bins: int = 8
-    bound: float = 5.0
+    tail_bound: float = 5.0
     min_width: float = 1e-3
     min_height: float = 1e-3
     min_derivative: float = 1e-3
@@ -120,8 +120,8 @@ class RationalQuadraticSpline:
             raise ValueError(
                 f"RationalQuadraticSpline: num_bins must be an integer of at least 2, got {self.num_bins!r}"
             )
-        if not 0 < self.bound < math.inf:
-            raise ValueError(f"RationalQuadraticSpline: bound must be positive and finite, got {self.bound}")
+        if not 0 < self.tail_bound < math.inf:
+            raise ValueError(f"RationalQuadraticSpline: tail_bound must be positive and finite, got {self.tail_bound}")
         for name, largest in [
             ("min_width", 1 / self.num_bins),
             ("min_height", 1 / self.num_bins),
@@ -155,20 +155,20 @@ class RationalQuadraticSpline:
 
     def _clip(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Whether the value is in the box, and the value clipped to it: no formula ever sees a point outside."""
-        return value.abs() < self.bound, value.clamp(-self.bound, self.bound)
+        return value.abs() < self.tail_bound, value.clamp(-self.tail_bound, self.tail_bound)
 
-    def _knots(self, unnormalised: Tensor, smallest: float) -> Tensor:
+    def _knots(self, raw: Tensor, smallest: float) -> Tensor:
         # Several times faster on a CPU than torch's softmax over so few numbers.
-        weights = (unnormalised - unnormalised.detach().amax(-1, keepdim=True)).exp()
+        weights = (raw - raw.detach().amax(-1, keepdim=True)).exp()
         fractions = smallest + (1 - smallest * self.num_bins) * weights / weights.sum(-1, keepdim=True)
-        inner = 2 * self.bound * fractions[..., :-1].cumsum(-1) - self.bound
+        inner = 2 * self.tail_bound * fractions[..., :-1].cumsum(-1) - self.tail_bound
         # The ends are those of the box, not those of a rounded sum.
-        return pad(pad(inner, (1, 0), value=-self.bound), (0, 1), value=self.bound)
+        return pad(pad(inner, (1, 0), value=-self.tail_bound), (0, 1), value=self.tail_bound)
 
     def _piece(self, value: Tensor, parameters: Tensor, axis: int) -> Tensor:
         """What describes the piece that a value lies in: the left and right x, y and derivative, ``[6, ...]``."""
         widths, heights, derivatives = parameters.split([self.num_bins, self.num_bins, self.num_bins - 1], -1)
-        derivatives = softplus(derivatives + _LOG_E_MINUS_1)
+        derivatives = softplus(derivatives + LOG_E_MINUS_1)
         derivatives = pad(self.min_derivative + (1 - self.min_derivative) * derivatives, (1, 1), value=1.0)
         knots = self._knots(widths, self.min_width), self._knots(heights, self.min_height)
         table = torch.stack([*knots, derivatives], -2)

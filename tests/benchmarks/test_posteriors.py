@@ -24,7 +24,7 @@ from benchmarks.posteriors.__main__ import main
 from benchmarks.posteriors.check import check, stein_statistics, unconstrained_density
 from benchmarks.posteriors.database import posteriors, reference_draws
 from benchmarks.posteriors.definitions import DEFINITIONS
-from benchmarks.posteriors.posterior import Posterior, Reference, by_site, scalar, tensor
+from benchmarks.posteriors.known import KnownPosterior, Reference, by_site, scalar, tensor
 from benchmarks.posteriors.report import report
 from benchmarks.posteriors.run import read, run
 
@@ -355,9 +355,9 @@ def test_a_missing_prior_is_found_out(double):
     y = tensor([0.3, 0.1, 0.8])
     mean, sd, _ = conjugate_answer(y)
     latents = {"mu": tensor(np.random.default_rng(0).normal(mean, sd, 10_000))}
-    assert check(Posterior("conjugate", normal_mean, (y,), latents=latents)).passed
+    assert check(KnownPosterior("conjugate", normal_mean, (y,), latents=latents)).passed
     without_prior = functools.partial(normal_mean, masked=True)
-    assert not check(Posterior("flat", without_prior, (y,), latents=latents)).passed
+    assert not check(KnownPosterior("flat", without_prior, (y,), latents=latents)).passed
 
 
 def test_a_model_that_mixes_draws_is_found_out(double):
@@ -366,7 +366,7 @@ def test_a_model_that_mixes_draws_is_found_out(double):
         pyro.factor("mixed", 0.01 * mu.mean().expand(mu.shape))
 
     latents = {"mu": tensor(np.random.default_rng(0).normal(size=10_000))}
-    found = check(Posterior("mixing", model, (tensor(0.0),), latents=latents))
+    found = check(KnownPosterior("mixing", model, (tensor(0.0),), latents=latents))
     assert found.worst_alone > 1e-6
     assert not found.passed
 
@@ -374,13 +374,13 @@ def test_a_model_that_mixes_draws_is_found_out(double):
 def test_check_says_what_is_wrong():
     y = tensor([0.3])
     with pytest.raises(ValueError, match="'bare' has no draws"):
-        check(Posterior("bare", normal_mean, (y,)))
-    with pytest.raises(ValueError, match=r"latent sites \['mu'\], but the draws those of \['theta'\]"):
-        check(Posterior("misnamed", normal_mean, (y,), latents={"theta": torch.zeros(400)}))
+        check(KnownPosterior("bare", normal_mean, (y,)))
+    with pytest.raises(ValueError, match=r"latent sites \['mu'\], but the draws have \['theta'\]"):
+        check(KnownPosterior("misnamed", normal_mean, (y,), latents={"theta": torch.zeros(400)}))
     values = torch.randn(400)
     values[7] = math.nan
     with pytest.raises(ValueError, match="at 1 of 400 reference draws; the first is draw 7"):
-        check(Posterior("broken", normal_mean, (y,), latents={"mu": values}))
+        check(KnownPosterior("broken", normal_mean, (y,), latents={"mu": values}))
 
 
 # --- the database ------------------------------------------------------------------------------------------------------
@@ -510,11 +510,11 @@ def conjugate_posterior():
     y = tensor([0.3, 0.1, 0.8])
     mean, sd, log_evidence = conjugate_answer(y)
     draws = np.random.default_rng(0).normal(mean, sd, (10_000, 1))
-    return Posterior("conjugate", conjugate, (y,), Reference.from_draws(("mu",), draws), log_evidence=log_evidence)
+    return KnownPosterior("conjugate", conjugate, (y,), Reference.from_draws(("mu",), draws), log_evidence=log_evidence)
 
 
 def broken_posterior():
-    return Posterior("broken", conjugate, (tensor([0.3, math.nan]),))
+    return KnownPosterior("broken", conjugate, (tensor([0.3, math.nan]),))
 
 
 def test_run_records_failures_and_goes_on_where_it_was(tmp_path, double):

@@ -1,82 +1,18 @@
-"""Comparison of posteriors, and leave-one-out cross-validation against closed forms."""
+"""Comparison of posteriors: of fits, guides, draws, MCMC, files."""
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import conjugate, conjugate_answer, correlated
+from draw_cases import LOG_EVIDENCE, QUICK, data, exact_loo, scaled_draws, scaled_guide
+from models import conjugate, correlated
 from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 import pyro_flowguides as fg
 from pyro_flowguides.diagnostics.compare import comparison_table
-from pyro_flowguides.diagnostics.loo import loo
 from pyro_flowguides.diagnostics.posterior import posterior_from_tree
-
-MEAN, SD, LOG_EVIDENCE = conjugate_answer(torch.tensor([0.3, 1.4, 2.2, 0.7, 1.9]))
-
-
-def data():
-    """On the default device of the test."""
-    return torch.tensor([0.3, 1.4, 2.2, 0.7, 1.9])
-
-
-def scaled_guide(shift, scale):
-    """The conjugate posterior, moved by a number of its sds and stretched."""
-
-    def guide(y):
-        pyro.sample("mu", dist.Normal(torch.tensor(MEAN + shift * SD), scale * SD))
-
-    return guide
-
-
-def scaled_draws(shift, scale, num_samples=20_000, seed=0):
-    return fg.draw(
-        conjugate, scaled_guide(shift, scale), data(), num_samples=num_samples, seed=seed, log_likelihood=True
-    )
-
-
-def exact_loo():
-    """The log predictive density of every observation given the others, in closed form."""
-    y, result = data(), []
-    for i in range(len(y)):
-        mean, sd, _ = conjugate_answer(torch.cat([y[:i], y[i + 1 :]]))
-        result.append(float(dist.Normal(mean, (sd**2 + 1) ** 0.5).log_prob(y[i])))
-    return np.array(result)
-
-
-@pytest.mark.parametrize("corrected", [True, False])
-def test_loo_of_a_guide_needs_its_correction(corrected):
-    draws = scaled_draws(1.0, 1.3)
-    log_ratios = draws.weights.log_ratios if corrected else None
-    results = [loo(draws.log_likelihood["y"].cpu().numpy(), log_ratios)]
-    # The Monte-Carlo error of one observation, from repeats of other seeds.
-    for seed in range(1, 6):
-        repeat = scaled_draws(1.0, 1.3, seed=seed)
-        results.append(loo(repeat.log_likelihood["y"].cpu().numpy(), repeat.weights.log_ratios if corrected else None))
-    error = np.std([result.pointwise for result in results], axis=0, ddof=1)
-    distance = np.abs(results[0].pointwise - exact_loo()) / error
-    # The sd of six repeats is known to 30%.
-    assert (distance < 6).all() if corrected else (distance > 6).any()
-
-
-def test_loo_of_posterior_draws():
-    draws = scaled_draws(0.0, 1.0)
-    result = loo(draws.log_likelihood["y"].cpu().numpy())
-    np.testing.assert_allclose(result.pointwise, exact_loo(), atol=0.02)
-    assert result.elpd == pytest.approx(exact_loo().sum(), abs=0.05)
-    assert result.se == pytest.approx(len(exact_loo()) ** 0.5 * exact_loo().std(ddof=1), rel=0.05)
-    assert (result.khats < 0.7).all()
-
-
-def test_loo_in_batches_and_without_masked_entries(monkeypatch):
-    log_likelihood = scaled_draws(0.0, 1.0, 500).log_likelihood["y"].cpu().numpy()
-    whole = loo(log_likelihood)
-    monkeypatch.setattr("pyro_flowguides.diagnostics.loo.MAX_BATCH_ELEMENTS", 1000)
-    with_masked = loo(np.insert(log_likelihood, 2, 0.0, axis=1))
-    np.testing.assert_allclose(with_masked.pointwise, whole.pointwise)
-    np.testing.assert_allclose(with_masked.khats, whole.khats)
 
 
 def test_table():
@@ -111,8 +47,7 @@ def test_table():
 
 
 def test_fits_guides_and_mcmc_together():
-    options = {"num_steps": 5, "num_particles": 4, "progress": False, "seed": 0}
-    fit = fg.fit(conjugate, fg.AutoCoupling(conjugate), data(), **options)
+    fit = fg.fit(conjugate, fg.AutoCoupling(conjugate), data(), **QUICK)
     mcmc = MCMC(NUTS(conjugate), num_samples=400, warmup_steps=100, disable_progbar=True)
     mcmc.run(data())
     posteriors = {"flow": fit, "normal": AutoNormal(conjugate, init_scale=0.4), "nuts": mcmc}

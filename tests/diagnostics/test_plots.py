@@ -1,10 +1,13 @@
 """Plots: what is drawn, on given Axes and on new ones."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pyro.distributions as dist
 import pytest
 import torch
+from draw_cases import scaled_draws
 
 import pyro_flowguides as fg
 from pyro_flowguides import transforms as T
@@ -47,6 +50,15 @@ def test_plot_elbo():
         fg.plot_elbo({"b": np.full(5, np.nan)})
 
 
+def test_plot_elbo_of_a_fit_or_of_its_losses():
+    losses = np.linspace(3.0, 1.0, 50)
+    fit = SimpleNamespace(losses=losses, guide=fg.AutoCoupling(lambda: None))
+    for source, label in ((fit, "AutoCoupling"), (losses, "fit"), ({"mine": fit}, "mine")):
+        raw, smooth = fg.plot_elbo(source).get_lines()
+        np.testing.assert_allclose(raw.get_ydata(), -losses)
+        assert smooth.get_label() == label
+
+
 def test_plot_weights():
     x = np.random.default_rng(0).normal(size=4000)
     weights = ImportanceWeights(-0.5 * x**2 / 4, -0.5 * x**2)
@@ -60,8 +72,26 @@ def test_plot_weights():
     # Below the fitted tail, 190 draws long, both are the same.
     np.testing.assert_allclose(raw.get_xdata()[:-200], smooth.get_xdata()[:-200])
     assert ax.get_title() == f"k-hat {weights.khat.value:.2f} ± {weights.khat.se:.2f}"
-    with pytest.raises(ValueError, match="all weights are equal"):
+    with pytest.raises(ValueError, match="all weights of 'fit' are equal"):
         fg.plot_weights(ImportanceWeights(np.zeros(50), np.zeros(50)))
+
+
+def test_plot_weights_of_draws_of_a_fit_and_of_several():
+    draws, other = scaled_draws(0.5, 1.5, 2000), scaled_draws(0.2, 1.1, 2000)
+    alone = fg.plot_weights(draws)
+    for source in (draws.weights, SimpleNamespace(draws=draws, guide=None)):
+        ax = fg.plot_weights(source)
+        for line, expected in zip(ax.get_lines(), alone.get_lines(), strict=True):
+            np.testing.assert_array_equal(line.get_xdata(), expected.get_xdata())
+        assert ax.get_title() == alone.get_title()
+    ax = fg.plot_weights({"wide": draws, "near": other})
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == [
+        f"{name}, k-hat {one.khat:.2f} ± {one.khat.se:.2f}" for name, one in (("wide", draws), ("near", other))
+    ]
+    np.testing.assert_array_equal(ax.get_lines()[1].get_xdata(), alone.get_lines()[1].get_xdata())
+    with pytest.raises(ValueError, match="no importance weights: the draws have been resampled"):
+        fg.plot_weights(draws.resample(50))
 
 
 @pytest.mark.parametrize("spread", [0.05, 0.3, 1.0, 4.0])

@@ -299,3 +299,14 @@ def test_a_partial_model_is_wrapped():
     own_model, own_guide, parameters = fitted(functools.partial(model_with_param), AutoNormal(model_with_param), Y)
     assert set(parameters) == {"scale", "shift"}
     assert set(facts(own_model, own_guide, Y)) >= {"mu", "scale_itself"}
+
+
+@pytest.mark.parametrize("make", [AutoNormal, fg.AutoCoupling])
+@pytest.mark.parametrize("whose", ["fit", "user"])
+def test_a_guide_that_is_frozen_stays_frozen(make, whose):
+    guide = make(model)
+    _, own_guide, _ = fitted(model, guide, Y)
+    frozen = (own_guide if whose == "fit" else guide).requires_grad_(False)
+    for each in (frozen, copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+        each(Y)
+        assert not [name for name, leaf in each.named_parameters() if leaf.requires_grad]

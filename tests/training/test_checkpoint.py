@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 
 import numpy as np
 import pyro
@@ -189,10 +190,82 @@ def test_a_resumed_fit_has_the_rounds_of_one_without_interruption(kill_at, harm,
         run(path, resume=True, num_steps=50)
 
 
+@pytest.mark.parametrize("kill_at", [5, 17])
+def test_parameters_of_an_earlier_fit_do_not_matter(kill_at, tmp_path, monkeypatch):
+    """A fresh process has not seen what stood in Pyro's store when the checkpoint was written."""
+    monkeypatch.setattr(schedules, "FIRST_NUM_STEPS", 10)
+    monkeypatch.setattr(loop, "got_worse", lambda scores: len(scores) == 2)
+
+    def model():
+        shift = pyro.param("shift", torch.tensor(0.0))
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(shift, (1.5 * mu).exp()))
+
+    def run(path, kill_at=None, resume=False):
+        def kill(step, loss):
+            if step == kill_at:
+                raise Killed
+
+        checkpoint = fg.Checkpoint(path, every=4, resume=resume)
+        options = {"checkpoint": checkpoint, "whiten": None, "num_particles": 4, "seed": 0, "backend": "eager"}
+        return fg.fit(model, small(model), callbacks=[kill], progress=False, **options)
+
+    whole = run(tmp_path / "whole.pt")
+    pyro.param("of an earlier fit", torch.zeros(3))
+    with pytest.raises(Killed):
+        run(tmp_path / "killed.pt", kill_at)
+    pyro.clear_param_store()
+    pyro.param("of another one", torch.zeros(2))
+    resumed = run(tmp_path / "killed.pt", resume=True)
+    np.testing.assert_array_equal(resumed.losses, whole.losses)
+    assert resumed.elbo == whole.elbo
+    assert torch.equal(resumed.parameters["shift"], whole.parameters["shift"])
+    for name, value in values(resumed.guide).items():
+        assert torch.equal(value, values(whole.guide)[name]), name
+
+
+class Encoder(pyro.nn.PyroModule):
+    """A guide with a network whose buffers change in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(1)
+        self.linear = torch.nn.Linear(1, 1)
+
+    def forward(self, y):
+        loc = self.linear(self.norm(y.unsqueeze(-1))).mean()
+        pyro.sample("mu", dist.Normal(loc, 0.5))
+
+
+def test_buffers_are_resumed(tmp_path):
+    def run(path, kill_at=None, resume=False):
+        def kill(step, loss):
+            if step == kill_at:
+                raise Killed
+
+        torch.manual_seed(0)
+        checkpoint = fg.Checkpoint(path, every=4, resume=resume)
+        options = {"num_steps": 12, "num_particles": 2, "seed": 0, "backend": "eager", "progress": False}
+        return fg.fit(conjugate, Encoder(), torch.tensor(Y), callbacks=[kill], checkpoint=checkpoint, **options)
+
+    with warnings.catch_warnings():
+        # A guide of one draw at a time is no question here.
+        warnings.simplefilter("ignore")
+        whole = run(tmp_path / "whole.pt")
+        with pytest.raises(Killed):
+            run(tmp_path / "killed.pt", kill_at=6)
+        resumed = run(tmp_path / "killed.pt", resume=True)
+    assert whole.guide.norm.num_batches_tracked > 12
+    for name, value in values(resumed.guide).items():
+        if name != "norm.num_batches_tracked":
+            assert torch.equal(value, values(whole.guide)[name]), name
+    np.testing.assert_array_equal(resumed.losses, whole.losses)
+
+
 SCRIPT = """
     import sys
     sys.path[:0] = {paths!r}
-    import test_checkpoint as here
+    import {module} as here
     here.run("batches", {path!r}, resume=True, ema_decay=0.9, num_steps=400)
 """
 
@@ -204,7 +277,7 @@ def test_killed_again_and_again(tmp_path):
     whole = run("batches", tmp_path / "whole.pt", ema_decay=0.9, num_steps=400)
     expected = values(whole.guide)
     path = tmp_path / "fit.pt"
-    script = textwrap.dedent(SCRIPT).format(paths=[p for p in sys.path if p], path=path)
+    script = textwrap.dedent(SCRIPT).format(paths=[p for p in sys.path if p], module=__name__, path=path)
     script = script.replace(repr(path), f"__import__('pathlib').Path({str(path)!r})")
     moments = random.Random(0)
     kills = 0

@@ -146,6 +146,19 @@ def test_an_interrupt_ends_all_rounds(short_rounds):
         assert len(fit(skewed, scale_only(skewed), callbacks=[interrupt]).losses) == 5
 
 
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_an_interrupt_before_the_first_step(ema_decay, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    guide = AutoNormal(conjugate)
+    monkeypatch.setattr(fg.CompiledSVI, "compile_step", interrupt)
+    with pytest.warns(UserWarning, match="interrupted after 0 of 20 steps"):
+        fit = quick(conjugate, guide, torch.tensor(Y), ema_decay=ema_decay)
+    assert len(fit.losses) == 0
+    assert len(fit.draws) == 10_000
+
+
 def test_the_moving_average_of_the_parameters_is_returned():
     guide, visited = AutoNormal(conjugate), []
     quick(

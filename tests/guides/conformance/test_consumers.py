@@ -8,8 +8,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from guide_cases import Y, every_guide, small, train
-from models import conjugate, conjugate_answer, funnel
+from guide_cases import every_guide, small
+from models import Y, conjugate, conjugate_answer, funnel, train
 from pyro import poutine
 from pyro.contrib.forecast import Forecaster, ForecastingModel
 from pyro.infer import (
@@ -36,9 +36,8 @@ from transform_cases import perturb
 import pyro_flowguides as fg
 
 
-@every_guide
-def test_neutra(Guide):
-    guide = Guide(funnel).setup()
+def test_neutra():
+    guide = fg.AutoFlow(funnel).setup()
     train(funnel, guide, steps=20, lr=0.005)
     guide.requires_grad_(False)
     neutra = NeuTraReparam(guide)
@@ -65,9 +64,8 @@ def test_in_a_guide_list_with_other_guides():
     assert set(guide.quantiles([0.5], y)) == {"a", "b"}
 
 
-@every_guide
 @pytest.mark.parametrize("parallel", [False, True])
-def test_predictive(Guide, parallel):
+def test_predictive(parallel):
     def model(x, y=None):
         weight = pyro.sample("weight", dist.Normal(0.0, 1.0))
         sigma = pyro.sample("sigma", dist.LogNormal(0.0, 1.0))
@@ -76,7 +74,7 @@ def test_predictive(Guide, parallel):
             return pyro.sample("y", dist.Normal(weight * x, sigma), obs=y)
 
     x = torch.randn(3)
-    guide = Guide(model)
+    guide = fg.AutoFlow(model)
     guide(x, torch.randn(3))
     draws = Predictive(model, guide=guide, num_samples=7, parallel=parallel)(x)
     assert draws["y"].shape == (7, 3)
@@ -86,15 +84,14 @@ def test_predictive(Guide, parallel):
     assert draws["y"].shape == (7, 5)
 
 
-@every_guide
-def test_predictive_serves_from_a_file(Guide):
+def test_predictive_serves_from_a_file():
     def model(x, y=None):
         weight = pyro.sample("weight", dist.Normal(0.0, 1.0))
         with pyro.plate("data", 3):
             return pyro.sample("y", dist.Normal(weight * x, 1.0), obs=y)
 
     x = torch.randn(3)
-    guide = small(Guide)(model)
+    guide = small(fg.AutoFlow)(model)
     guide(x, y=torch.randn(3))
     predictive = Predictive(model, guide=guide, num_samples=5)
     expected = predictive(x)
@@ -107,10 +104,9 @@ def test_predictive_serves_from_a_file(Guide):
     assert len(torch.jit.load(buffer).call(x)) == len(expected)
 
 
-@every_guide
-def test_importance_sampling(Guide):
+def test_importance_sampling():
     y = torch.tensor(Y)
-    guide = small(Guide)(conjugate).whiten(y)
+    guide = small(fg.AutoFlow)(conjugate).whiten(y)
     perturb(guide.flow.transforms[0], 0.1)
     _, _, log_evidence = conjugate_answer(y)
     # The weights are those of a proposal near the posterior.
@@ -153,8 +149,7 @@ def test_neutra_has_the_density_of_the_model(Guide, with_data):
     torch.testing.assert_close(energy_of_neutra(start), expected)
 
 
-@every_guide
-def test_discrete_sites_in_parallel(Guide):
+def test_discrete_sites_in_parallel():
     data = torch.tensor([0.0, 1.0, 10.0, 11.0, 12.0])
 
     def model(data):
@@ -166,14 +161,13 @@ def test_discrete_sites_in_parallel(Guide):
             pyro.sample("obs", dist.Normal(locs[assignment], scale), obs=data)
 
     guide = AutoGuideList(model)
-    guide.append(Guide(poutine.block(model, hide=["assignment"])))
+    guide.append(fg.AutoFlow(poutine.block(model, hide=["assignment"])))
     guide.append(AutoDiscreteParallel(poutine.block(model, expose=["assignment"])))
     loss = TraceEnum_ELBO(max_plate_nesting=1).loss_and_grads(model, guide, data)
     assert math.isfinite(loss)
 
 
-@every_guide
-def test_lists_of_guides(Guide):
+def test_lists_of_guides():
     """With a guide that is a function, with others of the same class, and nested."""
 
     def model():
@@ -186,11 +180,11 @@ def test_lists_of_guides(Guide):
         return {"z": pyro.sample("z", dist.Delta(pyro.param("z_loc", torch.tensor(0.0))))}
 
     guide = AutoGuideList(model)
-    first = Guide(poutine.block(model, expose=["x"]))
+    first = fg.AutoFlow(poutine.block(model, expose=["x"]))
     assert first.master is None
     guide.append(first)
     inner = AutoGuideList(poutine.block(model, expose=["y"]))
-    inner.second = Guide(poutine.block(model, expose=["y"]))
+    inner.second = fg.AutoFlow(poutine.block(model, expose=["y"]))
     guide.append(inner)
     guide.append(guide_of_z)
     assert all(part.master() is guide for part in guide.modules() if part is not guide and hasattr(part, "master"))
@@ -205,8 +199,7 @@ def test_lists_of_guides(Guide):
         AutoGuideList(model).append(first)
 
 
-@every_guide
-def test_set_up_before_the_list_is_called(Guide):
+def test_set_up_before_the_list_is_called():
     def model():
         pyro.sample("x", dist.Normal(0.0, 1.0))
         with pyro.plate("plate", 3):
@@ -214,7 +207,7 @@ def test_set_up_before_the_list_is_called(Guide):
 
     guide = AutoGuideList(model)
     guide.append(AutoDelta(poutine.block(model, expose=["x"])))
-    part = Guide(poutine.block(model, expose=["y"]))
+    part = fg.AutoFlow(poutine.block(model, expose=["y"]))
     guide.append(part)
     # A part has no prototype of the list to be compared with yet.
     with pytest.raises(ValueError, match=r"part of an AutoGuideList.*call the list"):
@@ -223,13 +216,12 @@ def test_set_up_before_the_list_is_called(Guide):
     assert part.setup().latent_dim == 3
 
 
-@every_guide
-def test_handlers(Guide):
+def test_handlers():
     def model():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.LogNormal(x, 1.0))
 
-    guide = Guide(model).setup()
+    guide = fg.AutoFlow(model).setup()
     trace = poutine.trace(guide).get_trace()
     replayed = poutine.trace(poutine.replay(guide, trace=trace)).get_trace()
     for name in ("x", "y"):
@@ -239,13 +231,13 @@ def test_handlers(Guide):
     assert "x" not in blocked.nodes
     pyro.clear_param_store()
     conditioned = poutine.condition(model, data={"x": torch.tensor(1.0)})
-    part = Guide(conditioned).setup()
+    part = fg.AutoFlow(conditioned).setup()
     assert part.latent_dim == 1
     pyro.clear_param_store()
-    guide = Guide(model)
+    guide = fg.AutoFlow(model)
     scaled = Trace_ELBO().loss(poutine.scale(model, scale=3.0), poutine.scale(guide, scale=3.0))
     assert math.isfinite(scaled)
-    latent = f"_{Guide.__name__}_latent"
+    latent = "_AutoFlow_latent"
     assert poutine.trace(poutine.scale(guide, scale=3.0)).get_trace().nodes[latent]["scale"] == 3.0
     with poutine.mask(mask=False):
         assert poutine.trace(guide).get_trace().log_prob_sum() == 0
@@ -261,12 +253,11 @@ class Forecasting(ForecastingModel):
         self.predict(dist.Normal(0.0, 0.5), prediction)
 
 
-@every_guide
-def test_forecasts(Guide):
+def test_forecasts():
     data = torch.linspace(0.0, 1.0, 5).unsqueeze(-1)
     covariates = torch.zeros(7, 1)
     model = Forecasting()
-    guide = Guide(model)
+    guide = fg.AutoFlow(model)
     forecaster = Forecaster(model, data, covariates[:5], guide=guide, num_steps=3, log_every=0)
     samples = forecaster(data, covariates, num_samples=4)
     assert samples.shape == (4, 2, 1)

@@ -7,7 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from guide_cases import Y, every_guide, train
+from models import Y, train
 from pyro import poutine
 from pyro.infer import (
     SVI,
@@ -80,12 +80,11 @@ def loss_and_gradient(loss, model, guide, *args):
     return value, torch.cat([parameter.grad.flatten().clone() for parameter in guide.parameters()])
 
 
-@every_guide
 @pytest.mark.parametrize("Loss", [Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO])
-def test_minibatches_estimate_loss_and_gradient_without_bias(Guide, Loss):
+def test_minibatches_estimate_loss_and_gradient_without_bias(Loss):
     """Exactly: given the draw of the latent, the mean over all minibatches is what the whole data give."""
     y = torch.tensor(DATA)
-    guide = Guide(hierarchy_at, create_plates=rows_at).setup(y, torch.arange(N))
+    guide = fg.AutoFlow(hierarchy_at, create_plates=rows_at).setup(y, torch.arange(N))
     perturb(guide.flow, 0.3)
     loss = Loss(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
     expected_loss, expected_gradient = loss_and_gradient(loss, hierarchy_at, guide, y, torch.arange(N))
@@ -117,19 +116,18 @@ def test_random_minibatches_estimate_the_loss_without_bias(vectorize, gradient):
     assert float(parts.std()) > float(whole.std())
 
 
-@every_guide
-def test_latent_covers_the_whole_plate(Guide):
+def test_latent_covers_the_whole_plate():
     y = torch.tensor(DATA)
-    guide = Guide(hierarchy).setup(y, batch_size=2)
+    guide = fg.AutoFlow(hierarchy).setup(y, batch_size=2)
     assert guide.latent_dim == 1 + 2 * N
     perturb(guide.flow, 0.3)
     trace = poutine.trace(guide).get_trace(y, batch_size=2)
     index = trace.nodes["rows"]["value"]
     assert trace.nodes["local"]["value"].shape == (2,)
     assert float(trace.nodes["local"]["scale"]) == N / 2
-    latent = trace.nodes[f"_{Guide.__name__}_latent"]
+    latent = trace.nodes["_AutoFlow_latent"]
     assert latent["scale"] == 1.0
-    values = {site["name"]: value for site, value in guide._unpack_latent(latent["value"])}
+    values = {site.name: value for site, value in guide.latents.unpack(latent["value"])}
     torch.testing.assert_close(trace.nodes["local"]["value"], values["local"][index])
     torch.testing.assert_close(trace.nodes["width"]["value"], 2 * values["width"][index].sigmoid())
     for shape, estimate in (((), guide.median()), ((3,), guide.quantiles([0.1, 0.5, 0.9]))):
@@ -149,11 +147,10 @@ def test_mean_field_elbo_scales_once():
     assert losses[0] == pytest.approx(losses[1], rel=1e-10)
 
 
-@every_guide
 @pytest.mark.parametrize("vectorize", [False, True])
-def test_trains_on_minibatches_of_any_size(Guide, vectorize):
+def test_trains_on_minibatches_of_any_size(vectorize):
     y = torch.tensor(DATA)
-    guide = Guide(hierarchy)
+    guide = fg.AutoFlow(hierarchy)
     loss = Trace_ELBO(num_particles=2, vectorize_particles=vectorize, max_plate_nesting=1)
     svi = SVI(hierarchy, guide, ClippedAdam({"lr": 0.01}), loss)
     for batch_size in (2, 2, 3, None, 2):
@@ -177,15 +174,14 @@ def series_plate(batch, index, size):
     return pyro.plate("series", size, subsample=index)
 
 
-@every_guide
 @pytest.mark.parametrize("in_list", [False, True])
-def test_create_plates_for_indices_that_are_given(Guide, in_list):
+def test_create_plates_for_indices_that_are_given(in_list):
     if in_list:
         guide = AutoGuideList(states, create_plates=series_plate)
         guide.append(AutoDelta(poutine.block(states, expose=["drift"])))
-        guide.append(Guide(poutine.block(states, hide=["drift"])))
+        guide.append(fg.AutoFlow(poutine.block(states, hide=["drift"])))
     else:
-        guide = Guide(states, create_plates=series_plate)
+        guide = fg.AutoFlow(states, create_plates=series_plate)
     data = dist.Bernoulli(0.5).sample((2, 10))
     svi = SVI(states, guide, ClippedAdam({"lr": 0.01}), Trace_ELBO())
     # The last minibatch is smaller.
@@ -195,9 +191,8 @@ def test_create_plates_for_indices_that_are_given(Guide, in_list):
     assert guide.median(data, torch.arange(10), size=10)["state_1"].shape == (10,)
 
 
-@every_guide
 @pytest.mark.parametrize("independent", [True, False])
-def test_create_plates_without_latents(Guide, independent):
+def test_create_plates_without_latents(independent):
     """Such a guide makes the plates, and nothing else."""
 
     def model(data):
@@ -215,7 +210,7 @@ def test_create_plates_without_latents(Guide, independent):
             pass
         return rows, pyro.plate("columns", size, subsample=index, dim=-1)
 
-    guide = Guide(model, create_plates=create_plates)
+    guide = fg.AutoFlow(model, create_plates=create_plates)
     data = torch.randn(10, 10)
     svi = SVI(model, guide, ClippedAdam({"lr": 0.01}), Trace_ELBO())
     assert math.isfinite(svi.step(data))
@@ -224,8 +219,7 @@ def test_create_plates_without_latents(Guide, independent):
     assert guide.median(data) == guide.quantiles([0.5], data) == {}
 
 
-@every_guide
-def test_two_subsampled_plates_and_event_dimensions(Guide):
+def test_two_subsampled_plates_and_event_dimensions():
     """Rows and columns with latents of each and of both, as plates in either order of the dimensions."""
 
     def model():
@@ -239,14 +233,14 @@ def test_two_subsampled_plates_and_event_dimensions(Guide):
             cell = pyro.sample("cell", dist.LKJCholesky(2, torch.tensor(1.0)))
         return i, j, cell
 
-    guide = Guide(model)
+    guide = fg.AutoFlow(model)
     loss = Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=2)
     assert math.isfinite(SVI(model, guide, ClippedAdam({"lr": 0.01}), loss).step())
     assert guide.latent_dim == 5 * 2 + 4 * 2 + 5 * 4
     trace = poutine.trace(guide).get_trace()
     i, j = trace.nodes["rows"]["value"], trace.nodes["columns"]["value"]
-    latent = trace.nodes[f"_{Guide.__name__}_latent"]["value"]
-    values = {site["name"]: value for site, value in guide._unpack_latent(latent)}
+    latent = trace.nodes["_AutoFlow_latent"]["value"]
+    values = {site.name: value for site, value in guide.latents.unpack(latent)}
     cell = biject_to(constraints.corr_cholesky)(values["cell"][i][:, j])
     torch.testing.assert_close(trace.nodes["cell"]["value"], cell)
     assert {name: tuple(value.shape) for name, value in guide.median().items()} == {
@@ -310,11 +304,11 @@ def test_whitening_of_local_latents_sees_the_whole_plate(batch_size):
         guides.append(fg.AutoPlanar(model).whiten(model_kwargs={"batch_size": size}))
     whole, parts = guides
     if N % batch_size == 0:
-        torch.testing.assert_close(parts._whitening.loc, whole._whitening.loc, rtol=0, atol=1e-4)
-        torch.testing.assert_close(parts._whitening.scale, whole._whitening.scale, rtol=0, atol=1e-4)
+        torch.testing.assert_close(parts.fixed_map.loc, whole.fixed_map.loc, rtol=0, atol=1e-4)
+        torch.testing.assert_close(parts.fixed_map.scale, whole.fixed_map.scale, rtol=0, atol=1e-4)
     else:
         # An element of two minibatches counts 1.5 times in place of 0.75.
-        ratio = parts._whitening.scale.diagonal() / whole._whitening.scale.diagonal()
+        ratio = parts.fixed_map.scale.diagonal() / whole.fixed_map.scale.diagonal()
         assert float(ratio.max()) < 1.3
         assert float(ratio.min()) > 0.7
 
@@ -328,13 +322,10 @@ def test_whitening_of_global_latents_keeps_one_minibatch():
             pyro.sample("y", dist.Normal(mu, 1.0), obs=y[index])
 
     guide = fg.AutoPlanar(model).setup()
-    log_density = guide._log_density((), {}, vectorize=True)
-    points = torch.zeros(3, 1)
-    torch.testing.assert_close(log_density(points), log_density(points), rtol=0, atol=0)
     guide.whiten()
     # The posterior of 1000 points, at the mean of 50 of them.
-    assert guide._whitening.scale.item() == pytest.approx(1000**-0.5, rel=1e-3)
-    assert guide._whitening.loc.item() == pytest.approx(0.0, abs=4 / 50**0.5)
+    assert guide.fixed_map.scale.item() == pytest.approx(1000**-0.5, rel=1e-3)
+    assert guide.fixed_map.loc.item() == pytest.approx(0.0, abs=4 / 50**0.5)
 
 
 def test_fit_with_local_latents():

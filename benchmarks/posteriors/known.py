@@ -1,4 +1,4 @@
-"""What a posterior of the benchmark consists of, and how its parameters are named."""
+"""A posterior of the benchmark with its answers, and the names of its parameters."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Reference:
-    """What the scalars of a posterior are compared with.
+    """The right answer for the scalars of a posterior.
 
     Attributes:
-        names: The scalars: ``mu``, ``theta[1]`` (counted from 1), ``log K_m`` for one that is judged on the log scale.
+        names: The scalars: ``mu``, ``theta[1]`` (counted from 1), ``log K_m`` for a scalar that is judged on the log scale.
         draws: Draws from the posterior, shape (S, scalars).
-        mean: Their means, shape (scalars,): those of the draws, or exact ones.
-        sd: Their standard deviations, likewise.
+        mean: The means, exact or of the draws, shape (scalars,).
+        sd: The standard deviations, likewise.
     """
 
     names: tuple[str, ...]
@@ -35,15 +35,15 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Posterior:
-    """A model with its data and what is known about its posterior.
+class KnownPosterior:
+    """A model with its data, and the known answers about its posterior.
 
     Attributes:
         name: The name in tables and files.
-        model: The Pyro model; extra batch dimensions on the left of every latent are carried through.
+        model: The Pyro model, which must accept batch dimensions on the left of every latent.
         args: Its arguments.
-        reference: What the draws of a guide are compared with, or None.
-        latents: Draws from the posterior of every latent site, the draws in front, or None.
+        reference: The right answer, or None.
+        latents: Draws from the posterior for every latent site, with the draws as the first dimension, or None.
         log_evidence: log Z of the model's density as it is written, in nats, or None.
     """
 
@@ -61,12 +61,12 @@ def tensor(values: Any) -> Tensor:
 
 
 def flat(distribution: dist.TorchDistribution) -> dist.TorchDistribution:
-    """The improper density 1 on the support of a distribution, from which a guide takes its start alone."""
+    """The improper density 1 on the support of a distribution, which only serves for the start of a guide."""
     return distribution.mask(False)
 
 
 def scalar(values: Mapping[str, np.ndarray], name: str) -> np.ndarray:
-    """The draws of the scalar of that name, out of arrays by site with the draws in front.
+    """The draws of one scalar, from arrays by site with the draws as their first dimension.
 
     Raises:
         KeyError: if there is no such site.
@@ -80,7 +80,7 @@ def scalar(values: Mapping[str, np.ndarray], name: str) -> np.ndarray:
 
 
 def by_site(scalars: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays by site, out of the draws of scalars such as ``theta[1]``: the inverse of :func:`scalar`."""
+    """Arrays by site, from the draws of scalars such as ``theta[1]``: the inverse of :func:`scalar`."""
     sites: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
     for name, draws in scalars.items():
         site, _, index = name.rstrip("]").partition("[")

@@ -1,0 +1,98 @@
+"""The log-density of a model as a function of the flat vector of its latents."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine import Trace
+from torch import Tensor
+
+from . import plates
+from .call import ModelCall
+from .latents import Latents
+from .sites import PLATE_NAME, log_prob_per_draw, max_plate_nesting, quiet_trace
+
+
+class Target:
+    r"""log p of unconstrained latents: :math:`\log p(\theta(x), y) + \log|\det \partial \theta / \partial x|`.
+
+    Where data are subsampled, one minibatch is drawn at the start and kept, so that log p is a function; where latents are local
+    to the minibatch, it is the mean over minibatches that cover the plate, at the cost of a run of the model for each.
+
+    Arguments:
+        call: The model with its arguments.
+        latents: Its latents, every site over whole plates (:meth:`Latents.whole`).
+        vectorize: Whether the model can be run on many draws at once; otherwise every draw is a run of its own.
+
+    Raises:
+        ValueError: if latents are local to a minibatch that is an argument of the model.
+    """
+
+    def __init__(self, call: ModelCall, latents: Latents, *, vectorize: bool = True) -> None:
+        self.call = call
+        self.latents = latents
+        self.vectorize = vectorize
+        with quiet_trace():
+            # All of the model: observed sites have plates too.
+            trace = poutine.trace(call).get_trace()
+        self._nesting = max_plate_nesting(trace)
+        self._minibatches = self._fixed_minibatches(trace)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p at each row, in float64 whatever the dtype of the model, which runs in its own.
+
+        Arguments:
+            x: Points of shape ``(draws, dim)``; the result, of shape ``(draws,)``, is differentiable in them.
+        """
+        rows = x.to(self.latents.init_loc.dtype)
+        with pyro.validation_enabled(False):
+            batches = [rows] if self.vectorize else rows.split(1)
+            return torch.cat([self._log_prob(batch) for batch in batches]).double()
+
+    def constrain(self, x: Tensor) -> dict[str, Tensor]:
+        """The values of the latent sites.
+
+        Arguments:
+            x: Points of shape ``(draws, dim)``.
+
+        Returns:
+            A dict of site name to a tensor of shape ``(draws,) + site shape``, over whole plates.
+        """
+        x = x.reshape(len(x), *[1] * self.latents.nesting, self.latents.dim)
+        return {site.name: site.transform(value) for site, value in self.latents.unpack(x, leading=1)}
+
+    def _log_prob(self, rows: Tensor) -> Tensor:
+        count = len(rows)
+        x = rows.reshape(count, *[1] * self._nesting, self.latents.dim) if self.vectorize else rows.squeeze(0)
+        values, log_det = {}, rows.new_zeros(count)
+        for site, unconstrained in self.latents.unpack(x):
+            values[site.name] = site.transform(unconstrained)
+            log_jacobian = site.transform.log_abs_det_jacobian(unconstrained, values[site.name])
+            log_det = log_det + log_jacobian.reshape(count, -1).sum(-1)
+        log_p = [self._log_joint(values, indices, count) for indices in self._minibatches]
+        return log_det + sum(log_p) / len(log_p)
+
+    def _log_joint(self, values: dict[str, Tensor], indices: dict[str, Tensor], count: int) -> Tensor:
+        selected = {
+            site.name: plates.select(values[site.name], site.frames, indices, site.event_dim)
+            for site in self.latents.sites
+        }
+        model = poutine.condition(self.call, data={**selected, **indices})
+        plate = pyro.plate(PLATE_NAME, count, dim=-1 - self._nesting) if self.vectorize else nullcontext()
+        with poutine.block(), plate:
+            trace = poutine.trace(model).get_trace()
+        return log_prob_per_draw(trace, count)
+
+    def _fixed_minibatches(self, trace: Trace) -> list[dict[str, Tensor]]:
+        sites, local = plates.subsample_sites(trace), self.latents.subsampled_plates
+        for name, latent in local.items():
+            if name in sites and plates.has_given_indices(sites[name]):
+                raise ValueError(
+                    f"whiten: latent site '{latent}' is inside plate '{name}', of which these arguments of the model hold one "
+                    f"minibatch, which tells nothing of the others; call whiten with arguments for the whole plate, or leave "
+                    'the map as it is: method="init" (fit: whiten=None)'
+                )
+        return plates.minibatches(sites, whole=local)
