@@ -86,19 +86,16 @@ def _kind(leaf: Any) -> tuple[Any, ...]:
 class Arguments:
     """The arguments of model and guide: tensors, which are inputs of a graph, and everything else, which is baked into it.
 
-    Arguments:
+    Attributes:
         args: The positional arguments.
         kwargs: The keyword arguments.
+        tensors: The tensors among them, however deeply nested.
     """
 
     def __init__(self, args: tuple, kwargs: dict[str, Any]) -> None:
         self.args, self.kwargs = args, kwargs
         self._leaves, self._structure = internals.flatten((args, kwargs))
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The tensors among them."""
-        return [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+        self.tensors = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
 
     @property
     def others(self) -> list[Any]:
@@ -236,7 +233,6 @@ class Captures:
 def capture_step(
     trained: Trained,
     arguments: Arguments,
-    learning_rate: float,
     seen: Iterable[Any],
     varying: Sequence[Tensor],
 ) -> CapturedStep:
@@ -245,7 +241,6 @@ def capture_step(
     Arguments:
         trained: The loss and its parameters.
         arguments: The arguments of this step.
-        learning_rate: The learning rate of this step.
         seen: Whatever Python values the step is computed from, which the guards look into.
         varying: Tensors that others write to.
 
@@ -265,7 +260,7 @@ def capture_step(
         )
         return binding.pack(state, value, gradients, rate)
 
-    example = [*binding.tensors(learning_rate), *arguments.tensors]
+    example = [*binding.tensors(binding.learning_rate), *arguments.tensors]
     module = capture.record(step, example)
     # Before it is rewritten: some of them are gone when what is computed from them has become a constant.
     constants = rewrite.constants(module, varying)

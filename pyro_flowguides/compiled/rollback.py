@@ -60,6 +60,7 @@ class Watch:
     """Collects losses without waiting for them, and judges them together.
 
     Arguments:
+        every: The number of losses that are judged together; fewer if ``max_nonfinite_steps`` is smaller.
         max_nonfinite_steps: After this many consecutive steps without a finite loss and gradient a training is lost.
 
     Attributes:
@@ -67,7 +68,8 @@ class Watch:
         good: The state at the end of the last good window, if it was kept; what a rollback goes back to.
     """
 
-    def __init__(self, max_nonfinite_steps: int) -> None:
+    def __init__(self, every: int, max_nonfinite_steps: int) -> None:
+        self._every = min(every, max_nonfinite_steps)
         self.max_nonfinite_steps = max_nonfinite_steps
         self.good: Snapshot | None = None
         # Losses that have not been judged, and whether their steps were finite.
@@ -75,19 +77,15 @@ class Watch:
         self._num_nonfinite_in_a_row = 0
         self._detector = ExplosionDetector()
 
-    @property
-    def num_unseen(self) -> int:
-        """The number of losses since the last judgement."""
-        return len(self._unseen)
-
-    def add(self, loss: Tensor, finite: Tensor) -> None:
-        """Keeps the loss of a step.
+    def add(self, loss: Tensor, finite: Tensor) -> bool:
+        """Keeps the loss of a step; returns whether it is time to judge.
 
         Arguments:
             loss: The loss.
             finite: Whether loss and gradient were finite.
         """
         self._unseen.append((loss, finite))
+        return len(self._unseen) == self._every
 
     def judge(self) -> Literal["good", "bad", "exploded", "lost"]:
         """What has become of the training since the last judgement; waits for the device."""

@@ -119,7 +119,7 @@ class CompiledSVI(SVI):
         self.num_rolled_back = 0
         self.learning_rate_scale = 1.0
         self._keeps_ema = ema_decay is not None
-        self._watch = watch = Watch(max_nonfinite_steps)
+        self._watch = watch = Watch(CHECK_EVERY, max_nonfinite_steps)
 
         def begin_anew() -> None:
             """Drops what belongs to other parameters."""
@@ -179,13 +179,13 @@ class CompiledSVI(SVI):
     def _take_step(self, arguments: Arguments, captured: CapturedStep | None) -> Tensor:
         self._last_arguments = arguments
         outputs = self._outputs(arguments, captured)
+        binding = self._trained.bound
         with torch.inference_mode():
-            result = self._trained.bound.take(outputs)
+            result = binding.take(outputs)
         self.num_steps += 1
-        if self._trained.bound.adam is None and bool(result.finite):
-            self._trained.bound.step_outside(result.clipped, self._learning_rate_factor(self.num_steps - 1))
-        self._watch.add(result.loss, result.finite)
-        if self._watch.num_unseen == min(CHECK_EVERY, self.max_nonfinite_steps):
+        if binding.adam is None and bool(result.finite):
+            binding.step_outside(result.clipped, self._learning_rate_factor(self.num_steps - 1))
+        if self._watch.add(result.loss, result.finite):
             self._check()
         return result.loss
 
@@ -198,7 +198,7 @@ class CompiledSVI(SVI):
         binding = self._trained.bound
         gradients = eager.gradients_of(binding.parameters)
         with torch.inference_mode():
-            state, rate, _ = binding.unpack(binding.tensors(self._learning_rate()))
+            state, rate, _ = binding.unpack(binding.tensors(self._learning_rate(binding)))
             return binding.pack(state, eager.loss, gradients, rate)
 
     def loss_and_gradients(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -218,8 +218,8 @@ class CompiledSVI(SVI):
     def _learning_rate_factor(self, step: int) -> float:
         return self.learning_rate_scale * (1.0 if self.schedule is None else self.schedule(step))
 
-    def _learning_rate(self) -> float:
-        return self._trained.bound.learning_rate * self._learning_rate_factor(self.num_steps)
+    def _learning_rate(self, binding: Binding) -> float:
+        return binding.learning_rate * self._learning_rate_factor(self.num_steps)
 
     # --- captured steps ------------------------------------------------------------------------------------------------
 
@@ -246,10 +246,11 @@ class CompiledSVI(SVI):
         # Other arguments may use other parameters.
         with self._trained.find(arguments.args, arguments.kwargs):
             seen = (self.model, self.guide, self.objective)
-            return capture_step(self._trained, arguments, self._learning_rate(), seen, self.captures.varying)
+            return capture_step(self._trained, arguments, seen, self.captures.varying)
 
     def _inputs(self, arguments: Arguments) -> list[Tensor]:
-        return [*self._trained.bound.tensors(self._learning_rate()), *arguments.tensors]
+        binding = self._trained.bound
+        return [*binding.tensors(self._learning_rate(binding)), *arguments.tensors]
 
     # --- parameters ----------------------------------------------------------------------------------------------------
 
