@@ -203,7 +203,7 @@ class FlowGuide(AutoGuide):
     def _attach(self, parts: Sequence[T.FlowTransform], loc: Tensor) -> None:
         """Makes flow and base distribution parts of the guide, in the dtype and on the device of the latents."""
         flow = T.Compose(parts).to(dtype=loc.dtype, device=loc.device)
-        base = BASES[self._base](len(loc)).to(dtype=loc.dtype, device=loc.device)
+        base = BASES[self._base](flow.dim).to(dtype=loc.dtype, device=loc.device)
         # Before they are attached: the other order leaves every parameter in the store under a second name.
         to_pyro_module_(flow)
         to_pyro_module_(base)

@@ -62,6 +62,11 @@ class LatentSite:
         """The shape of the part before it is flattened: inner batch dimensions, then event dimensions."""
         return (*[size for _, size in self.inner], *self.event_shape)
 
+    @property
+    def size(self) -> int:
+        """The number of entries in the vector."""
+        return math.prod(self.packed_shape)
+
     def place(self, part: Tensor) -> Tensor:
         """The unconstrained value, with every inner batch dimension where the model has it.
 
@@ -185,7 +190,7 @@ class Latents:
     @property
     def dim(self) -> int:
         """The size of the vector."""
-        return len(self.init_loc)
+        return sum(site.size for site in self.sites)
 
     @property
     def nesting(self) -> int:
@@ -214,13 +219,12 @@ class Latents:
         """
         position = 0
         for site in self.sites:
-            size = math.prod(site.packed_shape)
-            value = site.place(x[..., position : position + size])
+            value = site.place(x[..., position : position + site.size])
             if leading is not None:
                 own = value.dim() - site.batch_dims - len(site.event_shape)
                 value = value.reshape([*value.shape[:leading], *value.shape[own:]])
             yield site, value
-            position += size
+            position += site.size
 
     def frames_in(self, trace: Trace, owner: str) -> dict[str, Any]:
         """The plates of these latents in another trace of the model, by name.
@@ -273,13 +277,14 @@ def _latent_site(site: Any, data_plates: Mapping[int, str], owner: str) -> tuple
             "init_loc_fn, for example init_to_feasible"
         )
     batch_dims = value.dim() - fn.event_dim
-    sizes = {dim: value.shape[dim - fn.event_dim] for dim in range(-batch_dims, 0) if dim not in data_plates}
+    # While torch.jit records, sizes are tensors.
+    sizes = {dim: int(value.shape[dim - fn.event_dim]) for dim in range(-batch_dims, 0) if dim not in data_plates}
     inner = tuple((dim, size) for dim, size in sizes.items() if size != 1)
     frames = sorted(site["cond_indep_stack"], key=lambda frame: frame.dim)
     latent = LatentSite(
         name=name,
         event_dim=fn.event_dim,
-        event_shape=tuple(unconstrained.shape[batch_dims:]),
+        event_shape=tuple(int(size) for size in unconstrained.shape[batch_dims:]),
         batch_dims=batch_dims,
         inner=inner,
         crosses=any(data_dim > dim for data_dim in data_plates for dim, _ in inner),
