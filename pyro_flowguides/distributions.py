@@ -38,6 +38,7 @@ class NormalizingFlow(dist.TransformedDistribution):
 
     Example:
         >>> from pyro_flowguides.flows import coupling
+        >>> from pyro_flowguides.flows import coupling
         >>> base = dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1)
         >>> flow = NormalizingFlow(base, coupling(2))
         >>> x, log_prob = flow.rsample_and_log_prob((5,))

@@ -6,6 +6,7 @@ This module works on numpy arrays and needs no torch.
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ SAMPLE_DIMS = ("chain", "draw")
 RESERVED_DIMS = ("chain", "draw", "sample", "pred_id")
 
 
+@functools.cache
 def arviz_generation() -> int:
     """0 for ArviZ 0.x (InferenceData), 1 for 1.x and later (DataTree)."""
     return min(1, int(importlib.metadata.version("arviz").split(".")[0]))

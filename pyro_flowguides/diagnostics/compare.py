@@ -61,6 +61,7 @@ def compare(
         ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
         >>> y = torch.tensor(1.0)
+        >>> pyro.clear_param_store()
         >>> exact = fg.AutoCoupling(model).whiten(y)
         >>> wide = pyro.infer.autoguide.AutoNormal(model, init_scale=1.0)
         >>> fg.compare({"exact": exact, "wide": wide}, y, reference="exact", seed=0)["sd_error"].round(1)

@@ -311,7 +311,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         if self.is_trained():
             raise ValueError(
                 f"whiten: this {type(self).__name__} has been trained, and its fixed map is part of what it learnt; make a "
-                "new guide (after pyro.clear_param_store()) to whiten it"
+                "new guide to whiten it (in plain SVI after pyro.clear_param_store(), which holds the parameters of this one)"
             )
         if method == "init":
             return self

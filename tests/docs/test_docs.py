@@ -21,8 +21,9 @@ TUTORIALS = sorted((ROOT / "tutorials").glob("*.md"))
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.md"))
 
 CODE = re.compile(r"^```([\w{}]+)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# Steps, draws and rows are cut to what shows that the code runs.
+# Steps, draws, rows and layers are cut to what shows that the code runs.
 REDUCED = [
+    (r"\bnum_layers=\d{2}", "num_layers=4"),
     (r"\brange\(\d{3,}\)", "range(5)"),
     (r"\.run\(\d{3,}", ".run(20"),
     (r"\b(warmup_steps|num_samples)=\d{2,3}, (?=warmup|disable)", r"\1=30, "),

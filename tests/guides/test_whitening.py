@@ -79,7 +79,7 @@ def test_guide_moves_to_the_posterior(vectorize):
     torch.testing.assert_close(guide.fixed_map.loc, torch.arange(3.0, dtype=torch.float64), rtol=0, atol=1e-6)
     covariance = guide.fixed_map.scale @ guide.fixed_map.scale.mT
     torch.testing.assert_close(covariance, COVARIANCE.to(covariance.device), rtol=0, atol=1e-6)
-    assert fg.draw(correlated, guide, num_samples=1000).elbo().value == pytest.approx(0.0, abs=1e-6)
+    assert fg.draw(correlated, guide, num_samples=1000).elbo.value == pytest.approx(0.0, abs=1e-6)
 
 
 # A path alone ends in the neck of the funnel from every other start.
@@ -90,9 +90,9 @@ def test_guide_moves_to_the_posterior(vectorize):
 )
 def test_improves_the_elbo(model, method):
     guide = fg.AutoFlow(model).setup()
-    before = fg.draw(model, guide, num_samples=2000).elbo()
+    before = fg.draw(model, guide, num_samples=2000).elbo
     guide.whiten(method=method)
-    after = fg.draw(model, guide, num_samples=2000).elbo()
+    after = fg.draw(model, guide, num_samples=2000).elbo
     assert after.value > before.value + 4 * (before.se + after.se)
 
 
