@@ -238,7 +238,8 @@ def resident_megabytes():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
-def test_captures_take_a_bounded_amount_of_memory(y):
+def test_captures_take_a_bounded_amount_of_memory(y, monkeypatch):
+    monkeypatch.setattr(captures, "MAX_WASTED", 100)
     sizes = []
     svi = compiled(conjugate, backend="replay")
     for size in range(1, 31):
