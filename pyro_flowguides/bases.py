@@ -1,10 +1,10 @@
 r"""Base distributions of a flow whose parameters are learnt with it.
 
 Each is a module that returns a fresh distribution over :math:`\mathbb{R}^D` when it is called, so that its parameters go into
-an optimiser, a ``state_dict`` and to another device as those of the flow do. The coordinates are independent.
+an optimiser, a ``state_dict`` and to another device like the parameters of the flow. The coordinates are independent.
 
-The tails of :math:`f(z)` are those of z wherever f is affine far out, as most flows are: no number of layers makes a heavy
-tail out of a normal one (Jaini et al. 2020, *Tails of Lipschitz triangular flows*, arXiv:1907.04481). :class:`StudentT` starts
+Where f is affine far out, as most flows are, :math:`f(z)` has the tails of z: no number of layers makes a heavy tail out of
+a normal one (Jaini et al. 2020, *Tails of Lipschitz triangular flows*, arXiv:1907.04481). :class:`StudentT` starts
 with heavy tails and learns how heavy they are.
 """
 
@@ -188,7 +188,7 @@ class StudentT(Base):
         """The scale c of every coordinate, shape (D,)."""
         if not self.unit_variance:
             return torch.ones_like(self.log_excess)
-        # ν − 2 not from ν, whose last digits are those of the floor.
+        # ν − 2 is not computed from ν: adding the floor has rounded it.
         return ((self.log_excess.exp() + (self.min_df - 2)) / self.df).sqrt()
 
     def forward(self) -> dist.TorchDistribution:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import transforms as T
+from .transforms.base import Conditioned
 from .transforms.numerics import value_and_pull_back
 
 
@@ -36,6 +37,7 @@ class NormalizingFlow(dist.TransformedDistribution):
         ValueError: if the gradient is unknown; at the first draw or density, if the transform still needs a context.
 
     Example:
+        >>> from pyro_flowguides.flows import coupling
         >>> base = dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1)
         >>> flow = NormalizingFlow(base, coupling(2))
         >>> x, log_prob = flow.rsample_and_log_prob((5,))
@@ -71,7 +73,7 @@ class NormalizingFlow(dist.TransformedDistribution):
             context: Of shape ``context_batch_shape + (context_dim,)``.
 
         Returns:
-            A distribution whose batch shape is that of the context, broadcast with that of this one.
+            A distribution whose batch shape is the one of the context, broadcast with the batch shape of this distribution.
 
         Raises:
             ValueError: if the transform takes no context, or one of another size.
@@ -116,7 +118,7 @@ class NormalizingFlow(dist.TransformedDistribution):
 
     def _as_rows(self, z: Tensor) -> Tensor:
         """The points as a matrix, on which a network is cheapest, unless each has a context of its own."""
-        conditioned = any(isinstance(module, T.base.Conditioned) for module in self.transform.modules())
+        conditioned = any(isinstance(module, Conditioned) for module in self.transform.modules())
         return z if conditioned else z.reshape(-1, z.shape[-1])
 
     def _draw_with_path_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -77,9 +77,7 @@ def spline_coupling(
     return T.Compose(_layers("spline_coupling", num_layers, layer))
 
 
-def iaf(
-    dim: int, *, num_layers: int = 3, hidden_dims: Sequence[int] | None = None, **options: Any
-) -> T.FlowTransform:
+def iaf(dim: int, *, num_layers: int = 3, hidden_dims: Sequence[int] | None = None, **options: Any) -> T.FlowTransform:
     """Inverse autoregressive flow: affine autoregressive layers, with the coordinates reversed between them.
 
     Sampling takes one pass per layer; the inverse takes D. Kingma et al. (2016), arXiv:1606.04934.
@@ -94,9 +92,7 @@ def iaf(
     return _with_reverses(_layers("iaf", num_layers, lambda _: T.AffineAutoregressive(dim, **options)))
 
 
-def maf(
-    dim: int, *, num_layers: int = 3, hidden_dims: Sequence[int] | None = None, **options: Any
-) -> T.FlowTransform:
+def maf(dim: int, *, num_layers: int = 3, hidden_dims: Sequence[int] | None = None, **options: Any) -> T.FlowTransform:
     """Masked autoregressive flow: the inverse direction of the layers of :func:`iaf`.
 
     The density of a given point takes one pass per layer, a draw D passes: for variational inference :func:`iaf` is the
@@ -127,7 +123,9 @@ def spline_autoregressive(
             ``tail_bound``, …
     """
     options["hidden_dims"] = _default_hidden_dims(dim, hidden_dims)
-    return _with_reverses(_layers("spline_autoregressive", num_layers, lambda _: T.SplineAutoregressive(dim, **options)))
+    return _with_reverses(
+        _layers("spline_autoregressive", num_layers, lambda _: T.SplineAutoregressive(dim, **options))
+    )
 
 
 def planar(dim: int, *, num_layers: int = 16, **options: Any) -> T.FlowTransform:
@@ -269,7 +267,7 @@ RECIPES: dict[str, Callable[..., T.FlowTransform]] = {
 }
 
 
-# Above so many coordinates the defaults are others.
+# Above this number of coordinates the defaults change.
 _MANY = 30
 
 

@@ -7,9 +7,16 @@ import zlib
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import hypothesis
 import pyro
 import pytest
 import torch
+
+# The same few examples in every run: a failure is then one of the change at hand. ``--hypothesis-profile nightly`` explores,
+# with random seeds or that of ``--hypothesis-seed``.
+hypothesis.settings.register_profile("fixed", max_examples=10, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("nightly", max_examples=200, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("fixed")
 
 # A script for another interpreter, which the search for doctests would run.
 collect_ignore = ["diagnostics/other_generation.py"]

@@ -13,7 +13,6 @@ from transform_cases import perturb
 
 from pyro_flowguides import NormalizingFlow, flows
 from pyro_flowguides import transforms as T
-from pyro_flowguides.transforms.networks import MLP
 
 every_recipe = pytest.mark.parametrize("recipe", RECIPE_CASES.values(), ids=RECIPE_CASES)
 
@@ -22,13 +21,57 @@ every_recipe = pytest.mark.parametrize("recipe", RECIPE_CASES.values(), ids=RECI
 def test_recipes_have_one_signature(name):
     recipe = flows.RECIPES[name]
     assert recipe is getattr(flows, name)
-    (dim, *options) = inspect.signature(recipe).parameters.values()
-    assert dim.name == "dim"
-    assert {"num_layers", "hidden_dims", "context_dim"} <= {option.name for option in options}
-    for option in options:
+    (dim, *named, options) = inspect.signature(recipe).parameters.values()
+    assert dim.name == "dim" and options.kind is inspect.Parameter.VAR_KEYWORD
+    for option in named:
         assert option.kind is inspect.Parameter.KEYWORD_ONLY
         assert option.default is not inspect.Parameter.empty
+    for option in (*named, options):
         assert f" {option.name}: " in inspect.getdoc(recipe)
+    flow = recipe(3, num_layers=1, hidden_dims=(7,), context_dim=2)
+    assert flow.context_dim == 2
+    assert any(7 in parameter.shape for parameter in flow.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "found"),
+    [
+        ("coupling", {"log_scale_bound": 1.5, "mask": "checkerboard"}, "ShiftScale(log_scale_bound=1.5)"),
+        ("glow", {"log_scale_bound": 1.5}, "ShiftScale(log_scale_bound=1.5)"),
+        ("iaf", {"log_scale_bound": 1.5}, "ShiftScale(log_scale_bound=1.5)"),
+        ("maf", {"activation": torch.nn.Tanh}, "Tanh()"),
+        ("nice", {"activation": torch.nn.Tanh}, "Tanh()"),
+        ("spline_coupling", {"num_bins": 5, "tail_bound": 2.0}, "RationalQuadraticSpline(num_bins=5, tail_bound=2.0"),
+        ("spline_autoregressive", {"num_bins": 5}, "RationalQuadraticSpline(num_bins=5"),
+        ("sylvester", {"basis": "householder", "num_reflections": 3}, "basis='householder'"),
+        ("residual", {"lipschitz": 0.8}, "lipschitz=0.8"),
+    ],
+)
+def test_options_reach_the_layers(name, options, found):
+    flow = flows.RECIPES[name](3, num_layers=2, **options)
+    assert sum(found in repr(part) for part in flow.transforms) == 2
+
+
+@pytest.mark.parametrize("name", flows.RECIPES)
+def test_an_unknown_option_is_an_error_that_names_it(name):
+    with pytest.raises(TypeError, match=r"\w+\.__init__\(\) got an unexpected keyword argument 'bound'"):
+        flows.RECIPES[name](3, bound=1.0)
+
+
+@pytest.mark.parametrize("name", ["coupling", "spline_coupling", "nice", "glow"])
+@pytest.mark.parametrize("dim", [1, 3, 31])
+def test_damped_recipes_start_as_the_identity_and_can_be_undamped(name, dim):
+    recipe = flows.RECIPES[name]
+    torch.manual_seed(0)
+    damped = recipe(dim, num_layers=3, damped=True)
+    torch.manual_seed(0)
+    plain = recipe(dim, num_layers=3)
+    z = 4 * torch.randn(20, dim)
+    torch.testing.assert_close(damped(z), z, rtol=1e-6, atol=1e-6)
+    assert all(part.damped for part in damped.modules() if isinstance(part, T.Coupling))
+    T.undamp(damped)
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in damped.state_dict().items())
+    torch.testing.assert_close(damped(z), plain(z), rtol=0, atol=0)
 
 
 def test_every_recipe_has_a_name():
@@ -41,7 +84,7 @@ def test_every_recipe_has_a_name():
 
 
 @every_recipe
-@pytest.mark.parametrize("dim", [1, 2, 3, 5, 31, 40])
+@pytest.mark.parametrize("dim", [1, 3, 31])
 @pytest.mark.parametrize("context_dim", [0, 2])
 def test_recipes_start_as_the_identity_with_gradients(recipe, dim, context_dim):
     transform = recipe(dim, num_layers=3, context_dim=context_dim)
@@ -68,7 +111,7 @@ def test_recipes_with_their_own_sizes_start_as_the_identity(recipe, dim):
 
 
 @every_recipe
-@pytest.mark.parametrize("dim", [1, 4, 5])
+@pytest.mark.parametrize("dim", [1, 5])
 @pytest.mark.parametrize("context_dim", [0, 2])
 def test_recipes_bend_every_coordinate_and_invert(recipe, dim, context_dim, dtype, tolerance):
     flow = perturb(recipe(dim, num_layers=2, hidden_dims=(8,), context_dim=context_dim).to(dtype))
@@ -155,27 +198,6 @@ def test_sizes_that_are_wrong(recipe, options, message):
         recipe(**{"dim": 2, **options})
 
 
-def test_a_step_moves_a_wide_network_about_as_far_as_a_narrow_one():
-    def change(width):
-        pyro.set_rng_seed(0)
-        network = MLP(3, 1, (width, width)).double()
-        inputs = torch.randn(64, 3, dtype=torch.float64)
-        optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
-        network(inputs).sum().backward()
-        optimizer.step()
-        return float(network(inputs).mean().detach())
-
-    # Adam moves every weight by the rate, so that what is not divided moves six times as far.
-    assert change(16 * 16) / change(16) < 3
-    assert change(16) < 0
-
-
-def test_a_linear_map_of_the_context_is_not_divided():
-    linear_map = MLP(9, 2, ())
-    torch.nn.init.ones_(linear_map.layers[0].weight)
-    assert torch.equal(linear_map(torch.ones(9)), torch.full((2,), 9.0))
-
-
 @pytest.mark.parametrize("dim", [31, 40, 61, 200])
 def test_couplings_of_many_coordinates_part_nearly_every_two(dim):
     """Two coordinates that are in one half throughout would depend on each other through the other half alone."""
@@ -203,3 +225,35 @@ def test_shuffled_couplings_have_the_density_of_their_jacobian(num_layers):
     expected = torch.linalg.solve(jacobian.mT, (score - log_det_gradient).unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(moved, expected.detach(), rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(flow.inverse_and_log_det(x)[0], z, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["iaf", "maf", "spline_autoregressive"])
+@pytest.mark.parametrize("num_layers", [1, 2, 4])
+def test_reversals_cancel_whatever_the_number_of_layers(name, num_layers):
+    flow = getattr(flows, name)(3, num_layers=num_layers)
+    z = torch.randn(10, 3)
+    torch.testing.assert_close(flow(z), z, rtol=0, atol=2e-6)
+    assert sum(not isinstance(part, T.Reverse) for part in flow.transforms) == num_layers
+
+
+@pytest.mark.parametrize("name", ["iaf", "maf", "spline_coupling", "spline_autoregressive"])
+@pytest.mark.parametrize("dim", [2, 3])
+def test_recipes_mix_every_pair_of_coordinates(name, dim):
+    # In float64 whatever the run: some of these Jacobians are too ill-conditioned for a determinant in float32.
+    flow = perturb(getattr(flows, name)(dim)).double()
+    z = torch.randn(4, dim, dtype=torch.float64)
+    x, log_det = flow.forward_and_log_det(z)
+    jacobian = torch.func.vmap(torch.func.jacrev(flow))(z)
+    assert (jacobian.abs().amax(0) > 0).all()
+    expected = torch.linalg.slogdet(jacobian).logabsdet
+    torch.testing.assert_close(log_det, expected, rtol=0, atol=1e-8)
+    torch.testing.assert_close(flow.inverse_and_log_det(x)[0], z, rtol=0, atol=1e-7)
+
+
+def test_layers_of_the_recipes():
+    assert len(flows.radial(3, num_layers=5).transforms) == 5
+    assert [layer.num_vectors for layer in flows.sylvester(3, num_layers=2).transforms] == [3, 3]
+    assert [layer.num_vectors for layer in flows.sylvester(20, num_layers=2, num_vectors=4).transforms] == [4, 4]
+    triangular = flows.sylvester(20, num_layers=3, basis="triangular")
+    assert [layer.reverse for layer in triangular.transforms] == [False, True, False]
+    assert "num_vectors=20, basis='triangular', reverse=True" in repr(triangular)

@@ -3,6 +3,7 @@
 import torch
 
 from pyro_flowguides import transforms as T
+from pyro_flowguides.testing.law import perturb
 
 
 def _fixed_affine(dim, context_dim):
@@ -93,18 +94,6 @@ def build(case, dim, dtype):
     return (CONDITIONAL | UNCONDITIONAL)[name](dim, context_dim).to(dtype)
 
 
-def perturb(transform, scale=1.0):
-    """Moves every parameter away from its start: vectors by O(1) noise, matrices by noise of sd 1/√fan-in, times scale.
-
-    At the start even a wrong log-determinant can pass for right.
-    """
-    with torch.no_grad():
-        for parameter in transform.parameters():
-            fan_in = parameter.shape[-1] if parameter.dim() > 1 else 1
-            parameter.add_(scale * torch.randn_like(parameter) / fan_in**0.5)
-    return transform
-
-
 def build_perturbed(case, dim, dtype):
     return perturb(build(case, dim, dtype))
 
@@ -113,10 +102,24 @@ def make_context(case, batch_shape, dtype):
     return torch.randn(*batch_shape, case[1], dtype=dtype) if case[1] else None
 
 
-def jacobian_and_gradient(transform, z, context):
-    """The Jacobian and the gradient of log_det, at every point of a batch, by autograd one row at a time."""
-    z = z.detach().requires_grad_()
-    x, log_det = transform.forward_and_log_det(z, context)
-    rows = [torch.autograd.grad(x[..., i].sum(), z, retain_graph=True)[0] for i in range(transform.dim)]
-    (gradient,) = torch.autograd.grad(log_det.sum(), z, allow_unused=True) if log_det.requires_grad else (None,)
-    return torch.stack(rows, -2), torch.zeros_like(z) if gradient is None else gradient
+def check_finite_with_gradients(transform, z):
+    """Forward, inverse and score have finite values, and finite gradients to the points and the parameters."""
+    z = z.clone().requires_grad_()
+    x, log_det, score = transform.forward_with_score(z, -z.detach())
+    z_back, inverse_log_det = transform.inverse_and_log_det(x.detach().requires_grad_())
+    for value in (x, log_det, score, z_back, inverse_log_det):
+        assert value.isfinite().all()
+    (x.sum() + log_det.sum() + z_back.sum() + inverse_log_det.sum()).backward()
+    assert z.grad.isfinite().all()
+    for parameter in transform.parameters():
+        assert parameter.grad.isfinite().all()
+    return x.detach(), z_back.detach()
+
+
+def check_far_points_come_back(transform, scale):
+    """In float32 and, to more digits, in float64."""
+    z = scale * torch.randn(20, transform.dim)
+    x, z_back = check_finite_with_gradients(transform, z)
+    torch.testing.assert_close(transform(z_back), x, rtol=2e-4, atol=1e-5 * scale)
+    exact, _ = transform.double().inverse_and_log_det(transform(z.double()))
+    torch.testing.assert_close(exact, z.double(), rtol=1e-9, atol=1e-9)

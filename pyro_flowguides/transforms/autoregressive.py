@@ -67,7 +67,7 @@ class Autoregressive(FlowTransform):
         network = self.conditioner.at(context)
         with torch.no_grad():
             coordinates = torch.arange(self.dim, device=x.device)
-            # Coordinates still to come are held at 0: a guess could overflow, and 0 (a masked weight) times inf is NaN.
+            # The coordinates that are not solved yet stay at 0: a guess could overflow, and 0 (a masked weight) times inf is NaN.
             solution = torch.zeros_like(x)
             for i in range(self.dim):
                 z_i, _ = self.univariate.inverse(x[..., i], network.of_coordinate(solution, i))

@@ -23,7 +23,7 @@ from torch.distributions import constraints
 
 from ..checks import check_positive_integer
 from ..internals import is_functorch_tensor, is_recording
-from .numerics import solve_newton, sum_tensors, value_and_pull_back
+from .numerics import linearize, solve_newton, sum_tensors, value_and_pull_back
 
 _detecting_nan = False
 
@@ -60,7 +60,7 @@ def detect_nan(enabled: bool = True) -> Iterator[None]:
 
 def _checked_forward(method: Callable) -> Callable:
     @functools.wraps(method)
-    def forward_and_log_det(self: Any, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(self: Any, z: Tensor, context: Tensor | None = None) -> Any:
         z, context = self.check_input(z, context)
         return method(self, z, context)
 
@@ -69,7 +69,7 @@ def _checked_forward(method: Callable) -> Callable:
 
 def _checked_inverse(method: Callable) -> Callable:
     @functools.wraps(method)
-    def inverse_and_log_det(self: Any, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(self: Any, x: Tensor, context: Tensor | None = None) -> Any:
         x, context = self.check_input(x, context)
         return method(self, x, context)
 
@@ -78,16 +78,14 @@ def _checked_inverse(method: Callable) -> Callable:
 
 def _checked_score(method: Callable) -> Callable:
     @functools.wraps(method)
-    def forward_with_score(
-        self: Any, z: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_with_score(self: Any, z: Tensor, score: Tensor, context: Tensor | None = None) -> Any:
         z, context = self.check_input(z, context)
         return method(self, z, score, context)
 
     return forward_with_score
 
 
-# The methods that a family writes, each with what puts the check of its input before it.
+# The methods that a family writes, each with the function that puts the check of its input before it.
 _CHECKED: dict[str, Callable[[Callable], Callable]] = {
     "forward_and_log_det": _checked_forward,
     "inverse_and_log_det": _checked_inverse,
@@ -139,7 +137,7 @@ class FlowTransform(TransformModule):
 
         Arguments:
             z: Points of the base space, shape ``batch_shape + (dim,)``.
-            context: The context, shape ``context_batch_shape + (context_dim,)``; its batch shape broadcasts with that of z.
+            context: The context, shape ``context_batch_shape + (context_dim,)``; its batch shape broadcasts with the one of z.
 
         Returns:
             x of the (broadcast) shape of z, and ``log|det ∂x/∂z|`` of shape ``batch_shape``.
@@ -158,13 +156,17 @@ class FlowTransform(TransformModule):
         the implicit function theorem. A point at which the solver does not converge comes back as NaN. Cost: some tens of
         forward passes, each with D vector-Jacobian products and one solve of size D.
         """
+
+        def forward(z: Tensor) -> tuple[Tensor, Tensor]:
+            return self.forward_and_log_det(z, context)
+
         with torch.no_grad():
-            solution = solve_newton(lambda z: self._linearize(z, context)[::2], x)
-            jacobian = self._linearize(solution, context)[2]
+            solution = solve_newton(lambda z: linearize(forward, z)[::2], x)
+            jacobian = linearize(forward, solution)[2]
         # One Newton step with the Jacobian held fixed: its value polishes the solution, its derivative is the implicit one.
-        residual = self.forward_and_log_det(solution, context)[0] - x
+        residual = forward(solution)[0] - x
         z = solution - torch.linalg.solve(jacobian, residual.unsqueeze(-1)).squeeze(-1)
-        return z, -self.forward_and_log_det(z, context)[1]
+        return z, -forward(z)[1]
 
     @_checked_score
     def forward_with_score(
@@ -175,7 +177,7 @@ class FlowTransform(TransformModule):
         .. math:: s_x = J^{-\top}\left(s_z - \nabla_z \log|\det J|\right), \qquad J = \frac{\partial x}{\partial z}.
 
         The outgoing score is detached from the graph: this is what the path gradient (Roeder et al. 2017, arXiv:1703.09194)
-        needs. The recursion is that of Vaitl et al. (2024), *Fast and unified path gradient estimators for normalizing flows*,
+        needs. The recursion: Vaitl et al. (2024), *Fast and unified path gradient estimators for normalizing flows*,
         arXiv:2403.15881. The default builds the Jacobian by D vector-Jacobian products and solves a system of size D.
 
         Arguments:
@@ -186,7 +188,7 @@ class FlowTransform(TransformModule):
         Returns:
             x, ``log|det ∂x/∂z|`` and the score at x.
         """
-        x, log_det, jacobian, log_det_gradient = self._linearize(z, context)
+        x, log_det, jacobian, log_det_gradient = linearize(lambda z: self.forward_and_log_det(z, context), z)
         with torch.no_grad():
             score = torch.linalg.solve(jacobian.mT, (score - log_det_gradient).unsqueeze(-1)).squeeze(-1)
         return x, log_det, score.detach()
@@ -264,16 +266,6 @@ class FlowTransform(TransformModule):
             )
         batch_shape = torch.broadcast_shapes(value.shape[:-1], context.shape[:-1])
         return value.expand(*batch_shape, self.dim), context
-
-    def _linearize(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x, log_det, the Jacobian ``[..., output, input]`` and the gradient of log_det, the last two without graph."""
-        (x, log_det), pull_back = value_and_pull_back(lambda point: self.forward_and_log_det(point, context), z)
-        with torch.no_grad():
-            basis = torch.eye(self.dim, dtype=z.dtype, device=z.device)
-            basis = basis.reshape(self.dim, *[1] * (z.dim() - 1), self.dim).expand(self.dim, *z.shape)
-            rows = torch.func.vmap(lambda row: pull_back((row, torch.zeros_like(log_det)))[0])(basis)
-            (log_det_gradient,) = pull_back((torch.zeros_like(x), torch.ones_like(log_det)))
-        return x, log_det, rows.movedim(0, -2), log_det_gradient
 
 
 class Compose(FlowTransform):
@@ -441,12 +433,9 @@ class Conditioned(FlowTransform):
 
 
 def _refuse_nan(owner: str, tensors: dict[str, Tensor | None]) -> None:
-    """An error that counts the NaN of the first tensor that has any, of those that can be read."""
+    """Raises an error that counts the NaN of the first tensor that has any; tensors that cannot be read are left out."""
     for name, value in tensors.items():
-        if value is None or not _can_be_read(value):
-            continue
-        count = int(value.detach().isnan().sum())
-        if count:
+        if value is not None and _can_be_read(value) and (count := int(value.detach().isnan().sum())):
             verb = "is" if count == 1 else "are"
             raise ValueError(f"{owner}: {count} of the {value.numel()} numbers of {name} {verb} NaN")
 

@@ -125,8 +125,8 @@ class ActNorm(Affine):
     def initialize(self, z: Tensor) -> None:
         """Sets the free scale and location from draws that reach this transform.
 
-        In a stack, the draws are those that the transforms before it have made of base draws. With a context, the part
-        that depends on it is left as it is; before training it is 0.
+        In a stack, pass base draws through the transforms before this one. With a context, the part that depends on the
+        context stays as it is; before training it is 0.
 
         Arguments:
             z: At least two draws, shape ``(…, dim)``; 256 or more for a stable scale.

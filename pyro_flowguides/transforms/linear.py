@@ -47,7 +47,7 @@ class Permutation(FlowTransform):
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x, log_det = self.forward_and_log_det(z, context)
+        x, log_det = z.index_select(-1, self.permutation), z.new_zeros(z.shape[:-1])
         return x, log_det, score.index_select(-1, self.permutation).detach()
 
 
@@ -220,7 +220,7 @@ class FixedAffine(FlowTransform):
     def forward_with_score(
         self, z: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x, log_det = self.forward_and_log_det(z, context)
+        x, log_det = affine(self.scale, z, self.loc), self._log_det(z)
         return x, log_det, solve_lower(self.scale, score, transpose=True).detach()
 
 

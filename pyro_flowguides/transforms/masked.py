@@ -1,4 +1,13 @@
-"""Masked networks: the parameters of a coordinate from the coordinates before it."""
+r"""Masked networks (MADE): one pass gives the parameters of every coordinate, each from the coordinates before it.
+
+Every unit has a degree m, the number of leading coordinates that it may see: input i has degree i, and the parameters of
+coordinate i have degree i − 1. A weight from a unit of degree m to one of degree m' is kept where :math:`m' \ge m`, and 0
+elsewhere. So the Jacobian of the parameters is strictly lower triangular. Germain et al. (2015), *MADE: masked autoencoder
+for distribution estimation*, arXiv:1502.03509.
+
+For P parameters per coordinate and hidden layers of width H a pass costs O(H·(P·D + H)) per point. Products with the
+Jacobian are written by hand, which makes the score and the gradient of the inverse cheaper than automatic differentiation.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +23,12 @@ from .networks import NEAR_ZERO, FreeParameters
 
 
 class MaskedMLP(nn.Module):
-    r"""A masked network (MADE): the parameters of a coordinate depend on the coordinates before it, and on the context.
+    r"""A masked network whose parameters of a coordinate depend on the coordinates before it, and on the context.
 
-    Every unit has a degree, the number of leading coordinates that it may see, and a weight between two units is kept
-    where the degree does not fall. The degrees of a hidden layer are spread evenly, whatever its width; a layer
-    narrower than D sees fewer of the last coordinates. With a context there are units of degree 0 too, and the context
-    enters every layer, so that it reaches the parameters of every coordinate. Those of coordinate 0 are free where
-    there is no context; for D = 1 there are no others, and no network. Germain et al. (2015), *MADE: masked autoencoder
-    for distribution estimation*, arXiv:1502.03509.
+    The degrees of a hidden layer are spread evenly, whatever its width; a layer narrower than D sees fewer of the last
+    coordinates. With a context there are units of degree 0 too, and the context enters every layer, so that it reaches the
+    parameters of every coordinate. Without one the parameters of coordinate 0 are free. For D = 1 there are no other
+    parameters, and no network. The output starts at 0, with a gradient to every weight that is kept.
 
     Arguments:
         dim: The number D of coordinates.
@@ -67,7 +74,7 @@ class MaskedMLP(nn.Module):
         self.activations = nn.ModuleList(activation() for _ in pairs[1:])
 
     def at(self, context: Tensor | None = None) -> MaskedMLPAtContext:
-        """The network at a context, with its weights masked once for any number of calls."""
+        """The network at a context; the weights are masked once, for any number of calls."""
         if self.free is not None:
             return MaskedMLPAtContext(self, [], [self.free(context)])
         weights_and_biases = [layer(context) for layer in self.layers]
@@ -80,7 +87,11 @@ class MaskedMLP(nn.Module):
 
 
 class MaskedMLPAtContext:
-    """A :class:`MaskedMLP` with its context bound; made by :meth:`MaskedMLP.at`."""
+    """A :class:`MaskedMLP` with its context bound and its weights masked; made by :meth:`MaskedMLP.at`.
+
+    ``weights[k]`` and ``biases[k]`` belong to layer k. A bias that depends on the context has the batch shape of the context.
+    For D = 1 there are no weights, and the only bias is the parameters.
+    """
 
     def __init__(self, network: MaskedMLP, weights: list[Tensor], biases: list[Tensor]) -> None:
         self.dim = network.dim
@@ -113,7 +124,12 @@ class MaskedMLPAtContext:
         return self._by_coordinate(self._last_layer(hidden)), slopes
 
     def pull_back(self, slopes: list[Tensor], gradient: Tensor) -> Tensor:
-        """The gradient by input, ``[..., input]``, from one by parameter, ``[..., coordinate, parameter]``."""
+        """The gradient with respect to the inputs, ``[..., input]``.
+
+        Arguments:
+            slopes: As :meth:`linearize` returns them.
+            gradient: The gradient with respect to the parameters, ``[..., coordinate, parameter]``.
+        """
         if not self.weights:
             return torch.zeros_like(gradient[..., 0])
         row = gradient.mT.reshape(*gradient.shape[:-2], -1) @ self.weights[-1]
@@ -122,7 +138,7 @@ class MaskedMLPAtContext:
         return row
 
     def pull_back_rows(self, slopes: list[Tensor], gradient: Tensor) -> Tensor:
-        """What every coordinate contributes to that gradient: ``[..., coordinate, input]``, strictly lower triangular.
+        """What every coordinate contributes to :meth:`pull_back`: ``[..., coordinate, input]``, strictly lower triangular.
 
         All rows go through the hidden layers together, and each through those outputs that are its own:
         O(D·H·(P + H + D)), where D vector-Jacobian products of the whole network cost O(D·H·(P·D + H + D)).
@@ -138,7 +154,7 @@ class MaskedMLPAtContext:
         r"""Solves :math:`(\operatorname{diag}(d) + R)^\top v = r` for R of :meth:`pull_back_rows`, without forming it.
 
         From the last coordinate to the first: a hidden unit of degree m has its whole gradient once coordinates ≥ m are
-        solved, and is pulled back to inputs < m, once. The work is that of a single vector-Jacobian product,
+        solved, and is pulled back to inputs < m, once. The work equals a single vector-Jacobian product,
         O(H·(P·D + H)), in D steps.
         """
         gradients = [torch.zeros_like(slope) for slope in slopes]

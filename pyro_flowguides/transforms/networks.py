@@ -40,10 +40,10 @@ class ScalarState(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for name in list(self._buffers):
-            loaded = state_dict.get(prefix + name)
-            if f"_{name}" in vars(self) and loaded is not None and loaded.shape == ():
-                if (value := float(loaded)) != getattr(self, f"_{name}"):
-                    self.set_scalar(name, value)
+            loaded, current = state_dict.get(prefix + name), vars(self).get(f"_{name}")
+            # One of another shape is an error already.
+            if current is not None and loaded is not None and loaded.shape == () and float(loaded) != current:
+                self.set_scalar(name, float(loaded))
 
 
 class MLP(ScalarState):
@@ -63,8 +63,8 @@ class MLP(ScalarState):
     Arguments:
         in_features: The size of the input, at least 1.
         out_features: The size of the output.
-        hidden_dims: The widths of the hidden layers; without any the network is a linear map, which is what a context that
-            comes from a deep encoder needs.
+        hidden_dims: The widths of the hidden layers; without any the network is a linear map, which suffices for a context
+            from a deep encoder.
         activation: Makes an activation module; one is made per hidden layer.
         damped: Whether steps of an optimizer move the network 8 times less.
 

@@ -1,4 +1,8 @@
-"""Numerics that several families share: numerical inverses, vector-Jacobian products, functions without cancellation."""
+"""Numerics that several families share: functions without cancellation, vector-Jacobian products, numerical inverses.
+
+Nothing here waits for the device or branches on a value: the solvers take a fixed number of steps, so that they run under
+``torch.vmap``, ``torch.compile`` and ``make_fx``.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +17,11 @@ from torch import Tensor
 LOG_E_MINUS_1 = math.log(math.e - 1)
 
 
-def value_and_pull_back(function: Callable, *points: Tensor) -> tuple[Any, Callable]:
-    """The value of a function and the map from its cotangents to those of its arguments (``torch.func.vjp``).
-
-    Unlike ``torch.autograd.grad`` it works under ``vmap``, ``torch.compile`` and ``make_fx``. The value keeps its graph.
-    """
-    value, pull_back = torch.func.vjp(function, *points)[:2]
-    return value, pull_back
-
-
-def sum_tensors(tensors: list[Tensor]) -> Tensor:
-    """The sum of tensors that broadcast, without a zero to start from (it would fix a dtype and a device)."""
-    total = tensors[0]
-    for tensor in tensors[1:]:
-        total = total + tensor
-    return total
+# --- functions without cancellation -----------------------------------------------------------------------------------
 
 
 def tanh_derivative(t: Tensor) -> Tensor:
-    """1 − tanh² without cancellation: that difference is exactly 0 in float32 from |t| = 10 on."""
+    """1 − tanh² as 4σ(2t)σ(−2t), without cancellation: in float32 the difference is exactly 0 from |t| = 10 on."""
     half = torch.sigmoid(-2 * t.abs())
     return 4 * torch.addcmul(half, half, half, value=-1)
 
@@ -45,6 +35,51 @@ def log_one_plus(excess: Tensor, total: Tensor) -> Tensor:
     return torch.where(total > 0.5, torch.log1p(excess), total.log())
 
 
+def sum_tensors(tensors: list[Tensor]) -> Tensor:
+    """The sum of tensors that broadcast, without a zero to start from (it would fix a dtype and a device)."""
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total
+
+
+# --- derivatives ------------------------------------------------------------------------------------------------------
+
+
+def value_and_pull_back(function: Callable, *points: Tensor) -> tuple[Any, Callable]:
+    """The value of a function, and the map that pulls a cotangent back to the arguments (``torch.func.vjp``).
+
+    Unlike ``torch.autograd.grad`` it works under ``vmap``, ``torch.compile`` and ``make_fx``. The value keeps its graph.
+    """
+    value, pull_back = torch.func.vjp(function, *points)[:2]
+    return value, pull_back
+
+
+def linearize(function: Callable, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A map of points with its log-determinant and, without graph, the derivatives of both at every point.
+
+    Cost: one pass, and D + 1 vector-Jacobian products, of which D run at once.
+
+    Arguments:
+        function: Returns x of the shape of z, and log_det of its batch shape.
+        z: Points, shape ``batch_shape + (D,)``.
+
+    Returns:
+        x, log_det, the Jacobian ``[..., output, input]``, and the gradient of log_det.
+    """
+    (x, log_det), pull_back = value_and_pull_back(function, z)
+    with torch.no_grad():
+        dim = z.shape[-1]
+        basis = torch.eye(dim, dtype=z.dtype, device=z.device)
+        basis = basis.reshape(dim, *[1] * (z.dim() - 1), dim).expand(dim, *z.shape)
+        rows = torch.func.vmap(lambda row: pull_back((row, torch.zeros_like(log_det)))[0])(basis)
+        (log_det_gradient,) = pull_back((torch.zeros_like(x), torch.ones_like(log_det)))
+    return x, log_det, rows.movedim(0, -2), log_det_gradient
+
+
+# --- inverses ---------------------------------------------------------------------------------------------------------
+
+
 def solve_increasing(
     function: Callable[[Tensor], tuple[Tensor, Tensor]],
     target: Tensor,
@@ -55,10 +90,8 @@ def solve_increasing(
     """Solves ``function(a) = target`` elementwise for an increasing function, by Newton's method safeguarded by bisection.
 
     A Newton step that leaves the bracket, or that follows one which did not halve it, is replaced by the midpoint, so the
-    bracket is at least halved every second iteration whatever the function. The number of iterations is fixed: there is no
-    host synchronisation, and the solver runs under ``vmap``, ``torch.compile`` and ``make_fx``.
-
-    The result has no graph; :func:`implicit_root` attaches the gradient.
+    bracket is at least halved every second iteration whatever the function. The result has no graph; :func:`implicit_root`
+    attaches the gradient.
 
     Arguments:
         function: Returns the value and the (positive) derivative at a.
@@ -102,8 +135,8 @@ def solve_newton(
     """Solves ``f(z) = target`` for a smooth bijection of R^D by Newton's method with a step length per point.
 
     A step that does not reduce the residual is refused and the step length quartered; an accepted one doubles it, up to the
-    full Newton step. The number of iterations is fixed (no host synchronisation). Points whose residual does not come below
-    ``sqrt(eps)·max(1, |target|)`` are returned as NaN rather than as a wrong number.
+    full Newton step. A point whose residual does not come below ``sqrt(eps)·max(1, |target|)`` is returned as NaN rather than
+    as a wrong number. Each iteration costs one call of ``linearize`` and one solve of size D per point.
 
     Arguments:
         linearize: Returns f(z) and its Jacobian ``[..., output, input]``.
@@ -116,7 +149,8 @@ def solve_newton(
     for _ in range(num_iterations):
         residual = value - target
         error = residual.abs().amax(-1, keepdim=True)
-        step = torch.linalg.solve(jacobian, residual.unsqueeze(-1)).squeeze(-1)
+        # Plain solve would wait for the device, and raise where one point of the batch has a singular Jacobian.
+        step = torch.linalg.solve_ex(jacobian, residual.unsqueeze(-1))[0].squeeze(-1)
         trial = z - step_length * step
         trial_value, trial_jacobian = linearize(trial)
         trial_error = (trial_value - target).abs().amax(-1, keepdim=True)

@@ -73,10 +73,10 @@ class Orthogonal(FlowTransform):
 class Householder(FlowTransform):
     r"""A product of reflections, :math:`Q = H_K \dots H_1` with :math:`H_k = I - 2 v_k v_k^\top / \|v_k\|^2`.
 
-    D reflections make any orthogonal matrix; K of them make those that move K directions alone. The vectors start in
-    equal pairs, so that with an even K the product starts as the identity, and the gradients are not 0: moving one
-    vector of a pair is a rotation in a plane. Tomczak & Welling (2016), *Improving variational auto-encoders using
-    Householder flow*, arXiv:1611.09630. O(K·D) per point in both directions and for the score, by two products with
+    D reflections make any orthogonal matrix; K reflections make every orthogonal matrix that moves at most K directions.
+    The vectors start in equal pairs, so that with an even K the product starts as the identity, and the gradients are not 0:
+    moving one vector of a pair is a rotation in a plane. Tomczak & Welling (2016), *Improving variational auto-encoders
+    using Householder flow*, arXiv:1611.09630. O(K·D) per point in both directions and for the score, by two products with
     K × D matrices; they take O(K²·D) once per call (per context with one).
 
     Arguments:

@@ -26,7 +26,6 @@ from .networks import FreeParameters
 from .numerics import LOG_E_MINUS_1, implicit_root, solve_increasing, tanh_derivative
 
 
-
 class Planar(FlowTransform):
     r"""The planar flow of Rezende & Mohamed (2015). Always invertible; O(D) in both directions and for the score.
 
@@ -37,6 +36,11 @@ class Planar(FlowTransform):
 
     Example:
         >>> planar = Planar(3)
+        >>> planar
+        Planar(
+          dim=3
+          (parameters_of): FreeParameters()
+        )
         >>> x, log_det = planar.forward_and_log_det(torch.randn(5, 3))
         >>> z, _ = planar.inverse_and_log_det(x)
     """

@@ -114,7 +114,7 @@ def _excess(a: Tensor, scale: Tensor) -> Tensor:
 
 
 def _norm(offset: Tensor) -> Tensor:
-    """The Euclidean norm, with gradient 0 at 0 (that of the square root of the sum of squares would be NaN)."""
+    """The Euclidean norm, with gradient 0 at 0 (the square root of the sum of squares would give NaN there)."""
     return torch.linalg.vector_norm(offset, dim=-1)
 
 

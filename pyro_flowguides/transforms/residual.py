@@ -7,7 +7,7 @@ With L < 1 the map is a bijection: z is the fixed point of :math:`z \mapsto x - 
 modeling*, arXiv:1906.02735.
 
 The Jacobian of the network is a product that passes through hidden layers, :math:`J_g = PQ` with Q from z to a hidden
-layer of H units and P from there to x. By Sylvester's identity and that of Woodbury,
+layer of H units and P from there to x. By the identities of Sylvester and Woodbury,
 
 .. math:: \det(I_D + PQ) = \det(I_H + QP), \qquad (I_D + PQ)^{-1} = I_D - P (I_H + QP)^{-1} Q,
 
@@ -65,7 +65,7 @@ class Residual(FlowTransform):
 
     The inverse takes Newton steps safeguarded by the fixed-point iteration (``"exact"`` and ``"series"``), or the
     fixed-point iteration alone, as often as the bound L needs for the last digit. The score is multiplied by J^{-T} by
-    the identity of Woodbury, or by the Neumann series to the last digit.
+    Woodbury's identity, or by the Neumann series to the last digit.
 
     Arguments:
         dim: The number D of coordinates.

@@ -5,8 +5,8 @@ r"""Sylvester flows: M ridges that act together, in a subspace with an orthonorm
     x = z + Q R \tanh(u), \quad u = \tilde R Q^\top z + b, \qquad
     \log|\det J| = \sum_{i=1}^M \log\left(1 + h'(u_i)\, r_{ii}\tilde r_{ii}\right), \quad h' = 1 - \tanh^2,
 
-for Q of size D × M with orthonormal columns, and upper triangular R and R̃: by Sylvester's identity the determinant is
-that of :math:`I_M + \operatorname{diag}(h')\tilde R R`, a triangular matrix. It is invertible when
+for Q of size D × M with orthonormal columns, and upper triangular R and R̃: by Sylvester's identity the determinant
+equals that of the triangular matrix :math:`I_M + \operatorname{diag}(h')\tilde R R`. It is invertible when
 :math:`r_{ii}\tilde r_{ii} > -1`; both diagonals are :math:`(1 - \delta)\tanh` of a free parameter, δ = 10⁻³. van den
 Berg, Hasenclever, Tomczak & Welling (2018), *Sylvester normalizing flows for variational inference*, arXiv:1803.05649.
 
@@ -65,6 +65,11 @@ class Sylvester(FlowTransform):
 
     Example:
         >>> sylvester = Sylvester(5, num_vectors=2)
+        >>> sylvester
+        Sylvester(
+          dim=5, num_vectors=2, basis='qr'
+          (parameters_of): FreeParameters()
+        )
         >>> x, log_det = sylvester.forward_and_log_det(torch.randn(7, 5))
         >>> z, _ = sylvester.inverse_and_log_det(x)
     """
@@ -104,7 +109,7 @@ class Sylvester(FlowTransform):
         self.reverse = reverse
 
         rows, columns = torch.triu_indices(num_vectors, num_vectors, 1)
-        # Flat indices: those of the diagonal, then those above it.
+        # Flat indices: the diagonal first, then the entries above it.
         diagonal = torch.arange(num_vectors) * (num_vectors + 1)
         self.register_buffer("upper_triangle", torch.cat([diagonal, rows * num_vectors + columns]))
         num_basis = {"qr": dim * num_vectors, "householder": num_reflections * dim, "triangular": 0}[basis]
@@ -142,7 +147,7 @@ class Sylvester(FlowTransform):
         return _Ridges(None, out, into, out, into.mT, shift, product)
 
     def _upper_triangular(self, raw_diagonal: Tensor, above: Tensor) -> Tensor:
-        """A bounded diagonal, and above it entries in units of 1/√M: a step of one size in all is one of it in Rh."""
+        """A bounded diagonal, and above it entries in units of 1/√M: a step of one size in all of them moves Rh by that size."""
         size, batch_shape = self.num_vectors, above.shape[:-1]
         diagonal = _LARGEST_DIAGONAL * torch.tanh(raw_diagonal)
         zeros = above.new_zeros(*batch_shape, size * size)

@@ -162,7 +162,7 @@ class RationalQuadraticSpline:
         weights = (raw - raw.detach().amax(-1, keepdim=True)).exp()
         fractions = smallest + (1 - smallest * self.num_bins) * weights / weights.sum(-1, keepdim=True)
         inner = 2 * self.tail_bound * fractions[..., :-1].cumsum(-1) - self.tail_bound
-        # The ends are those of the box, not those of a rounded sum.
+        # The ends are exactly those of the box: a sum would round.
         return pad(pad(inner, (1, 0), value=-self.tail_bound), (0, 1), value=self.tail_bound)
 
     def _piece(self, value: Tensor, parameters: Tensor, axis: int) -> Tensor:

@@ -34,17 +34,6 @@ def test_no_singular_value_exceeds_the_lipschitz_bound(dim, lipschitz, scale, dt
     assert 0 < largest <= lipschitz * (1 + 1e-5)
 
 
-def test_the_lipschitz_bound_is_reached():
-    """Were the bound never near, the flow would give away what it may bend."""
-    network = LipschitzMLP(1, 1, (4,), lipschitz=0.9).double()
-    with torch.no_grad():
-        for layer in network.layers:
-            layer.weight.fill_(100.0)
-    z = torch.linspace(-50, 50, 10_001, dtype=torch.float64)
-    slopes = torch.vmap(torch.func.grad(lambda point: network(point.unsqueeze(-1)).squeeze(-1)))(z)
-    assert 0.89 < slopes.max().item() <= 0.9
-
-
 @pytest.mark.parametrize("value", [0.0, 1e-20, 1.0])
 def test_gradients_are_finite_at_zero_and_repeated_singular_values(value):
     transform = T.Residual(3, hidden_dims=(3, 3)).double()
