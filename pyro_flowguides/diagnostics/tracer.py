@@ -256,3 +256,25 @@ def given_by(guide_trace: Trace, prototype: Trace, num_samples: int) -> tuple[di
     }
     indices = {name: site["value"] for name, site in nodes.items() if site["type"] == "sample" and is_subsample(site)}
     return values, indices
+
+
+def single_run(call: ModelCall, guide_trace: Trace, prototype: Trace) -> Trace:
+    """A run of the model at the first of the draws in a trace of its guide.
+
+    Arguments:
+        call: The model, perhaps with other arguments than those of the prototype.
+        guide_trace: With the draws on the left.
+        prototype: A trace of a single run, of which a site may have had another size.
+    """
+    nodes, first = dict(guide_trace.nodes), Trace()
+    for name in given_names(prototype, guide_trace):
+        site, shape = nodes[name], dict(prototype.nodes)[name]["value"].shape
+        value = site["value"][0]
+        # The dimensions on the left that plates of other sites take are 1.
+        value = value.reshape(value.shape[value.dim() - len(shape) :])
+        first.add_node(name, **{**site, "value": value})
+    for name, site in nodes.items():
+        if site["type"] == "sample" and is_subsample(site):
+            first.add_node(name, **site)
+    with quiet_trace():
+        return poutine.trace(poutine.replay(call.model, trace=first)).get_trace(*call.args, **call.kwargs)

@@ -17,6 +17,7 @@ from torch.distributions import biject_to
 from .. import internals
 from . import plates
 from .call import ModelCall
+from .guards import Guards
 from .recording import batch, check_size, record
 from .sites import deterministic_sites, is_subsample, latent_sites, log_prob_per_draw, tensor_sites
 from .substitution import Parameters, no_waiting, parameters_in, substituted
@@ -49,9 +50,24 @@ class BatchedModel:
         self._plates = {
             name: site for name, site in plates.subsample_sites(prototype).items() if not plates.has_given_indices(site)
         }
+        self._begin()
+
+    def _begin(self) -> None:
+        """Looks for what the recordings depend on, and drops those that there are."""
+        call = self.call
         with poutine.block(), no_waiting(), torch.no_grad():
             trace = poutine.trace(self._conditioned(self._examples(), call)).get_trace()
         self.parameters: Parameters = parameters_in(trace)
+        leaves = internals.flatten((call.args, dict(call.kwargs)))[0]
+        tensors = [] if self.arguments_vary else [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self._guards = Guards((call.model, *[leaf for leaf in leaves if not isinstance(leaf, Tensor)]), tensors)
+        for name in ("_log_joint", "_sites"):
+            self.__dict__.pop(name, None)
+
+    def _refresh(self) -> None:
+        """Begins anew, where a number or a flag that the model reads is another one than it was."""
+        if not internals.is_recording() and self._guards.difference() is not None:
+            self._begin()
 
     # --- what it computes --------------------------------------------------------------------------------------------------
 
@@ -68,6 +84,7 @@ class BatchedModel:
         Returns:
             A tensor of shape ``(draws,)``.
         """
+        self._refresh()
         for name, leaf in zip(self.parameters.names, self.parameters.leaves, strict=True):
             # Whoever trains finds parameters by these messages.
             _announce(leaf, name=name)
@@ -89,6 +106,7 @@ class BatchedModel:
             values: As for :meth:`log_prob`.
             indices: As for :meth:`log_prob`.
         """
+        self._refresh()
         taken = self._indices(indices)
         run, _ = self._sites
         with torch.no_grad():

@@ -104,6 +104,7 @@ class Loop:
             self._load_modules(saved["modules"])
         else:
             start.whiten(self.call, self.guide, self.options.whiten, self.tracer)
+        self.batched = start.batched_calls(self.tracer, arguments_vary=self.options.batches is not None)
         self.rounds = self._choose_rounds()
         if saved is not None:
             self._load(saved)
@@ -255,9 +256,11 @@ class Steps:
             self._load(saved)
 
     def _default_loss(self) -> KL:
-        tracer = self.loop.tracer
         return KL(
-            self.round.num_particles, vectorize_particles=tracer.vectorizes, max_plate_nesting=tracer.max_plate_nesting
+            self.round.num_particles,
+            vectorize_particles=self.loop.tracer.vectorizes,
+            max_plate_nesting=self.loop.tracer.max_plate_nesting,
+            batched=self.loop.batched,
         )
 
     def run(self) -> bool:
