@@ -187,12 +187,11 @@ class BatchedModel:
         """What the sites of one draw hold."""
         trace = self._run(inputs)
         trace.compute_log_prob()
-        latents = {name for name, site in self._nodes.items() if site["type"] == "sample" and not site["is_observed"]}
         found: dict[str, dict[str, Any]] = {name: {"value": site["value"]} for name, site in deterministic_sites(trace)}
         for name, site in tensor_sites(trace):
             keys = ("value", "log_prob", "unscaled_log_prob", "log_prob_sum")
             found.setdefault(name, {}).update({key: torch.as_tensor(site[key]) for key in keys})
-            if name in latents and not site["fn"].support.is_discrete:
+            if name in self.given and not site["fn"].support.is_discrete:
                 found[name]["unconstrained"] = biject_to(site["fn"].support).inv(site["value"])
         return found
 
