@@ -181,6 +181,14 @@ def without_plates(group, y):
     pyro.sample("y", dist.Normal(effect[group], 1.0), obs=y)
 
 
+def broadcasts_and_looks_at_data(y):
+    """Its operations broadcast, but what it does depends on the data."""
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    for i in pyro.plate("data", 6):
+        if not torch.isnan(y[i]):
+            pyro.sample(f"y_{i}", dist.Normal(loc, 1.0), obs=y[i])
+
+
 MODELS = {
     "matmul": (matmul, (X, BINARY)),
     "linear": (linear, (X, Y)),
@@ -200,5 +208,9 @@ MODELS = {
     "directions": (directions, (NOISE.clamp(-3, 3),)),
     "reparameterized": (reparameterized, (GROUP, Y)),
     "one-hot": (one_hot, (GROUP, Y)),
+    "if on data, in a model that broadcasts": (
+        broadcasts_and_looks_at_data,
+        (torch.cat([Y[:5], torch.tensor([torch.nan])]),),
+    ),
     "if on data": (looks_at_data, (X[:, 0], torch.cat([Y[:5], torch.tensor([torch.nan])]))),
 }

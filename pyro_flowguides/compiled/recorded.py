@@ -61,8 +61,12 @@ def recorded_loss(
     calls: BatchedCalls, num_particles: int, guide: Callable, args: tuple, kwargs: dict[str, Any]
 ) -> Tensor:
     """The loss of ``Trace_ELBO`` with its surrogate, where a recording gives log p."""
-    with pyro.plate(PLATE_NAME, num_particles, dim=-1 - calls.max_plate_nesting):
-        traced = poutine.trace(guide).get_trace(*args, **kwargs)
+
+    def in_plate(*args: Any, **kwargs: Any) -> None:
+        with pyro.plate(PLATE_NAME, num_particles, dim=-1 - calls.max_plate_nesting):
+            guide(*args, **kwargs)
+
+    traced = poutine.trace(in_plate).get_trace(*args, **kwargs)
     batched, prototype, call = calls.find(args, kwargs, traced)
     log_p = batched.log_prob(*given_by(traced, prototype, num_particles), call)
     guide_trace = prune_subsample_sites(traced)

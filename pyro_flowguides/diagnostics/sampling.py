@@ -114,6 +114,8 @@ def _warn_of_sites_left_out(tracer: Tracer) -> None:
 def batch_size_within_memory(tracer: Tracer, batch_size: int) -> int:
     """The size of a batch of draws whose largest site still fits into the memory allowed."""
     largest = max(site["value"].numel() for _, site in tensor_sites(tracer.model_prototype))
+    if tracer.batched is not None:
+        largest = max(largest, tracer.batched.largest)
     return max(1, min(batch_size, MAX_BATCH_ELEMENTS // max(1, largest)))
 
 

@@ -29,6 +29,9 @@ from ..model.sites import (
     unchanged_random_state,
 )
 
+# What a model raises that does not carry batch dimensions through, or cannot be recorded.
+_ERRORS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, NotImplementedError)
+
 
 class GivenValues:
     """Values that are at hand, in the place of a guide.
@@ -140,7 +143,6 @@ class Tracer:
         return in_plate
 
     def _try_to_vectorize(self) -> bool:
-        errors = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, NotImplementedError)
         try:
             # Without validation: invalid data are an error elsewhere.
             with quiet_trace(), warnings.catch_warnings(), pyro.validation_enabled(False):
@@ -150,16 +152,12 @@ class Tracer:
                 check_vectorized(model_trace, self.model_prototype, 2, self.max_plate_nesting)
                 self._check_against_single_runs(model_trace, 2)
             return True
-        except errors as error:
+        except _ERRORS as error:
             first_error = error
-        nesting = self.max_plate_nesting
         try:
-            with quiet_trace(), warnings.catch_warnings(), pyro.validation_enabled(False), unchanged_random_state():
-                warnings.simplefilter("ignore")
-                self.batched = self._recorded()
+            self.batched, self.max_plate_nesting = self._record()
             return True
-        except errors as error:
-            self.max_plate_nesting = nesting
+        except _ERRORS as error:
             # Pyro appends a table of all sites to an error within a model.
             reason, recorded = (" ".join(str(each).split("Trace Shapes:")[0].split()) for each in (first_error, error))
             warn(
@@ -171,21 +169,35 @@ class Tracer:
             )
             return False
 
-    def _recorded(self) -> BatchedModel:
-        """The model, recorded and batched.
+    def try_to_record(self) -> tuple[BatchedModel, int] | None:
+        """The model, recorded and batched, and the number of batch dimensions of its plates; None if that cannot be."""
+        try:
+            return self._record()
+        except _ERRORS:
+            return None
+
+    def _record(self) -> tuple[BatchedModel, int]:
+        """Records the model.
 
         Raises:
             CaptureError: if it cannot be recorded.
             ValueError: if two draws together have other values than each of them alone, or the guide cannot be vectorised.
         """
+        before = self.max_plate_nesting
         # A batch dimension without a plate takes its place beside those of plates.
         shapes = [site["fn"].batch_shape for _, site in latent_sites(self.model_prototype)]
-        self.max_plate_nesting = max([self.max_plate_nesting, *map(len, shapes)])
-        batched = BatchedModel(self.call, self.model_prototype, given_names(self.model_prototype, self.guide_prototype))
-        guide_trace, model_trace = self._batched_pair(batched, 2)
-        check_vectorized(guide_trace, self.guide_prototype, 2, self.max_plate_nesting)
-        self._check_against_single_runs(model_trace, 2)
-        return batched
+        self.max_plate_nesting = nesting = max([before, *map(len, shapes)])
+        try:
+            with quiet_trace(), warnings.catch_warnings(), pyro.validation_enabled(False), unchanged_random_state():
+                warnings.simplefilter("ignore")
+                given = given_names(self.model_prototype, self.guide_prototype)
+                batched = BatchedModel(self.call, self.model_prototype, given)
+                guide_trace, model_trace = self._batched_pair(batched, 2)
+                check_vectorized(guide_trace, self.guide_prototype, 2, nesting)
+                self._check_against_single_runs(model_trace, 2)
+        finally:
+            self.max_plate_nesting = before
+        return batched, nesting
 
     def _check_against_single_runs(self, model_trace: Trace, num_samples: int) -> None:
         """Raises ValueError unless every draw has the density and the values that a run of its own gives.

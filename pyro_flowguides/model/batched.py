@@ -13,6 +13,7 @@ from pyro.poutine import Trace
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import biject_to
+from torch.fx import GraphModule
 
 from .. import internals
 from . import plates
@@ -147,17 +148,24 @@ class BatchedModel:
                         "its recording has another log-density, or another gradient, than the run of a draw"
                     )
 
+    @property
+    def largest(self) -> int:
+        """The number of elements of the largest tensor that a run of one draw computes."""
+        _, graph = self._sites
+        results = [node.meta.get("val") for node in graph.graph.nodes if node.op == "call_function"]
+        return max([1, *[result.numel() for result in results if isinstance(result, Tensor)]])
+
     # --- recordings --------------------------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def _log_joint(self) -> tuple[Callable[..., Any], Any]:
+    def _log_joint(self) -> tuple[Callable[..., Any], GraphModule]:
         return self._record(self._value_and_gradient)
 
     @functools.cached_property
-    def _sites(self) -> tuple[Callable[..., Any], Any]:
+    def _sites(self) -> tuple[Callable[..., Any], GraphModule]:
         return self._record(self._site_values)
 
-    def _record(self, function: Callable[..., Any]) -> tuple[Callable[..., Any], Any]:
+    def _record(self, function: Callable[..., Any]) -> tuple[Callable[..., Any], GraphModule]:
         examples = [
             *[value.detach().clone() for value in self._examples()],
             *[leaf.detach().clone() for leaf in self.parameters.leaves],

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..checks import warn
 from ..compiled.losses import KL
+from ..compiled.recorded import BatchedCalls
 from ..compiled.snapshot import Snapshot
 from ..compiled.svi import CHECK_EVERY, CompiledSVI
 from ..diagnostics.draws import Draws
@@ -152,6 +153,12 @@ class Loop:
             return (Round(options.num_steps or NUM_STEPS, num_particles),)
         return doubling_rounds(num_particles, fixed=options.num_particles is not None)
 
+    def record(self) -> BatchedCalls | None:
+        """The recording of a model that broadcasts, once for all rounds; None if it cannot be recorded."""
+        if self.batched is None and self.options.batches is None:
+            self.batched = start.record(self.tracer)
+        return self.batched
+
     def _has_weights(self) -> bool:
         with unchanged_random_state():
             return draw_traced(self.tracer, 2).weights_error is None
@@ -261,6 +268,7 @@ class Steps:
             vectorize_particles=self.loop.tracer.vectorizes,
             max_plate_nesting=self.loop.tracer.max_plate_nesting,
             batched=self.loop.batched,
+            otherwise=self.loop.record,
         )
 
     def run(self) -> bool:

@@ -69,6 +69,15 @@ def batched_calls(tracer: Tracer, *, arguments_vary: bool) -> BatchedCalls | Non
     return BatchedCalls(tracer.batched, tracer.model_prototype, tracer.max_plate_nesting, arguments_vary=arguments_vary)
 
 
+def record(tracer: Tracer) -> BatchedCalls | None:
+    """The recording of a model that broadcasts; None if it cannot be recorded."""
+    recorded = tracer.try_to_record()
+    if recorded is None:
+        return None
+    batched, nesting = recorded
+    return BatchedCalls(batched, tracer.model_prototype, nesting, arguments_vary=False)
+
+
 def whiten(call: ModelCall, guide: Callable, method: str | None, tracer: Tracer) -> None:
     """Whitens a flow guide by this method; ``"auto"`` leaves a trained guide, and any other guide, as it is."""
     if not isinstance(guide, AutoFlow):

@@ -18,6 +18,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-8}
 
 @pytest.fixture(autouse=True)
 def without_validation():
+    pyro.set_rng_seed(0)
     with pyro.validation_enabled(False):
         yield
 
@@ -137,10 +138,8 @@ def test_parameters_are_inputs_and_have_a_gradient():
     pyro.clear_param_store()
     prototype, values = draws_of(model, (Y,))
     batched = BatchedModel(ModelCall(model, (Y,)), prototype, list(values))
+    leaf = pyro.param("scale").unconstrained()
     for value in (2.0, 0.5):
-        pyro.get_param_store()["scale"] = torch.tensor(2.0)
-        leaf = pyro.param("scale").unconstrained()
-        batched = BatchedModel(ModelCall(model, (Y,)), prototype, list(values))
         with torch.no_grad():
             leaf.fill_(torch.tensor(value).log())
         with poutine.trace(param_only=True) as met:
@@ -185,7 +184,7 @@ def reads_a_latent(y):
 def test_a_look_at_a_latent_is_an_error_that_quotes_the_line(model):
     prototype, values = draws_of(model, (torch.tensor(0.3),))
     batched = BatchedModel(ModelCall(model, (torch.tensor(0.3),)), prototype, list(values))
-    with pytest.raises(CaptureError, match=r"after sample site 'loc', .*any_models|test_recording.py, line \d+: .*loc"):
+    with pytest.raises(CaptureError, match=r"after sample site 'loc', .*test_recording\.py, line \d+: .*loc"):
         batched.log_prob(values)
 
 
@@ -217,7 +216,9 @@ def test_writes_in_place_are_none_in_the_recording():
         return found
 
     graph = recording.record(function, [torch.tensor([0.5, 2.0])])
-    assert not [node for node in graph.graph.nodes if getattr(getattr(node.target, "_schema", None), "is_mutable", False)]
+    assert not [
+        node for node in graph.graph.nodes if getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+    ]
     points = torch.tensor([[0.5, 2.0], [3.0, 0.25]])
     together = recording.batch(graph, [True])(points)
     torch.testing.assert_close(together, torch.tensor([[0.0, 0.5, 0.0, 0.0], [0.0, 0.0, 0.25, 0.0]]))

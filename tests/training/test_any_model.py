@@ -104,9 +104,7 @@ def test_loss_and_gradient_are_those_of_the_model_vectorised_by_hand():
 
 def test_whitening_finds_the_gaussian_by_the_recording():
     guide = fg.AutoCoupling(linear)
-    fit = fg.fit(
-        linear, guide, X, Y, num_steps=1, num_particles=4, whiten="batch_and_match", seed=0, progress=False
-    )
+    fit = fg.fit(linear, guide, X, Y, num_steps=1, num_particles=4, whiten="batch_and_match", seed=0, progress=False)
     precision = X.T @ X / 0.25 + torch.eye(3)
     expected = torch.linalg.solve(precision, X.T @ Y / 0.25)
     torch.testing.assert_close(guide.fixed_map.loc, expected, rtol=1e-3, atol=1e-3)
