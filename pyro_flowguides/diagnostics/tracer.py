@@ -79,6 +79,7 @@ class Tracer:
     Arguments:
         call: The model with the arguments of model and guide.
         guide: The guide, or values in its place.
+        differentiable: Whether a recording is needed for its gradient, which is compared too then.
 
     Attributes:
         guide_prototype: The trace of one run of the guide.
@@ -88,9 +89,10 @@ class Tracer:
         batched: The recording of the model, where that is how many draws are made in one pass; else None.
     """
 
-    def __init__(self, call: ModelCall, guide: Callable | GivenValues) -> None:
+    def __init__(self, call: ModelCall, guide: Callable | GivenValues, *, differentiable: bool = False) -> None:
         self.call = call
         self.guide = guide
+        self.differentiable = differentiable
         self.max_plate_nesting = 0
         with quiet_trace():
             self.guide_prototype, self.model_prototype = self._trace_pair()
@@ -130,7 +132,7 @@ class Tracer:
     def _batched_pair(self, batched: BatchedModel, num_samples: int, first: int = 0) -> tuple[Trace, Trace]:
         guide_trace = self._trace_guide(num_samples, first)
         values, indices = given_by(guide_trace, self.model_prototype, num_samples)
-        return guide_trace, batched.trace(values, indices)
+        return guide_trace, batched.trace(values, num_samples, indices)
 
     def _in_plate(self, function: Callable, num_samples: int | None) -> Callable:
         if num_samples is None:
@@ -195,6 +197,8 @@ class Tracer:
                 guide_trace, model_trace = self._batched_pair(batched, 2)
                 check_vectorized(guide_trace, self.guide_prototype, 2, nesting)
                 self._check_against_single_runs(model_trace, 2)
+                if self.differentiable:
+                    batched.check(given_by(guide_trace, self.model_prototype, 2)[0])
         finally:
             self.max_plate_nesting = before
         return batched, nesting

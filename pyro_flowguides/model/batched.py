@@ -96,15 +96,16 @@ class BatchedModel:
         run, _ = self._log_joint
         with torch.no_grad():
             inputs = [tensor.detach() for tensor in (*points, *leaves)]
-            log_prob, gradients = run(*inputs, *shared)
+            log_prob, gradients = run(len(points[0]), *inputs, *shared)
         differentiable = [point for point in points if point.is_floating_point()]
         return _WithGradient.apply(log_prob, len(differentiable), *gradients, *differentiable, *leaves)  # type: ignore[no-any-return,no-untyped-call]
 
-    def trace(self, values: Mapping[str, Tensor], indices: Mapping[str, Tensor] | None = None) -> Trace:
+    def trace(self, values: Mapping[str, Tensor], num_draws: int, indices: Mapping[str, Tensor] | None = None) -> Trace:
         """A trace of the model with all draws in it, without gradients: every site has its values, and its log-probabilities.
 
         Arguments:
             values: As for :meth:`log_prob`.
+            num_draws: The number of draws.
             indices: As for :meth:`log_prob`.
         """
         self._refresh()
@@ -112,7 +113,7 @@ class BatchedModel:
         run, _ = self._sites
         with torch.no_grad():
             inputs = [*[values[name] for name in self.given], *self.parameters.leaves]
-            found = run(*[tensor.detach() for tensor in inputs], *taken, *self._arguments(None))
+            found = run(num_draws, *[tensor.detach() for tensor in inputs], *taken, *self._arguments(None))
         trace = Trace()
         for name, index in zip(self._plates, taken, strict=True):
             found[name] = {"value": index}
@@ -128,6 +129,12 @@ class BatchedModel:
         Arguments:
             values: Of two draws or more.
         """
+        if any(
+            site["type"] == "sample" and not site["is_observed"] and not is_subsample(site) and name not in self.given
+            for name, site in self._nodes.items()
+        ):
+            # It is sampled anew in each run.
+            return
         leaves = list(self.parameters.leaves)
         indices = {name: site["value"] for name, site in self._plates.items()}
         points = {name: value.detach().requires_grad_(value.is_floating_point()) for name, value in values.items()}
@@ -176,7 +183,7 @@ class BatchedModel:
             check_size(lambda: function(*examples))
             graph = record(function, examples)
         varies = [index < len(self.given) for index in range(len(examples))]
-        return batch(graph, varies, randomness="different"), graph
+        return batch(graph, varies), graph
 
     def _value_and_gradient(self, *inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The log joint of one draw, with its gradient to values and parameters."""

@@ -226,18 +226,21 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModul
     return graph
 
 
-def batch(graph: GraphModule, varies: Sequence[bool], randomness: str = "error") -> Callable[..., Any]:
-    """A recording as a function of many points.
+def batch(graph: GraphModule, varies: Sequence[bool]) -> Callable[..., Any]:
+    """A recording as a function of many points, ``run(number, *inputs)``.
+
+    Random numbers are drawn for every point.
 
     Arguments:
         graph: The recording.
         varies: For each input, whether it has a first dimension of points; otherwise all points share it.
-        randomness: As in ``torch.func.vmap``.
     """
-    batched = torch.func.vmap(graph, in_dims=tuple(0 if each else None for each in varies), randomness=randomness)
+    in_dims = (0, *[0 if each else None for each in varies])
+    batched = torch.func.vmap(lambda _, *inputs: graph(*inputs), in_dims=in_dims, randomness="different")
 
-    def run(*inputs: Tensor) -> Any:
+    def run(number: int, *inputs: Tensor) -> Any:
+        # The first input tells vmap the number of points, where all others are shared.
         with internals.no_batching_row_by_row():
-            return batched(*inputs)
+            return batched(torch.empty(number), *inputs)
 
     return run

@@ -22,7 +22,7 @@ def set_up(call: ModelCall, guide: Callable) -> Tracer:
     """Builds a guide that is not built yet; returns what traces it with its model."""
     if isinstance(guide, AutoFlow):
         guide.setup(*call.args, **call.kwargs)
-    return Tracer(call, guide)
+    return Tracer(call, guide, differentiable=True)
 
 
 def check_start(tracer: Tracer) -> None:

@@ -79,12 +79,23 @@ def test_value_and_gradient_of_many_draws_are_those_of_each(name, default_dtype)
 def test_a_trace_of_many_draws_holds_what_the_sites_of_each_hold():
     model, args = MODELS["linear"]
     prototype, values = draws_of(model, args)
-    trace = BatchedModel(ModelCall(model, args), prototype, list(values)).trace(values)
+    trace = BatchedModel(ModelCall(model, args), prototype, list(values)).trace(values, 3)
     for index in range(3):
         single, _, _ = alone(model, args, values, index)
         torch.testing.assert_close(trace.nodes["mean"]["value"][index], single.nodes["mean"]["value"])
         for name in ("beta", "y"):
             torch.testing.assert_close(trace.nodes[name]["log_prob"][index], single.nodes[name]["log_prob"])
+
+
+def test_sites_that_are_not_given_are_sampled_for_every_draw():
+    model, args = MODELS["linear"]
+    prototype, _ = draws_of(model, args)
+    trace = BatchedModel(ModelCall(model, args), prototype, []).trace({}, 500)
+    beta = trace.nodes["beta"]["value"]
+    assert beta.shape == (500, 3)
+    assert beta.mean(0).abs().max() < 0.2
+    assert (beta.std(0) - 1).abs().max() < 0.2
+    torch.testing.assert_close(trace.nodes["mean"]["value"], beta @ X.T)
 
 
 def test_batch_dimensions_without_a_plate_are_no_obstacle():
@@ -220,5 +231,5 @@ def test_writes_in_place_are_none_in_the_recording():
         node for node in graph.graph.nodes if getattr(getattr(node.target, "_schema", None), "is_mutable", False)
     ]
     points = torch.tensor([[0.5, 2.0], [3.0, 0.25]])
-    together = recording.batch(graph, [True])(points)
+    together = recording.batch(graph, [True])(2, points)
     torch.testing.assert_close(together, torch.tensor([[0.0, 0.5, 0.0, 0.0], [0.0, 0.0, 0.25, 0.0]]))
