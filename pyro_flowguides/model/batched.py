@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -129,10 +130,9 @@ class BatchedModel:
         Arguments:
             values: Of two draws or more.
         """
-        if any(
-            site["type"] == "sample" and not site["is_observed"] and not is_subsample(site) and name not in self.given
-            for name, site in self._nodes.items()
-        ):
+        prototype = Trace()
+        prototype.nodes.update(self._nodes)
+        if {name for name, _ in latent_sites(prototype)} != set(self.given):
             # It is sampled anew in each run.
             return
         leaves = list(self.parameters.leaves)
@@ -143,10 +143,9 @@ class BatchedModel:
             of = [points[name] for name in self.given if points[name].is_floating_point()]
             gradients = torch.autograd.grad(together.sum(), of) if of else ()
         for i in range(len(together)):
-            alone, expected = self._value_and_gradient(
-                *[values[name][i].detach() for name in self.given], *[leaf.detach() for leaf in leaves],
-                *self._indices(indices), *self._arguments(None),
-            )  # fmt: skip
+            own = [*[values[name][i].detach() for name in self.given], *[leaf.detach() for leaf in leaves]]
+            with poutine.block():
+                alone, expected = self._value_and_gradient(*own, *self._indices(indices), *self._arguments(None))
             pairs = [(together[i], alone), *zip([gradient[i] for gradient in gradients], expected, strict=False)]
             for ours, theirs in pairs:
                 scale = TOLERANCE * (1 + theirs.abs().nan_to_num(0, 0, 0).amax()) if theirs.numel() else 0.0
@@ -179,7 +178,9 @@ class BatchedModel:
             *[site["value"].clone() for site in self._plates.values()],
             *[tensor.detach().clone() for tensor in self._arguments(None)],
         ]
-        with poutine.block(), no_waiting():
+        with poutine.block(), no_waiting(), warnings.catch_warnings():
+            # Such as torch's about a look at a tensor with a gradient, which is an error here.
+            warnings.simplefilter("ignore")
             check_size(lambda: function(*examples))
             graph = record(function, examples)
         varies = [index < len(self.given) for index in range(len(examples))]
@@ -225,7 +226,6 @@ class BatchedModel:
             each for each in {id(m): m for m in (call.model, call.as_written)}.values() if isinstance(each, nn.Module)
         ]
         with ExitStack() as stack:
-            stack.enter_context(poutine.block())
             stack.enter_context(substituted(self.parameters, leaves, modules))
             stack.enter_context(no_waiting())
             stack.enter_context(internals.branches_for_tracing())

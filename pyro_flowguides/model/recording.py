@@ -185,7 +185,19 @@ def _as_strided_scatter(
     return base.reshape(-1).scatter(0, places, source.expand(size).reshape(-1)).reshape(base.shape)
 
 
+def _slice_scatter(
+    target: Tensor, source: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Any:
+    # vmap's rule takes bounds from the left alone.
+    size = target.shape[dim]
+    bounds = [bound + size if bound is not None and bound < 0 else bound for bound in (start, end)]
+    if bounds == [start, end]:
+        return NotImplemented
+    return aten.slice_scatter.default(target, source, dim, *bounds, step)
+
+
 _DECOMPOSITIONS = {
+    aten.slice_scatter.default: _slice_scatter,
     aten.copy.default: _copy,
     aten.index_put.default: _index_put,
     aten.as_strided.default: _as_strided,

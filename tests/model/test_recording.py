@@ -4,7 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from any_models import MODELS, X, Y, indexing, without_plates
+from any_models import MODELS, X, Y, without_plates
 from pyro import poutine
 
 from pyro_flowguides.model import recording
@@ -24,9 +24,9 @@ def without_validation():
 
 
 @pytest.fixture
-def default_dtype(dtype):
+def working_dtype(dtype):
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_working_dtype(dtype)
     yield dtype
     torch.set_default_dtype(before)
 
@@ -53,9 +53,9 @@ def alone(model, args, values, index):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_value_and_gradient_of_many_draws_are_those_of_each(name, default_dtype):
+def test_value_and_gradient_of_many_draws_are_those_of_each(name, working_dtype):
     model, args = MODELS[name]
-    args = in_dtype(args, default_dtype)
+    args = in_dtype(args, working_dtype)
     if isinstance(model, torch.nn.Module):
         model = type(model)(args[0].shape[-1])
     prototype, values = draws_of(model, args)
@@ -65,7 +65,7 @@ def test_value_and_gradient_of_many_draws_are_those_of_each(name, default_dtype)
     # Each draw has a weight of its own: none may get the gradient of another.
     weights = torch.arange(1.0, 1 + len(log_p))
     gradients = torch.autograd.grad((weights * log_p).sum(), list(points.values()))
-    tolerance = TOLERANCE[default_dtype]
+    tolerance = TOLERANCE[working_dtype]
     for index in range(len(log_p)):
         _, expected, expected_gradients = alone(model, args, values, index)
         torch.testing.assert_close(log_p[index].detach(), expected, rtol=tolerance, atol=tolerance)
@@ -105,8 +105,10 @@ def test_batch_dimensions_without_a_plate_are_no_obstacle():
 
 def test_scales_and_masks_count():
     def model(group, y):
-        with poutine.scale(scale=3.0), poutine.mask(mask=group > 0):
-            indexing(group, y)
+        with pyro.plate("group", 4), poutine.scale(scale=3.0):
+            effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)), poutine.mask(mask=group > 0):
+            pyro.sample("y", dist.Normal(effect[group], 1.0), obs=y)
 
     prototype, values = draws_of(model, MODELS["indexing"][1])
     log_p = BatchedModel(ModelCall(model, MODELS["indexing"][1]), prototype, list(values)).log_prob(values)
