@@ -11,6 +11,7 @@ recorded operations. ``torch.func.vmap`` runs the recording for many draws at on
 
 from __future__ import annotations
 
+import math
 import os
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -196,7 +197,49 @@ def _slice_scatter(
     return aten.slice_scatter.default(target, source, dim, *bounds, step)
 
 
+# vmap gives every point the same numbers where an operation fills memory with them: they are drawn by ``rand`` and ``randn``.
+
+
+def _unit(target: Tensor) -> Tensor:
+    return torch.rand(target.shape, dtype=target.dtype, device=target.device)
+
+
+def _normal(target: Tensor, mean: float = 0.0, std: float = 1.0, *, generator: Any = None) -> Tensor:
+    return mean + std * torch.randn(target.shape, dtype=target.dtype, device=target.device)
+
+
+def _uniform(target: Tensor, low: float = 0.0, high: float = 1.0, *, generator: Any = None) -> Tensor:
+    return low + (high - low) * _unit(target)
+
+
+def _exponential(target: Tensor, rate: float = 1.0, *, generator: Any = None) -> Tensor:
+    return -(1 - _unit(target)).log() / rate
+
+
+def _cauchy(target: Tensor, median: float = 0.0, sigma: float = 1.0, *, generator: Any = None) -> Tensor:
+    return median + sigma * (math.pi * (_unit(target) - 0.5)).tan()
+
+
+# With numbers of its own for every point, as tests show for each.
+_RANDOM = frozenset(
+    {
+        aten.rand.default,
+        aten.randn.default,
+        aten.normal.Tensor_Tensor,
+        aten.bernoulli.default,
+        aten.binomial.default,
+        aten.multinomial.default,
+        aten.poisson.default,
+        aten._standard_gamma.default,
+        aten._sample_dirichlet.default,
+    }
+)
+
 _DECOMPOSITIONS = {
+    aten.normal_functional.default: _normal,
+    aten.uniform.default: _uniform,
+    aten.exponential.default: _exponential,
+    aten.cauchy.default: _cauchy,
     aten.slice_scatter.default: _slice_scatter,
     aten.copy.default: _copy,
     aten.index_put.default: _index_put,
@@ -233,6 +276,9 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModul
         graph = internals.record_functional(recorded, inputs, _DECOMPOSITIONS)
     except Exception as error:
         raise CaptureError(explain(error, names[-1] if names else None)) from error
+    for node in graph.graph.nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and node.target not in _RANDOM:
+            raise CaptureError(f"its random numbers come from {node.target}, which gives the same to all draws")
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph

@@ -26,7 +26,7 @@ def without_validation():
 @pytest.fixture
 def working_dtype(dtype):
     before = torch.get_default_dtype()
-    torch.set_working_dtype(dtype)
+    torch.set_default_dtype(dtype)
     yield dtype
     torch.set_default_dtype(before)
 
@@ -82,6 +82,7 @@ def test_a_trace_of_many_draws_holds_what_the_sites_of_each_hold():
     trace = BatchedModel(ModelCall(model, args), prototype, list(values)).trace(values, 3)
     for index in range(3):
         single, _, _ = alone(model, args, values, index)
+        single.compute_log_prob()
         torch.testing.assert_close(trace.nodes["mean"]["value"][index], single.nodes["mean"]["value"])
         for name in ("beta", "y"):
             torch.testing.assert_close(trace.nodes[name]["log_prob"][index], single.nodes[name]["log_prob"])
@@ -235,3 +236,37 @@ def test_writes_in_place_are_none_in_the_recording():
     points = torch.tensor([[0.5, 2.0], [3.0, 0.25]])
     together = recording.batch(graph, [True])(2, points)
     torch.testing.assert_close(together, torch.tensor([[0.0, 0.5, 0.0, 0.0], [0.0, 0.0, 0.25, 0.0]]))
+
+
+@pytest.mark.parametrize(
+    "distribution",
+    [
+        dist.Normal(torch.zeros(3), 1.0),
+        dist.Uniform(torch.zeros(3), 1.0),
+        dist.Exponential(torch.ones(3)),
+        dist.Cauchy(torch.zeros(3), 1.0),
+        dist.Gamma(torch.ones(3), 1.0),
+        dist.Beta(torch.ones(3), 1.0),
+        dist.StudentT(torch.full((3,), 4.0)),
+        dist.MultivariateNormal(torch.zeros(3), torch.eye(3)),
+        dist.Poisson(torch.full((3,), 50.0)),
+        dist.Binomial(1000, torch.full((3,), 0.5)),
+        dist.Bernoulli(torch.full((60,), 0.5)),
+        dist.Categorical(torch.ones(20, 50)),
+        dist.Dirichlet(torch.ones(3)),
+    ],
+    ids=lambda distribution: type(distribution).__name__,
+)
+def test_random_numbers_are_other_ones_for_every_point(distribution):
+    """And they have the distribution, as far as medians tell."""
+    graph = recording.record(lambda x: distribution.sample() + 0 * x, [torch.ones(())])
+    drawn = recording.batch(graph, [True])(500, torch.ones(500)).double()
+    assert len({tuple(row.tolist()) for row in drawn[:20]}) == 20
+    expected = distribution.sample((500,)).double()
+    spread = expected.quantile(0.75, 0) - expected.quantile(0.25, 0)
+    assert ((drawn.median(0).values - expected.median(0).values).abs() <= 0.4 * spread + 0.01).all()
+
+
+def test_random_numbers_that_would_be_the_same_for_every_point_are_refused():
+    with pytest.raises(CaptureError, match="gives the same to all draws"):
+        recording.record(lambda x: torch.empty(3).log_normal_() + x, [torch.ones(3)])
