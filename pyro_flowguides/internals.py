@@ -114,6 +114,42 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModul
     return make_fx(function)(*inputs)
 
 
+def record_functional(
+    function: Callable[..., Any], inputs: Sequence[Tensor], decompositions: Mapping[Any, Callable[..., Any]]
+) -> GraphModule:
+    """The operations of a function as a graph without writes in place.
+
+    Arguments:
+        function: The function.
+        inputs: An example of its arguments.
+        decompositions: Operations to write as others.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    functional = torch.func.functionalize(function, remove="mutations")
+    return make_fx(functional, decomposition_table=dict(decompositions))(*inputs)
+
+
+@contextmanager
+def not_recording() -> Iterator[None]:
+    """``make_fx`` takes no notice of what runs within, and keeps the results as constants."""
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    with disable_proxy_modes_tracing():
+        yield
+
+
+@contextmanager
+def no_batching_row_by_row() -> Iterator[None]:
+    """``vmap`` raises an error for an operation that it cannot batch, where it would run it row by row."""
+    before = torch._C._functorch._is_vmap_fallback_enabled()
+    torch._C._functorch._set_vmap_fallback_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._functorch._set_vmap_fallback_enabled(before)
+
+
 def has_triton() -> bool:
     """Whether inductor can compile for a GPU."""
     return bool(torch.utils._triton.has_triton())

@@ -110,6 +110,38 @@ def test_functions_are_recorded_below_autograd():
     assert internals.UNSAFE_VIEW in [node.target for node in graph.graph.nodes]
 
 
+def test_recordings_are_written_without_writes_in_place_and_in_other_operations():
+    def function(x):
+        found = torch.zeros_like(x)
+        found.add_(x.sin())
+        return found
+
+    graph = internals.record_functional(function, [torch.ones(3)], {aten.sin.default: torch.cos})
+    operators = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert not any(map(internals.is_mutable, operators))
+    assert aten.cos.default in operators
+    assert aten.sin.default not in operators
+
+
+def test_what_runs_without_recording_is_a_constant():
+    def function(x):
+        with internals.not_recording():
+            constant = torch.ones(3).exp()
+        return x + constant
+
+    graph = internals.record(function, [torch.zeros(3)])
+    assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [aten.add.Tensor]
+
+
+def test_vmap_refuses_to_run_row_by_row():
+    x = torch.zeros(2, 3)
+    batched = torch.func.vmap(lambda row: torch.ops.aten.copy.default(row, row))
+    with internals.no_batching_row_by_row(), pytest.raises(RuntimeError, match="copy"):
+        batched(x)
+    with pytest.warns(UserWarning, match="performance drop"):
+        batched(x)
+
+
 @pytest.mark.slow
 def test_graphs_are_compiled():
     graph = internals.record(lambda x: (x.exp(),), [torch.ones(3)])

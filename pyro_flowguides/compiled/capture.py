@@ -16,63 +16,29 @@ from Python's own random numbers, or counts, shows there.
 
 from __future__ import annotations
 
-import os
-import threading
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.overrides import TorchFunctionMode
 
 from .. import internals
+from ..model.recording import CaptureError as CaptureError
+from ..model.recording import EverySite, explain
+from ..model.recording import check_size as check_size
 from ..model.sites import unchanged_random_state
+from ..model.substitution import Parameters as Parameters
+from ..model.substitution import no_waiting as no_waiting
+from ..model.substitution import parameters_in, substituted
 
-# Recording takes about a millisecond for each operation, with its gradient: beyond this number, eager steps are done sooner.
-MAX_OPERATIONS = 8_000
 # The checks compare sums in another order; what they are after is off by far more.
 CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-7}
 # How far the parameters are moved for the second check.
 CHECK_STEP = 0.01
-
-
-# The patches below are for the whole process.
-_lock = threading.RLock()
-
-
-class CaptureError(RuntimeError):
-    """A step cannot be captured; the message says why and where."""
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """The unconstrained parameters that a step trains: leaves of autograd, each under one of its names.
-
-    Attributes:
-        names: Of the parameters in Pyro, in alphabetical order, so that a repeated run is the same run.
-        leaves: The tensors themselves.
-    """
-
-    names: tuple[str, ...]
-    leaves: tuple[Tensor, ...]
-
-    def in_order(self, names: Iterable[str]) -> Parameters:
-        """The same parameters in another order, given by their names."""
-        leaves = dict(zip(self.names, self.leaves, strict=True))
-        return Parameters(tuple(names), tuple(leaves[name] for name in names))
-
-    def union(self, other: Parameters) -> Parameters:
-        """These parameters and those of the other that are new."""
-        known = {id(leaf) for leaf in self.leaves}
-        new = [pair for pair in zip(other.names, other.leaves, strict=True) if id(pair[1]) not in known]
-        return Parameters(self.names + tuple(name for name, _ in new), self.leaves + tuple(leaf for _, leaf in new))
 
 
 class _RememberWrites(internals.TorchDispatchMode):
@@ -164,115 +130,13 @@ def differentiate(run: Callable[[], Tensor]) -> Gradients:
     """
     with poutine.trace(param_only=True) as capture:
         loss = torch.as_tensor(run())
-    sites: list[Any] = sorted(capture.trace.nodes.values(), key=lambda site: site["name"])
-    leaves: dict[int, tuple[str, Tensor]] = {}
-    for site in sites:
-        value = site["value"]
-        # Parameters that a module keeps to itself (the setting module_local_params) are bare.
-        leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
-        if leaf.requires_grad:
-            leaves.setdefault(id(leaf), (site["name"], leaf))
-    if not leaves or not loss.requires_grad:
+    met = parameters_in(capture.trace)
+    if not met.leaves or not loss.requires_grad:
         return Gradients(loss.detach(), Parameters((), ()), ())
-    gradients = torch.autograd.grad(loss, [leaf for _, leaf in leaves.values()], allow_unused=True)
-    used = [
-        (*pair, gradient) for pair, gradient in zip(leaves.values(), gradients, strict=True) if gradient is not None
-    ]
+    gradients = torch.autograd.grad(loss, met.leaves, allow_unused=True)
+    used = [parts for parts in zip(met.names, met.leaves, gradients, strict=True) if parts[2] is not None]
     names, trained, gradients = zip(*used, strict=True) if used else ((), (), ())
     return Gradients(loss.detach(), Parameters(names, trained), gradients)
-
-
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Pyro without anything that looks at a value: ``.item()``, validation, checks for NaN."""
-    with (
-        _lock,
-        pyro.validation_enabled(False),
-        internals.without_checks_of_elbos(),
-        internals.without_checks_of_samples(),
-    ):
-        yield
-
-
-class _ById(TorchFunctionMode):
-    """Replaces tensors by others wherever they are handed to a function of torch."""
-
-    def __init__(self, replacements: dict[int, Tensor]) -> None:
-        super().__init__()
-        self.replacements = replacements
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = {name: self._replace(value) for name, value in (kwargs or {}).items()}
-        return function(*map(self._replace, args), **kwargs)
-
-    def _replace(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self.replacements.get(id(value), value)
-        if type(value) in (list, tuple):
-            return type(value)(map(self._replace, value))
-        return value
-
-
-@contextmanager
-def substituted(parameters: Parameters, values: Sequence[Tensor], modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Puts tensors in the place of parameters: in Pyro's store, in modules, and wherever else they are held."""
-    replacements = {id(leaf): value for leaf, value in zip(parameters.leaves, values, strict=True)}
-    for value in values:
-        internals.mark_as_parameter(value)
-    entries = [
-        (module, name)
-        for root in modules
-        for module in root.modules()
-        for name, parameter in module._parameters.items()
-        if id(parameter) in replacements
-    ]
-    originals = [module._parameters[name] for module, name in entries]
-    try:
-        for module, name in entries:
-            module._parameters[name] = replacements[id(module._parameters[name])]  # type: ignore[assignment]
-        with internals.replaced_in_store(replacements), _ById(replacements):
-            yield
-    finally:
-        for (module, name), original in zip(entries, originals, strict=True):
-            module._parameters[name] = original
-
-
-class _CountOperations(internals.TorchDispatchMode):
-    """Counts the operations of what runs within."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return function(*args, **(kwargs or {}))
-
-
-class _EverySite(Messenger):
-    """Calls a function with the name of every sample site."""
-
-    def __init__(self, callback: Callable[[str], None]) -> None:
-        super().__init__()
-        self.callback = callback
-
-    def _pyro_sample(self, msg: Any) -> None:
-        self.callback(msg["name"])
-
-
-def check_size(run: Callable[[], Any]) -> None:
-    """Raises CaptureError for a loss of so many operations that recording them takes longer than it saves."""
-    marks: list[tuple[int, str]] = []
-    with _CountOperations() as counter, _EverySite(lambda name: marks.append((counter.count, name))):
-        run()
-    if counter.count > MAX_OPERATIONS:
-        ends = [count for count, _ in marks[1:]] + [counter.count]
-        steps = [(end - start, name) for end, (start, name) in zip(ends, marks, strict=False)]
-        where = "{} of them after sample site '{}'".format(*max(steps)) if steps else "and has no sample site"
-        raise CaptureError(
-            f"its loss takes {counter.count} operations, {where}: a loop in Python? Capturing takes longer than it saves above "
-            f"{MAX_OPERATIONS}; write the loop with vectorised operations"
-        )
 
 
 def loss_and_gradients(
@@ -295,29 +159,14 @@ def record(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) 
     """
     names: list[str] = []
     try:
-        with _EverySite(names.append):
+        with EverySite(names.append):
             graph = internals.record(function, inputs)
     except CaptureError:
         raise
     except Exception as error:
-        raise CaptureError(_explain(error, names[-1] if names else None)) from error
+        raise CaptureError(explain(error, names[-1] if names else None)) from error
     _refuse_dynamic_shapes(graph)
     return graph
-
-
-def _explain(error: BaseException, site: str | None) -> str:
-    """Where a capture failed: the last site before, the last line that is the user's, and the message."""
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
-    frames = traceback.extract_tb(error.__traceback__)
-    library = (*torch.__path__, *pyro.__path__, os.path.dirname(__file__))
-    own = [frame for frame in frames if not frame.filename.startswith(library)]
-    where = f"after sample site '{site}'" if site else "before the first sample site"
-    line = f", {own[-1].filename}, line {own[-1].lineno}: {own[-1].line}" if own else ""
-    message = " ".join(str(error).split())
-    if "_local_scalar_dense" in message or "data-dependent" in message:
-        message = "it looks at the value of a tensor (an if, float(), .item() or a check)"
-    return f"{where}{line}: {message[:300]}"
 
 
 def _refuse_dynamic_shapes(graph: GraphModule) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import internals
 from ..guides.base import FlowGuide
+from .recorded import BatchedCalls, recorded_loss
 
 
 @runtime_checkable
@@ -52,14 +53,26 @@ class KL:
         num_particles: The number of draws.
         vectorize_particles: Whether they are drawn together; else one by one.
         max_plate_nesting: As in Pyro's ELBOs.
+        batched: The recording of a model that does not broadcast; the guide is drawn from in one pass then, and the recording
+            gives log p of all draws.
+        otherwise: Makes such a recording of a model that broadcasts and cannot be captured, since it looks at data; None if
+            there can be none.
 
     References:
         Roeder, Wu & Duvenaud (2017), *Sticking the landing*, arXiv:1703.09194.
     """
 
     def __init__(
-        self, num_particles: int = 1, *, vectorize_particles: bool = True, max_plate_nesting: float = math.inf
+        self,
+        num_particles: int = 1,
+        *,
+        vectorize_particles: bool = True,
+        max_plate_nesting: float = math.inf,
+        batched: BatchedCalls | None = None,
+        otherwise: Callable[[], BatchedCalls | None] | None = None,
     ) -> None:
+        self.batched = batched
+        self._otherwise = otherwise
         self.elbo = Trace_ELBO(
             num_particles=num_particles,
             vectorize_particles=vectorize_particles and num_particles > 1,
@@ -68,7 +81,16 @@ class KL:
 
     def loss(self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         with path_gradient(guide):
+            if self.batched is not None:
+                return recorded_loss(self.batched, self.elbo.num_particles, guide, args, kwargs)
             return self.elbo.differentiable_loss(model, guide, *args, **kwargs)
+
+    def take_recording(self) -> bool:
+        """Takes the recording of the model from now on; returns whether there is one that it had not taken before."""
+        if self.batched is not None or self._otherwise is None:
+            return False
+        self.batched = self._otherwise()
+        return self.batched is not None
 
 
 class IWELBO(RenyiELBO):

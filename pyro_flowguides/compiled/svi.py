@@ -15,7 +15,7 @@ from ..checks import warn
 from .binding import Binding, OptimizerFactory, Trained, optimizer_factory
 from .capture import CaptureError
 from .captures import Arguments, CapturedStep, Captures, capture_step
-from .losses import as_function, as_objective
+from .losses import KL, as_function, as_objective
 from .rollback import Watch, why_lost
 from .snapshot import Snapshot
 from .update import NUM_SKIPPED, Scalars
@@ -234,6 +234,8 @@ class CompiledSVI(SVI):
                 captured = self._capture(arguments)
                 self.captures.add(key, captured)
         except CaptureError as error:
+            if isinstance(self.objective, KL) and self.objective.take_recording():
+                return self._captured(arguments, steps_left)
             self.backend = "eager"
             name = getattr(self.model, "__name__", type(self.model).__name__)
             warn(f"CompiledSVI cannot capture {name}, and runs it eagerly, many times slower: {error}")

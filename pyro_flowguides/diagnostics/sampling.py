@@ -114,6 +114,8 @@ def _warn_of_sites_left_out(tracer: Tracer) -> None:
 def batch_size_within_memory(tracer: Tracer, batch_size: int) -> int:
     """The size of a batch of draws whose largest site still fits into the memory allowed."""
     largest = max(site["value"].numel() for _, site in tensor_sites(tracer.model_prototype))
+    if tracer.batched is not None:
+        largest = max(largest, tracer.batched.largest)
     return max(1, min(batch_size, MAX_BATCH_ELEMENTS // max(1, largest)))
 
 
@@ -152,11 +154,15 @@ def _extract(guide_trace: Trace, model_trace: Trace, prototype: Trace, count: in
         if not site["fn"].support.is_discrete:
             transform = biject_to(site["fn"].support)
             shape = transform.inverse_shape(originals[name]["value"].shape)
-            unconstrained[name] = per_draw(transform.inv(site["value"]), shape, count)
+            # A recording knows it; the support may be another one for each draw.
+            points = site["unconstrained"] if "unconstrained" in site else transform.inv(site["value"])
+            unconstrained[name] = per_draw(points, shape, count)
     likelihoods = {}
     if log_likelihood:
         for name, site in observed_sites(model_trace):
-            log_prob = site["fn"].log_prob(site["value"])
+            # A recording knows it; its distributions are those of a single draw.
+            known = site.get("unscaled_log_prob")
+            log_prob = site["fn"].log_prob(site["value"]) if known is None else known
             # A masked entry is no observation. (A scale is not applied: it would change what one observation is.)
             if isinstance(site["mask"], Tensor):
                 log_prob = torch.where(site["mask"], log_prob, 0.0)
@@ -165,7 +171,7 @@ def _extract(guide_trace: Trace, model_trace: Trace, prototype: Trace, count: in
     for name, site in latent_sites(model_trace):
         # A site that the guide leaves out is drawn from its prior, which is part of the guide then.
         if name not in guide_trace.nodes:
-            log_q = log_q + site["fn"].log_prob(site["value"]).reshape(count, -1).sum(-1)
+            log_q = log_q + site.get("unscaled_log_prob", site["log_prob"]).reshape(count, -1).sum(-1)
     return Draws(
         values=values,
         unconstrained=unconstrained,

@@ -14,6 +14,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from ..checks import warn
+from ..model.batched import BatchedModel, given_names
 from ..model.call import ModelCall
 from ..model.sites import (
     PLATE_NAME,
@@ -25,7 +26,11 @@ from ..model.sites import (
     max_plate_nesting,
     per_draw,
     quiet_trace,
+    unchanged_random_state,
 )
+
+# What a model raises that does not carry batch dimensions through, or cannot be recorded.
+_ERRORS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, NotImplementedError)
 
 
 class GivenValues:
@@ -65,27 +70,34 @@ class GivenValues:
 class Tracer:
     """Traces a model and its guide on fixed arguments, for many draws at a time.
 
-    Whether the pair can be vectorised over draws (an extra plate on the left) is found out once, by comparing two draws with
-    runs of their own. Where it cannot, every draw is a run of its own, and one warning says so.
+    How many draws are run together is found out once, by comparing two draws with runs of their own:
+
+    1. The pair is run with an extra plate on the left, where all its operations broadcast.
+    2. One run of the model is recorded, and the recording is batched over the draws of the guide.
+    3. Every draw is a run of its own, after one warning.
 
     Arguments:
         call: The model with the arguments of model and guide.
         guide: The guide, or values in its place.
+        differentiable: Whether a recording is needed for its gradient, which is compared too then.
 
     Attributes:
         guide_prototype: The trace of one run of the guide.
         model_prototype: The trace of one run of the model.
         max_plate_nesting: The number of batch dimensions that the plates of both take.
         vectorizes: Whether many draws are made in one pass.
+        batched: The recording of the model, where that is how many draws are made in one pass; else None.
     """
 
-    def __init__(self, call: ModelCall, guide: Callable | GivenValues) -> None:
+    def __init__(self, call: ModelCall, guide: Callable | GivenValues, *, differentiable: bool = False) -> None:
         self.call = call
         self.guide = guide
+        self.differentiable = differentiable
         self.max_plate_nesting = 0
         with quiet_trace():
             self.guide_prototype, self.model_prototype = self._trace_pair()
         self.max_plate_nesting = max_plate_nesting(self.guide_prototype, self.model_prototype)
+        self.batched: BatchedModel | None = None
         self.vectorizes = self._try_to_vectorize()
 
     def traces(self, num_samples: int, first: int = 0) -> Iterator[tuple[Trace, Trace, int]]:
@@ -95,7 +107,9 @@ class Tracer:
             num_samples: The number of draws.
             first: The number of the first draw, which selects among given values.
         """
-        if self.vectorizes:
+        if self.batched is not None:
+            yield *self._batched_pair(self.batched, num_samples, first), num_samples
+        elif self.vectorizes:
             yield *self._trace_pair(num_samples, first), num_samples
         else:
             for i in range(first, first + num_samples):
@@ -103,14 +117,22 @@ class Tracer:
 
     def _trace_pair(self, num_samples: int | None = None, first: int = 0) -> tuple[Trace, Trace]:
         args, kwargs = self.call.args, self.call.kwargs
+        guide_trace = self._trace_guide(num_samples, first)
+        # The plate is inside replay: it does not expand a value that is given already.
+        model = poutine.replay(self._in_plate(self.call.model, num_samples), trace=guide_trace)
+        return guide_trace, poutine.trace(model).get_trace(*args, **kwargs)
+
+    def _trace_guide(self, num_samples: int | None, first: int) -> Trace:
         if isinstance(self.guide, GivenValues):
             guide = self.guide.guide(first, num_samples, self.max_plate_nesting)
         else:
             guide = self._in_plate(self.guide, num_samples)
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        # The plate is inside replay: it does not expand a value that is given already.
-        model = poutine.replay(self._in_plate(self.call.model, num_samples), trace=guide_trace)
-        return guide_trace, poutine.trace(model).get_trace(*args, **kwargs)
+        return poutine.trace(guide).get_trace(*self.call.args, **self.call.kwargs)
+
+    def _batched_pair(self, batched: BatchedModel, num_samples: int, first: int = 0) -> tuple[Trace, Trace]:
+        guide_trace = self._trace_guide(num_samples, first)
+        values, indices = given_by(guide_trace, self.model_prototype, num_samples)
+        return guide_trace, batched.trace(values, num_samples, indices)
 
     def _in_plate(self, function: Callable, num_samples: int | None) -> Callable:
         if num_samples is None:
@@ -131,17 +153,55 @@ class Tracer:
                 check_vectorized(guide_trace, self.guide_prototype, 2, self.max_plate_nesting)
                 check_vectorized(model_trace, self.model_prototype, 2, self.max_plate_nesting)
                 self._check_against_single_runs(model_trace, 2)
-        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+            return True
+        except _ERRORS as error:
+            first_error = error
+        try:
+            self.batched, self.max_plate_nesting = self._record()
+            return True
+        except _ERRORS as error:
             # Pyro appends a table of all sites to an error within a model.
-            reason = " ".join(str(error).split("Trace Shapes:")[0].split())
+            reason, recorded = (" ".join(str(each).split("Trace Shapes:")[0].split()) for each in (first_error, error))
             warn(
-                "The model cannot be vectorised over draws, so that every draw is a run of its own, which is slow. Write it "
-                "so that extra batch dimensions on the left of every latent are carried through: a[..., group] for a[group], "
-                "beta @ X.T for X @ beta, and data in a plate; see docs/how_to/vectorise.md. The first "
-                f"error was: {reason[:300]}"
+                "The model cannot be vectorised over draws, so that every draw is a run of its own, which is slow. It neither "
+                f"carries extra batch dimensions on the left of its latents ({reason[:300] or type(first_error).__name__}), nor "
+                f"can one run be recorded and repeated for many draws ({recorded[:400] or type(error).__name__}). Write "
+                "torch.where(latent > 0, ..., ...) for an if on a latent, and torch's functions for float(), .item() and numpy; "
+                "see docs/how_to/vectorise.md"
             )
             return False
-        return True
+
+    def try_to_record(self) -> tuple[BatchedModel, int] | None:
+        """The model, recorded and batched, and the number of batch dimensions of its plates; None if that cannot be."""
+        try:
+            return self._record()
+        except _ERRORS:
+            return None
+
+    def _record(self) -> tuple[BatchedModel, int]:
+        """Records the model.
+
+        Raises:
+            CaptureError: if it cannot be recorded.
+            ValueError: if two draws together have other values than each of them alone, or the guide cannot be vectorised.
+        """
+        before = self.max_plate_nesting
+        # A batch dimension without a plate takes its place beside those of plates.
+        shapes = [site["fn"].batch_shape for _, site in latent_sites(self.model_prototype)]
+        self.max_plate_nesting = nesting = max([before, *map(len, shapes)])
+        try:
+            with quiet_trace(), warnings.catch_warnings(), pyro.validation_enabled(False), unchanged_random_state():
+                warnings.simplefilter("ignore")
+                given = given_names(self.model_prototype, self.guide_prototype)
+                batched = BatchedModel(self.call, self.model_prototype, given)
+                guide_trace, model_trace = self._batched_pair(batched, 2)
+                check_vectorized(guide_trace, self.guide_prototype, 2, nesting)
+                self._check_against_single_runs(model_trace, 2)
+                if self.differentiable:
+                    batched.check(given_by(guide_trace, self.model_prototype, 2)[0])
+        finally:
+            self.max_plate_nesting = before
+        return batched, nesting
 
     def _check_against_single_runs(self, model_trace: Trace, num_samples: int) -> None:
         """Raises ValueError unless every draw has the density and the values that a run of its own gives.
@@ -195,3 +255,42 @@ def check_vectorized(trace: Trace, prototype: Trace, num_samples: int, nesting: 
         full = (num_samples, *[1] * (nesting - len(expected)), *expected)
         if tuple(shape) != full:
             raise ValueError(f"site '{name}' has batch shape {tuple(shape)} instead of {full}")
+
+
+def given_by(guide_trace: Trace, prototype: Trace, num_samples: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a trace of a guide gives to the model: the values of latent sites, ``(draws,) + shape``, and indices of plates.
+
+    Arguments:
+        guide_trace: A trace of the guide with the draws on the left.
+        prototype: A trace of a single run of the model.
+        num_samples: The number of draws.
+    """
+    nodes, originals = dict(guide_trace.nodes), dict(prototype.nodes)
+    values = {
+        name: per_draw(nodes[name]["value"], originals[name]["value"].shape, num_samples)
+        for name in given_names(prototype, guide_trace)
+    }
+    indices = {name: site["value"] for name, site in nodes.items() if site["type"] == "sample" and is_subsample(site)}
+    return values, indices
+
+
+def single_run(call: ModelCall, guide_trace: Trace, prototype: Trace) -> Trace:
+    """A run of the model at the first of the draws in a trace of its guide.
+
+    Arguments:
+        call: The model, perhaps with other arguments than those of the prototype.
+        guide_trace: With the draws on the left.
+        prototype: A trace of a single run, of which a site may have had another size.
+    """
+    nodes, first = dict(guide_trace.nodes), Trace()
+    for name in given_names(prototype, guide_trace):
+        site, shape = nodes[name], dict(prototype.nodes)[name]["value"].shape
+        value = site["value"][0]
+        # The dimensions on the left that plates of other sites take are 1.
+        value = value.reshape(value.shape[value.dim() - len(shape) :])
+        first.add_node(name, **{**site, "value": value})
+    for name, site in nodes.items():
+        if site["type"] == "sample" and is_subsample(site):
+            first.add_node(name, **site)
+    with quiet_trace():
+        return poutine.trace(poutine.replay(call.model, trace=first)).get_trace(*call.args, **call.kwargs)

@@ -27,6 +27,7 @@ from torch.distributions import biject_to
 from .. import transforms as T
 from ..distributions import NormalizingFlow
 from ..model import plates
+from ..model.batched import BatchedModel
 from ..model.call import ModelCall
 from ..model.latents import WAYS_OUT, Latents, LatentSite
 from ..model.sites import full_size, quiet_trace, unchanged_random_state
@@ -280,7 +281,12 @@ class AutoFlow(FlowGuide, AutoContinuous):
         return fixed_map
 
     def whiten(
-        self, *args: Any, method: str = "auto", model_kwargs: Mapping[str, Any] | None = None, vectorize: bool = True
+        self,
+        *args: Any,
+        method: str = "auto",
+        model_kwargs: Mapping[str, Any] | None = None,
+        vectorize: bool = True,
+        batched: BatchedModel | None = None,
     ) -> AutoFlow:
         """Puts the fixed affine map where the posterior is, before training, and switches damping off.
 
@@ -294,6 +300,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
                 the start and from the mode.
             model_kwargs: The keyword arguments of the model.
             vectorize: Whether the model can be run on many latents at once.
+            batched: The recording of a model that cannot be, which is.
 
         Returns:
             The guide.
@@ -315,7 +322,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
             )
         if method == "init":
             return self
-        target = Target(ModelCall(self.model, args, kwargs), self.latents, vectorize=vectorize)
+        target = Target(ModelCall(self.model, args, kwargs), self.latents, vectorize=vectorize, batched=batched)
         start = self.fixed_map.loc.double(), self.fixed_map.scale.double()
         loc, scale = whitening.whiten(target, start, method)
         with torch.no_grad():

@@ -11,6 +11,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from . import plates
+from .batched import BatchedModel
 from .call import ModelCall
 from .latents import Latents
 from .sites import PLATE_NAME, log_prob_per_draw, max_plate_nesting, quiet_trace
@@ -26,12 +27,16 @@ class Target:
         call: The model with its arguments.
         latents: Its latents, every site over whole plates (:meth:`Latents.whole`).
         vectorize: Whether the model can be run on many draws at once; otherwise every draw is a run of its own.
+        batched: The recording of the model, to take in its place; all latents are given to it.
 
     Raises:
         ValueError: if latents are local to a minibatch that is an argument of the model.
     """
 
-    def __init__(self, call: ModelCall, latents: Latents, *, vectorize: bool = True) -> None:
+    def __init__(
+        self, call: ModelCall, latents: Latents, *, vectorize: bool = True, batched: BatchedModel | None = None
+    ) -> None:
+        self.batched = batched
         self.call = call
         self.latents = latents
         self.vectorize = vectorize
@@ -66,9 +71,10 @@ class Target:
 
     def _log_prob(self, rows: Tensor) -> Tensor:
         count = len(rows)
-        x = rows.reshape(count, *[1] * self._nesting, self.latents.dim) if self.vectorize else rows.squeeze(0)
+        nesting = self.latents.nesting if self.batched is not None else self._nesting
+        x = rows.reshape(count, *[1] * nesting, self.latents.dim) if self.vectorize else rows.squeeze(0)
         values, log_det = {}, rows.new_zeros(count)
-        for site, unconstrained in self.latents.unpack(x):
+        for site, unconstrained in self.latents.unpack(x, leading=None if self.batched is None else 1):
             values[site.name] = site.transform(unconstrained)
             log_jacobian = site.transform.log_abs_det_jacobian(unconstrained, values[site.name])
             log_det = log_det + log_jacobian.reshape(count, -1).sum(-1)
@@ -80,6 +86,8 @@ class Target:
             site.name: plates.select(values[site.name], site.frames, indices, site.event_dim)
             for site in self.latents.sites
         }
+        if self.batched is not None:
+            return self.batched.log_prob(selected, indices)
         model = poutine.condition(self.call, data={**selected, **indices})
         plate = pyro.plate(PLATE_NAME, count, dim=-1 - self._nesting) if self.vectorize else nullcontext()
         with poutine.block(), plate:

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..checks import warn
 from ..compiled.losses import KL
+from ..compiled.recorded import BatchedCalls
 from ..compiled.snapshot import Snapshot
 from ..compiled.svi import CHECK_EVERY, CompiledSVI
 from ..diagnostics.draws import Draws
@@ -104,6 +105,7 @@ class Loop:
             self._load_modules(saved["modules"])
         else:
             start.whiten(self.call, self.guide, self.options.whiten, self.tracer)
+        self.batched = start.batched_calls(self.tracer, arguments_vary=self.options.batches is not None)
         self.rounds = self._choose_rounds()
         if saved is not None:
             self._load(saved)
@@ -150,6 +152,12 @@ class Loop:
         if asked_for_one or isinstance(options.optim, PyroOptim) or looped or not self._has_weights():
             return (Round(options.num_steps or NUM_STEPS, num_particles),)
         return doubling_rounds(num_particles, fixed=options.num_particles is not None)
+
+    def record(self) -> BatchedCalls | None:
+        """The recording of a model that broadcasts, once for all rounds; None if it cannot be recorded."""
+        if self.batched is None and self.options.batches is None:
+            self.batched = start.record(self.tracer)
+        return self.batched
 
     def _has_weights(self) -> bool:
         with unchanged_random_state():
@@ -255,9 +263,12 @@ class Steps:
             self._load(saved)
 
     def _default_loss(self) -> KL:
-        tracer = self.loop.tracer
         return KL(
-            self.round.num_particles, vectorize_particles=tracer.vectorizes, max_plate_nesting=tracer.max_plate_nesting
+            self.round.num_particles,
+            vectorize_particles=self.loop.tracer.vectorizes,
+            max_plate_nesting=self.loop.tracer.max_plate_nesting,
+            batched=self.loop.batched,
+            otherwise=self.loop.record,
         )
 
     def run(self) -> bool:

@@ -9,6 +9,7 @@ import pyro
 import torch
 from pyro import poutine
 
+from ..compiled.recorded import BatchedCalls
 from ..diagnostics.tracer import Tracer
 from ..guides.auto import AutoFlow
 from ..model.call import ModelCall
@@ -21,7 +22,7 @@ def set_up(call: ModelCall, guide: Callable) -> Tracer:
     """Builds a guide that is not built yet; returns what traces it with its model."""
     if isinstance(guide, AutoFlow):
         guide.setup(*call.args, **call.kwargs)
-    return Tracer(call, guide)
+    return Tracer(call, guide, differentiable=True)
 
 
 def check_start(tracer: Tracer) -> None:
@@ -61,6 +62,22 @@ def _first_site_without_density(tracer: Tracer) -> str | None:
     return None
 
 
+def batched_calls(tracer: Tracer, *, arguments_vary: bool) -> BatchedCalls | None:
+    """The recordings of the model for training, where one run of it is recorded for many draws."""
+    if tracer.batched is None:
+        return None
+    return BatchedCalls(tracer.batched, tracer.model_prototype, tracer.max_plate_nesting, arguments_vary=arguments_vary)
+
+
+def record(tracer: Tracer) -> BatchedCalls | None:
+    """The recording of a model that broadcasts; None if it cannot be recorded."""
+    recorded = tracer.try_to_record()
+    if recorded is None:
+        return None
+    batched, nesting = recorded
+    return BatchedCalls(batched, tracer.model_prototype, nesting, arguments_vary=False)
+
+
 def whiten(call: ModelCall, guide: Callable, method: str | None, tracer: Tracer) -> None:
     """Whitens a flow guide by this method; ``"auto"`` leaves a trained guide, and any other guide, as it is."""
     if not isinstance(guide, AutoFlow):
@@ -70,7 +87,7 @@ def whiten(call: ModelCall, guide: Callable, method: str | None, tracer: Tracer)
             )
     elif method is not None and not (method == "auto" and guide.is_trained()):
         options: dict[str, Any] = {"model_kwargs": call.kwargs, "vectorize": tracer.vectorizes}
-        guide.whiten(*call.args, method=method, **options)
+        guide.whiten(*call.args, method=method, batched=tracer.batched, **options)
     for part in guide.modules() if isinstance(guide, torch.nn.Module) else ():
         if isinstance(part, AutoFlow) and part.prototype_trace is not None:
             part.undamp()

@@ -1,0 +1,87 @@
+"""The default loss where one run of the model is recorded for many draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+from pyro import poutine
+from pyro.distributions.util import is_identically_zero
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+
+from ..diagnostics.tracer import given_by, single_run
+from ..model.batched import BatchedModel
+from ..model.call import ModelCall
+from ..model.sites import PLATE_NAME
+from .arguments import Arguments, Key
+
+
+class BatchedCalls:
+    """A recording of a model for each kind of arguments that it is called with.
+
+    Arguments:
+        first: The recording for the arguments at hand, whose tensors are constants of it.
+        prototype: A trace of one run of the model.
+        max_plate_nesting: The number of batch dimensions that the plates of model and guide take.
+        arguments_vary: Whether there will be other arguments.
+    """
+
+    def __init__(
+        self, first: BatchedModel, prototype: poutine.Trace, max_plate_nesting: int, *, arguments_vary: bool
+    ) -> None:
+        self._first = first
+        self._prototype = prototype
+        self.max_plate_nesting = max_plate_nesting
+        self.arguments_vary = arguments_vary
+        self._known: dict[Key, tuple[BatchedModel, poutine.Trace]] = {}
+
+    def find(
+        self, args: tuple, kwargs: dict[str, Any], guide_trace: poutine.Trace
+    ) -> tuple[BatchedModel, poutine.Trace, ModelCall]:
+        """The recording for these arguments, with a trace of one run.
+
+        Arguments:
+            args: The positional arguments.
+            kwargs: The keyword arguments.
+            guide_trace: A trace of the guide at them, with all draws in it.
+        """
+        call = ModelCall(self._first.call.model, args, kwargs)
+        if not self.arguments_vary:
+            return self._first, self._prototype, call
+        key = Arguments(args, kwargs).key()
+        if key not in self._known:
+            prototype = single_run(call, guide_trace, self._prototype)
+            self._known[key] = BatchedModel(call, prototype, self._first.given, arguments_vary=True), prototype
+        return *self._known[key], call
+
+
+def recorded_loss(
+    calls: BatchedCalls, num_particles: int, guide: Callable, args: tuple, kwargs: dict[str, Any]
+) -> Tensor:
+    """The loss of ``Trace_ELBO`` with its surrogate, where a recording gives log p."""
+
+    def in_plate(*args: Any, **kwargs: Any) -> None:
+        with pyro.plate(PLATE_NAME, num_particles, dim=-1 - calls.max_plate_nesting):
+            guide(*args, **kwargs)
+
+    traced = poutine.trace(in_plate).get_trace(*args, **kwargs)
+    batched, prototype, call = calls.find(args, kwargs, traced)
+    log_p = batched.log_prob(*given_by(traced, prototype, num_particles), call)
+    guide_trace = prune_subsample_sites(traced)
+    guide_trace.compute_score_parts()
+    nodes: list[Any] = list(guide_trace.nodes.values())
+    sites = [site for site in nodes if site["type"] == "sample"]
+    log_q: Any = 0.0
+    surrogate: Any = log_p.sum()
+    for site in sites:
+        log_q = log_q + site["log_prob"].reshape(num_particles, -1).sum(-1)
+        if not is_identically_zero(site["score_parts"].entropy_term):
+            surrogate = surrogate - site["score_parts"].entropy_term.sum()
+    log_weight = (log_p - log_q).detach()
+    for site in sites:
+        score = site["score_parts"].score_function
+        if not is_identically_zero(score):
+            surrogate = surrogate + (log_weight * score.reshape(num_particles, -1).sum(-1)).sum()
+    return (surrogate.detach() - surrogate - log_weight.sum()) / num_particles
