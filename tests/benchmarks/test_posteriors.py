@@ -517,6 +517,7 @@ def broken_posterior():
     return KnownPosterior("broken", conjugate, (tensor([0.3, math.nan]),))
 
 
+@pytest.mark.slow
 def test_run_records_failures_and_goes_on_where_it_was(tmp_path, double):
     loaded = []
 
@@ -575,6 +576,7 @@ def test_report_takes_the_median_over_seeds_and_the_worst_over_posteriors():
         report([])
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path, small_database, capsys):
     folder, _ = small_database
     out = tmp_path / "results"

@@ -51,6 +51,8 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "NUM_STEPS", 10)
     monkeypatch.setattr(loop, "NUM_FINAL_DRAWS", 500)
     monkeypatch.setattr(schedules, "FIRST_NUM_STEPS", 10)
+    # Each round captures its step anew.
+    monkeypatch.setattr(schedules, "NUM_ROUNDS", 1)
     monkeypatch.chdir(tmp_path)
     code = "\n".join(python_blocks(page))
     for pattern, replacement in REDUCED:
