@@ -71,6 +71,9 @@ def unflatten(leaves: Sequence[Any], structure: Any) -> Any:
 UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 # What ``Tensor.to`` is below autograd.
 TO_COPY = torch.ops.aten._to_copy.default
+# What draws from a gamma and from a Dirichlet distribution.
+STANDARD_GAMMA = torch.ops.aten._standard_gamma.default
+SAMPLE_DIRICHLET = torch.ops.aten._sample_dirichlet.default
 
 
 def is_operator(target: Any) -> bool:

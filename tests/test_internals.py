@@ -123,6 +123,13 @@ def test_recordings_are_written_without_writes_in_place_and_in_other_operations(
     assert aten.sin.default not in operators
 
 
+def test_draws_of_a_gamma_and_a_dirichlet_distribution_are_these_operations():
+    with pyro.validation_enabled(False):
+        graph = internals.record(lambda x: (dist.Gamma(x, 1.0).sample(), dist.Dirichlet(x).sample()), [torch.ones(3)])
+    operators = {node.target for node in graph.graph.nodes if node.op == "call_function"}
+    assert {internals.STANDARD_GAMMA, internals.SAMPLE_DIRICHLET} <= operators
+
+
 def test_what_runs_without_recording_is_a_constant():
     def function(x):
         with internals.not_recording():

@@ -230,8 +230,8 @@ _RANDOM = frozenset(
         aten.binomial.default,
         aten.multinomial.default,
         aten.poisson.default,
-        aten._standard_gamma.default,
-        aten._sample_dirichlet.default,
+        internals.STANDARD_GAMMA,
+        internals.SAMPLE_DIRICHLET,
     }
 )
 

@@ -1,6 +1,7 @@
-"""fit on models as their users write them: recorded and batched, captured, without a warning, and right."""
+"""fit on models as their users write them: recorded and batched, captured, without a warning, and right.
 
-import warnings
+A model that runs draw by draw, and a step that is not captured, warn; warnings are errors in this suite.
+"""
 
 import numpy as np
 import pyro
@@ -18,14 +19,6 @@ from pyro_flowguides.training.start import batched_calls
 
 # Quick enough for every run.
 QUICK = ("matmul", "indexing", "pyro module", "one-hot", "reparameterized")
-
-
-@pytest.fixture(autouse=True)
-def no_warnings():
-    """A model that runs draw by draw, or a step that is not captured, warns."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
 
 
 @pytest.mark.parametrize(
