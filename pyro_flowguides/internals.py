@@ -145,12 +145,13 @@ def not_recording() -> Iterator[None]:
 @contextmanager
 def no_batching_row_by_row() -> Iterator[None]:
     """``vmap`` raises an error for an operation that it cannot batch, where it would run it row by row."""
-    before = torch._C._functorch._is_vmap_fallback_enabled()
-    torch._C._functorch._set_vmap_fallback_enabled(False)
+    functorch: Any = torch._C._functorch
+    before = functorch._is_vmap_fallback_enabled()
+    functorch._set_vmap_fallback_enabled(False)
     try:
         yield
     finally:
-        torch._C._functorch._set_vmap_fallback_enabled(before)
+        functorch._set_vmap_fallback_enabled(before)
 
 
 def has_triton() -> bool:

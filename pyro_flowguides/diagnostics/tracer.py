@@ -265,7 +265,8 @@ def given_by(guide_trace: Trace, prototype: Trace, num_samples: int) -> tuple[di
         prototype: A trace of a single run of the model.
         num_samples: The number of draws.
     """
-    nodes, originals = dict(guide_trace.nodes), dict(prototype.nodes)
+    nodes: dict[str, Any] = dict(guide_trace.nodes)
+    originals: dict[str, Any] = dict(prototype.nodes)
     values = {
         name: per_draw(nodes[name]["value"], originals[name]["value"].shape, num_samples)
         for name in given_names(prototype, guide_trace)
@@ -282,9 +283,11 @@ def single_run(call: ModelCall, guide_trace: Trace, prototype: Trace) -> Trace:
         guide_trace: With the draws on the left.
         prototype: A trace of a single run, of which a site may have had another size.
     """
-    nodes, first = dict(guide_trace.nodes), Trace()
+    nodes: dict[str, Any] = dict(guide_trace.nodes)
+    originals: dict[str, Any] = dict(prototype.nodes)
+    first = Trace()
     for name in given_names(prototype, guide_trace):
-        site, shape = nodes[name], dict(prototype.nodes)[name]["value"].shape
+        site, shape = nodes[name], originals[name]["value"].shape
         value = site["value"][0]
         # The dimensions on the left that plates of other sites take are 1.
         value = value.reshape(value.shape[value.dim() - len(shape) :])

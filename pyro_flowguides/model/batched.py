@@ -207,6 +207,8 @@ class BatchedModel:
         for name, site in tensor_sites(trace):
             keys = ("value", "log_prob", "unscaled_log_prob", "log_prob_sum")
             found.setdefault(name, {}).update({key: torch.as_tensor(site[key]) for key in keys})
+            if isinstance(site["mask"], Tensor):
+                found[name]["mask"] = site["mask"]
             if name in self.given and not site["fn"].support.is_discrete:
                 found[name]["unconstrained"] = biject_to(site["fn"].support).inv(site["value"])
         return found

@@ -235,7 +235,7 @@ _RANDOM = frozenset(
     }
 )
 
-_DECOMPOSITIONS = {
+_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.normal_functional.default: _normal,
     aten.uniform.default: _uniform,
     aten.exponential.default: _exponential,
