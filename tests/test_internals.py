@@ -112,6 +112,8 @@ def test_functions_are_recorded_below_autograd():
 
 @pytest.mark.slow
 def test_graphs_are_compiled():
+    if not internals.has_standalone_compile():
+        pytest.skip("this torch has no standalone_compile: steps are replayed")
     graph = internals.record(lambda x: (x.exp(),), [torch.ones(3)])
     with torch.no_grad():
         (value,) = internals.standalone_compile(graph, [torch.ones(3)], {"fallback_random": True})(torch.zeros(3))
