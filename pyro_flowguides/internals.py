@@ -159,6 +159,13 @@ def has_triton() -> bool:
     return bool(torch.utils._triton.has_triton())
 
 
+def has_standalone_compile() -> bool:
+    """Whether inductor can compile a graph without dynamo; in torch 2.6 it cannot yet."""
+    import torch._inductor
+
+    return hasattr(torch._inductor, "standalone_compile")
+
+
 def standalone_compile(module: GraphModule, inputs: Sequence[Tensor], config: Mapping[str, Any]) -> Callable[..., Any]:
     """Compiles a graph by inductor, without dynamo, for inputs of these shapes."""
     return torch._inductor.standalone_compile(

@@ -151,6 +151,8 @@ def test_vmap_refuses_to_run_row_by_row():
 
 @pytest.mark.slow
 def test_graphs_are_compiled():
+    if not internals.has_standalone_compile():
+        pytest.skip("this torch has no standalone_compile: steps are replayed")
     graph = internals.record(lambda x: (x.exp(),), [torch.ones(3)])
     with torch.no_grad():
         (value,) = internals.standalone_compile(graph, [torch.ones(3)], {"fallback_random": True})(torch.zeros(3))

@@ -43,7 +43,9 @@ def _with_outputs(module: GraphModule, nodes: Sequence[Node]) -> GraphModule:
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Whether inductor finds what it needs: a C++ compiler on the CPU, Triton on a GPU."""
+    """Whether inductor is there, and finds what it needs: a C++ compiler on the CPU, Triton on a GPU."""
+    if not internals.has_standalone_compile():
+        return False
     if device.type == "cuda":
         return internals.has_triton()
     return any(shutil.which(name) for name in ("g++", "clang++", "cl"))
