@@ -12,6 +12,7 @@ from pyro import poutine
 from ..compiled.recorded import BatchedCalls
 from ..diagnostics.tracer import Tracer
 from ..guides.auto import AutoFlow
+from ..guides.base import FlowGuide
 from ..model.call import ModelCall
 from ..model.sites import latent_sites, observed_sites, site_without_density
 
@@ -89,5 +90,5 @@ def whiten(call: ModelCall, guide: Callable, method: str | None, tracer: Tracer)
         options: dict[str, Any] = {"model_kwargs": call.kwargs, "vectorize": tracer.vectorizes}
         guide.whiten(*call.args, method=method, batched=tracer.batched, **options)
     for part in guide.modules() if isinstance(guide, torch.nn.Module) else ():
-        if isinstance(part, AutoFlow) and part.prototype_trace is not None:
+        if isinstance(part, FlowGuide) and part.prototype_trace is not None:
             part.undamp()

@@ -17,7 +17,8 @@ from pyro.infer.autoguide import AutoNormal
 from svi_cases import at_two, compiled, observations, scaled
 
 from pyro_flowguides import CompiledSVI
-from pyro_flowguides.compiled import backends, capture, captures
+from pyro_flowguides.compiled import backends, captures
+from pyro_flowguides.model import recording
 
 
 @pytest.fixture
@@ -177,7 +178,7 @@ def sequential_plate(y):
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_what_cannot_be_captured_runs_eagerly_with_one_warning(model, message, monkeypatch):
-    monkeypatch.setattr(capture, "MAX_OPERATIONS", 4000)
+    monkeypatch.setattr(recording, "MAX_OPERATIONS", 4000)
     y = observations(torch.get_default_dtype())
     guide = AutoNormal(model)
     guide(y)

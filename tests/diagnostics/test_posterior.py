@@ -3,9 +3,11 @@
 import dataclasses
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
-from draw_cases import fit_example, group_names, scaled_draws, sum_of_latents
+from draw_cases import fit_example, group_names, scaled_draws
 from pyro import poutine
 from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide import (
@@ -114,10 +116,15 @@ def test_mcmc():
     assert tree["log_likelihood"]["y"].shape == tree["posterior_predictive"]["y"].shape == (1, 30, 8)
 
 
+def looks_at_a_value(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(mu, 1.0 if mu > 0 else 2.0), obs=y)
+
+
 def test_a_warning_about_mcmc_points_at_the_users_line():
-    mcmc = MCMC(NUTS(sum_of_latents), num_samples=30, warmup_steps=10, disable_progbar=True)
+    mcmc = MCMC(NUTS(looks_at_a_value), num_samples=30, warmup_steps=10, disable_progbar=True)
     mcmc.run(torch.tensor(1.0))
-    with pytest.warns(UserWarning, match="mixes the draws") as warned:
+    with pytest.warns(UserWarning, match="if mu > 0") as warned:
         fg.to_arviz(mcmc)
     assert [warning.filename for warning in warned] == [__file__]
 

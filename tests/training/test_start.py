@@ -113,3 +113,19 @@ def test_parts_of_a_list_start_at_the_medians_of_a_whitened_flow():
 def test_another_guide_has_nothing_to_whiten():
     with pytest.raises(ValueError, match="needs a guide of this library; AutoNormal has no fixed map"):
         quick(correlated, AutoNormal(correlated), whiten="batch_and_match")
+
+
+def test_a_fit_switches_off_damping_in_every_flow_guide():
+    def model(data):
+        with pyro.plate("data", len(data)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=data)
+
+    data = torch.randn(4, 2)
+    guide = fg.AmortizedFlow(model, torch.nn.Linear(2, 3), damped=True).setup(data)
+    couplings = [part for part in guide.modules() if isinstance(part, fg.transforms.Coupling)]
+    assert all(coupling.damped for coupling in couplings)
+    fitted = quick(model, guide, data).guide
+    couplings = [part for part in fitted.modules() if isinstance(part, fg.transforms.Coupling)]
+    assert couplings
+    assert not any(coupling.damped for coupling in couplings)
