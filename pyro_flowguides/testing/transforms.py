@@ -246,7 +246,7 @@ def check_context(transform: FlowTransform, num_points: int = 10, tolerance: flo
     """The context broadcasts with the points, can be bound, and has an effect. Without a context there is nothing to check."""
     if not transform.context_dim:
         return
-    law = Law("context", transform, tolerance)
+    law = Law("context", transform, tolerance, relative=tolerance)
     z, context = law.points((5, 1))[0], law.points((4,))[1]
     assert context is not None
     x, log_det = transform.forward_and_log_det(z, context)
@@ -269,7 +269,7 @@ def check_context(transform: FlowTransform, num_points: int = 10, tolerance: flo
 
 def check_vmap(transform: FlowTransform, num_points: int = 10, tolerance: float = 1e-9) -> None:
     """``torch.vmap`` over points is the batch."""
-    law = Law("vmap", transform, tolerance)
+    law = Law("vmap", transform, tolerance, relative=tolerance)
     z, context = law.points((4,))
     x, _ = transform.forward_and_log_det(z, context)
     in_dims = (0, None if context is None else 0)
@@ -289,7 +289,7 @@ def check_capture(
     capture: Callable[[Callable, Tensor], Callable] = lambda step, z: make_fx(step)(z),
 ) -> None:
     """A pass in both directions, captured at some points, gives what an eager pass gives at others."""
-    law = Law("capture", transform, tolerance)
+    law = Law("capture", transform, tolerance, relative=tolerance)
     z, context = law.points((4,))
 
     def step(z: Tensor) -> tuple[Tensor, ...]:
