@@ -16,6 +16,7 @@ from torch import Tensor
 from ..checks import warn
 from ..model.batched import BatchedModel, given_names
 from ..model.call import ModelCall
+from ..model.ownership import values_in_place
 from ..model.sites import (
     PLATE_NAME,
     deterministic_sites,
@@ -94,11 +95,12 @@ class Tracer:
         self.guide = guide
         self.differentiable = differentiable
         self.max_plate_nesting = 0
-        with quiet_trace():
-            self.guide_prototype, self.model_prototype = self._trace_pair()
-        self.max_plate_nesting = max_plate_nesting(self.guide_prototype, self.model_prototype)
         self.batched: BatchedModel | None = None
-        self.vectorizes = self._try_to_vectorize()
+        with values_in_place(call.model, guide):
+            with quiet_trace():
+                self.guide_prototype, self.model_prototype = self._trace_pair()
+            self.max_plate_nesting = max_plate_nesting(self.guide_prototype, self.model_prototype)
+            self.vectorizes = self._try_to_vectorize()
 
     def traces(self, num_samples: int, first: int = 0) -> Iterator[tuple[Trace, Trace, int]]:
         """Pairs of guide and model trace with the number of draws in each; together ``num_samples``.
@@ -107,13 +109,15 @@ class Tracer:
             num_samples: The number of draws.
             first: The number of the first draw, which selects among given values.
         """
-        if self.batched is not None:
-            yield *self._batched_pair(self.batched, num_samples, first), num_samples
-        elif self.vectorizes:
-            yield *self._trace_pair(num_samples, first), num_samples
-        else:
-            for i in range(first, first + num_samples):
-                yield *self._trace_pair(first=i), 1
+        # Until the caller is done with a trace: densities are computed from it after the model has returned.
+        with values_in_place(self.call.model, self.guide):
+            if self.batched is not None:
+                yield *self._batched_pair(self.batched, num_samples, first), num_samples
+            elif self.vectorizes:
+                yield *self._trace_pair(num_samples, first), num_samples
+            else:
+                for i in range(first, first + num_samples):
+                    yield *self._trace_pair(first=i), 1
 
     def _trace_pair(self, num_samples: int | None = None, first: int = 0) -> tuple[Trace, Trace]:
         args, kwargs = self.call.args, self.call.kwargs

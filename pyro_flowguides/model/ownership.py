@@ -103,18 +103,31 @@ class _ModulesHolding(Messenger):
         self.values = values
         self.leaves = leaves
         self.are_kept = are_kept
-        self._given: dict[str, tuple[nn.Parameter, Tensor]] = {}
+        self._given: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __enter__(self) -> _ModulesHolding:
+        # At once where they are known: what is recorded, or inspected behind a block, sends no messages.
+        for name, leaf in list(self.leaves.items()):
+            if leaf.shape == self.values[name].shape:
+                self._give(name, leaf)
+        return super().__enter__()
 
     def _pyro_param(self, msg: Any) -> None:
         name = msg["name"]
-        if name not in self.values or name in self._given or msg.get("_value_is_given"):
+        if name not in self.values or msg.get("_value_is_given"):
+            return
+        # A module hands its parameter to Pyro, or has just put it into the store. (While a step is recorded, plain tensors take
+        # the place of parameters.)
+        candidates = (*msg["args"], internals.stored_parameters()[0].get(name))
+        leaf = next((each for each in candidates if isinstance(each, nn.Parameter) and type(each) is not Tensor), None)
+        if leaf is None:
             return
         # The innermost of several stores gives the value and takes it back.
         msg["_value_is_given"] = True
-        # A module hands its parameter to Pyro, or has just put it into the store.
-        candidates = (*msg["args"], internals.stored_parameters()[0].get(name))
-        leaf = next((each for each in candidates if isinstance(each, nn.Parameter)), None)
-        if leaf is None:
+        self._give(name, leaf)
+
+    def _give(self, name: str, leaf: Tensor) -> None:
+        if id(leaf) in self._given:
             return
         value = self.values[name]
         if leaf.shape != value.shape:
@@ -122,7 +135,7 @@ class _ModulesHolding(Messenger):
                 f"parameter '{name}' has shape {tuple(leaf.shape)} in its module now, and had shape {tuple(value.shape)} when it "
                 "was fitted; use the module with the sizes it was fitted with"
             )
-        self._given[name] = leaf, leaf.data
+        self._given[id(leaf)] = leaf, leaf.data
         self.leaves[name] = leaf
         leaf.data = value.detach().clone().to(leaf.device)
 
@@ -254,7 +267,7 @@ def owned(model: Callable, guide: Callable) -> tuple[Callable, Callable, dict[st
 
 
 @contextmanager
-def values_in_place(*functions: Callable) -> Iterator[None]:
+def values_in_place(*functions: Any) -> Iterator[None]:
     """Modules that the functions of a fit close over hold the values of the fit until the end of the block.
 
     Needed where something is computed from a trace after the function has returned, since a distribution may hold a parameter.
@@ -267,7 +280,7 @@ def values_in_place(*functions: Callable) -> Iterator[None]:
         yield
 
 
-def _store_of(function: Callable) -> PrivateStore | None:
+def _store_of(function: Any) -> PrivateStore | None:
     """The private store that a model or a guide has from an earlier fit."""
     if isinstance(function, OwnedFunction):
         return function.store

@@ -341,3 +341,34 @@ def test_two_threads():
     for one, other, y in zip(alone, together, GROUPS, strict=True):
         np.testing.assert_array_equal(one.losses, other.losses)
         assert_same(uses(one, y), uses(other, y))
+
+
+class Correlation(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tril = nn.Parameter(torch.eye(2))
+
+
+@pytest.mark.parametrize("broadcasts", [True, False])
+def test_densities_of_a_fit_are_those_of_its_own_closed_over_parameters(broadcasts):
+    """A distribution may hold the parameter itself, and its density is computed after the model has returned."""
+    correlation = Correlation()
+
+    def model(y):
+        pyro.module("correlation", correlation)
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 3.0).to_event(1))
+        mu = mu if broadcasts else torch.stack([mu[0], mu[1]])
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.MultivariateNormal(mu.unsqueeze(-2), scale_tril=correlation.tril), obs=y)
+
+    y = torch.randn(5, 2)
+    fit = fg.fit(model, AutoNormal(model), y, num_steps=20, num_particles=4, progress=False, seed=0)
+
+    def log_p():
+        return fg.draw(fit.model, fit.guide, y, num_samples=10, seed=1).log_p
+
+    before = log_p()
+    with torch.no_grad():
+        correlation.tril.mul_(5.0)
+    torch.testing.assert_close(log_p(), before)
+    assert correlation.tril[0, 0].item() > 2
