@@ -92,3 +92,20 @@ def test_fit_of_a_model_that_mixes_draws():
     fit = fg.fit(sum_of_latents, fg.AutoFlow(sum_of_latents), y, num_steps=20, num_particles=8, progress=False, seed=0)
     # log N(3; 0, 4): whitening finds the normal posterior, which some steps with few particles blur a little.
     assert fit.elbo.value == pytest.approx(float(dist.Normal(0.0, 2.0).log_prob(y)), abs=0.02)
+
+
+def test_a_mask_that_depends_on_a_latent_is_that_of_each_draw():
+    def model(y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        mean = torch.stack([w[0], w[1], w[2]])
+        with pyro.plate("data", 3), poutine.mask(mask=mean > 0):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    y = torch.tensor([0.3, -0.2, 1.0])
+    guide = AutoNormal(model, init_scale=1.0)
+    assert Tracer(ModelCall(model, (y,)), guide).batched is not None
+    draws = fg.draw(model, guide, y, num_samples=50, log_likelihood=True, seed=0)
+    w = draws.values["w"]
+    expected = torch.where(w > 0, dist.Normal(w, 1.0).log_prob(y), 0.0)
+    assert 0 < int((w > 0).sum()) < w.numel()
+    torch.testing.assert_close(draws.log_likelihood["y"], expected)
