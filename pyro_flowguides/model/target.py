@@ -40,6 +40,8 @@ class Target:
             trace = poutine.trace(call).get_trace()
         self._nesting = max_plate_nesting(trace)
         self._minibatches = self._fixed_minibatches(trace)
+        # Every latent has a value from here on; one drawn beside it is wasted, and fails where a trial point is wild.
+        self._bare = call.without_initial_values
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p at each row, in float64 whatever the dtype of the model, which runs in its own.
@@ -80,7 +82,7 @@ class Target:
             site.name: plates.select(values[site.name], site.frames, indices, site.event_dim)
             for site in self.latents.sites
         }
-        model = poutine.condition(self.call, data={**selected, **indices})
+        model = poutine.condition(self._bare, data={**selected, **indices})
         plate = pyro.plate(PLATE_NAME, count, dim=-1 - self._nesting) if self.vectorize else nullcontext()
         with poutine.block(), plate:
             trace = poutine.trace(model).get_trace()
