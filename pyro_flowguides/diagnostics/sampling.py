@@ -17,7 +17,6 @@ from ..model.call import ModelCall
 from ..model.sites import (
     deterministic_sites,
     has_stochastic_log_prob,
-    is_deterministic,
     is_subsampled,
     latent_sites,
     log_prob_per_draw,
@@ -150,9 +149,9 @@ def _extract(guide_trace: Trace, model_trace: Trace, prototype: Trace, count: in
             continue
         values[name] = at_draws(name, site["value"])
         if not site["fn"].support.is_discrete:
-            transform = biject_to(site["fn"].support)
-            shape = transform.inverse_shape(originals[name]["value"].shape)
-            unconstrained[name] = per_draw(transform.inv(site["value"]), shape, count)
+            # The bounds are those of this run, which may expand them to the draws; the shape is that of a single run.
+            shape = biject_to(originals[name]["fn"].support).inverse_shape(originals[name]["value"].shape)
+            unconstrained[name] = per_draw(biject_to(site["fn"].support).inv(site["value"]), shape, count)
     likelihoods = {}
     if log_likelihood:
         for name, site in observed_sites(model_trace):
@@ -184,8 +183,8 @@ def _extract(guide_trace: Trace, model_trace: Trace, prototype: Trace, count: in
 
 
 def _non_finite_site(guide_trace: Trace, model_trace: Trace, log_ratios: Tensor, count: int) -> str:
-    """The first site without a finite density in the first draw whose weight is NaN or infinite."""
-    wrong = log_ratios.isnan() | log_ratios.isposinf()
+    """The first site without a finite density in the first draw whose weight is not finite."""
+    wrong = ~log_ratios.isfinite()
     if not wrong.any():
         return ""
     first = int(wrong.int().argmax())
@@ -205,7 +204,8 @@ def _dimension_names(name: str, site: Any) -> list[str]:
     """A name for every dimension of a site's value: the name of its plate, or ``<site>_dim_<i>``."""
     shape = site["value"].shape
     names = [f"{name}_dim_{i}" for i in range(len(shape))]
-    event_dim = 0 if is_deterministic(site) else site["fn"].event_dim
+    # To pyro.deterministic every dimension is one of the event.
+    event_dim = 0 if site["infer"].get("_deterministic") else site["fn"].event_dim
     for frame in site["cond_indep_stack"]:
         axis = len(shape) - event_dim + frame.dim if frame.vectorized else -1
         # A deterministic value need not use the plates it stands in.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -166,15 +165,15 @@ class Loop:
         return stopped
 
     def _judge(self) -> Draws:
-        # A round that did harm may leave the support of the model, which is no error: it is taken back.
-        with pyro.validation_enabled(False) if self.best is not None else contextlib.nullcontext():
-            draws = self._draw()
+        draws = self._draw()
         self.scores.append(RoundScore.of(draws))
         return draws
 
     def _draw(self) -> Draws:
         num_samples = NUM_FINAL_DRAWS if self.tracer.vectorizes else NUM_LOOPED_DRAWS
-        return draw_traced(self.tracer, num_samples, log_likelihood=self.log_likelihood)
+        # Draws of a poor fit may leave the support of the model, which is no error: they weigh nothing.
+        with pyro.validation_enabled(False):
+            return draw_traced(self.tracer, num_samples, log_likelihood=self.log_likelihood)
 
     # --- checkpoints -----------------------------------------------------------------------------------------------------
 
