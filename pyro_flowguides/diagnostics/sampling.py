@@ -14,6 +14,7 @@ from torch.distributions import biject_to
 
 from ..checks import warn
 from ..model.call import ModelCall
+from ..model.missing import as_given
 from ..model.sites import (
     deterministic_sites,
     has_stochastic_log_prob,
@@ -92,9 +93,9 @@ def draw_traced(tracer: Tracer, num_samples: int, batch_size: int = 10_000, log_
         )
     return dataclasses.replace(
         draws,
-        observed={} if subsampled else {name: site["value"] for name, site in observed_sites(prototype)},
+        observed={} if subsampled else {name: as_given(site) for name, site in observed_sites(prototype)},
         dims={name: _dimension_names(name, site) for name, site in tensor_sites(prototype)},
-        weights_error=_weights_error(tracer.guide_prototype, subsampled, draws.unconstrained),
+        weights_error=_weights_error(tracer.guide_prototype, subsampled, _inferred(draws.unconstrained, prototype)),
         minibatch_size=batch_size if subsampled else None,
     )
 
@@ -114,6 +115,17 @@ def batch_size_within_memory(tracer: Tracer, batch_size: int) -> int:
     """The size of a batch of draws whose largest site still fits into the memory allowed."""
     largest = max(site["value"].numel() for _, site in tensor_sites(tracer.model_prototype))
     return max(1, min(batch_size, MAX_BATCH_ELEMENTS // max(1, largest)))
+
+
+def _inferred(unconstrained: Mapping[str, Tensor], prototype: Trace) -> dict[str, Tensor]:
+    """The latents of which something counts: of missing data (``obs_mask=``) there may be none."""
+    nodes: dict[str, Any] = dict(prototype.nodes)
+    masks = {name: nodes[name]["mask"] for name in unconstrained}
+    return {
+        name: value
+        for name, value in unconstrained.items()
+        if not isinstance(masks[name], Tensor) or bool(masks[name].any())
+    }
 
 
 def _weights_error(guide_prototype: Trace, subsampled: str | None, unconstrained: Mapping[str, Tensor]) -> str | None:

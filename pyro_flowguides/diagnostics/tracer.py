@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..checks import warn
 from ..model.call import ModelCall
+from ..model.missing import FillMissing
 from ..model.sites import (
     PLATE_NAME,
     deterministic_sites,
@@ -109,7 +110,7 @@ class Tracer:
             guide = self._in_plate(self.guide, num_samples)
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         # The plate is inside replay: it does not expand a value that is given already.
-        model = poutine.replay(self._in_plate(self.call.model, num_samples), trace=guide_trace)
+        model = FillMissing()(poutine.replay(self._in_plate(self.call.model, num_samples), trace=guide_trace))
         return guide_trace, poutine.trace(model).get_trace(*args, **kwargs)
 
     def _in_plate(self, function: Callable, num_samples: int | None) -> Callable:
@@ -160,7 +161,7 @@ class Tracer:
                 name: per_draw(site["value"], originals[name]["value"].shape, num_samples)[i]
                 for name, site in given.items()
             }
-            conditioned = poutine.condition(self.call.model, data={**values, **indices})
+            conditioned = FillMissing()(poutine.condition(self.call.model, data={**values, **indices}))
             alone = poutine.trace(conditioned).get_trace(*self.call.args, **self.call.kwargs)
             log_prob = log_prob_per_draw(alone, 1)[0]
             if not torch.allclose(together[i], log_prob, rtol=1e-4, atol=1e-3, equal_nan=True):

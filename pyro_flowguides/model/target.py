@@ -13,6 +13,7 @@ from torch import Tensor
 from . import plates
 from .call import ModelCall
 from .latents import Latents
+from .missing import FillMissing
 from .sites import PLATE_NAME, log_prob_per_draw, max_plate_nesting, quiet_trace
 
 
@@ -72,7 +73,7 @@ class Target:
         values, log_det = {}, rows.new_zeros(count)
         for site, unconstrained in self.latents.unpack(x):
             values[site.name] = site.transform(unconstrained)
-            log_jacobian = site.transform.log_abs_det_jacobian(unconstrained, values[site.name])
+            log_jacobian = site.log_jacobian(unconstrained, values[site.name])
             log_det = log_det + log_jacobian.reshape(count, -1).sum(-1)
         log_p = [self._log_joint(values, indices, count) for indices in self._minibatches]
         return log_det + sum(log_p) / len(log_p)
@@ -82,7 +83,7 @@ class Target:
             site.name: plates.select(values[site.name], site.frames, indices, site.event_dim)
             for site in self.latents.sites
         }
-        model = poutine.condition(self._bare, data={**selected, **indices})
+        model = FillMissing()(poutine.condition(self._bare, data={**selected, **indices}))
         plate = pyro.plate(PLATE_NAME, count, dim=-1 - self._nesting) if self.vectorize else nullcontext()
         with poutine.block(), plate:
             trace = poutine.trace(model).get_trace()

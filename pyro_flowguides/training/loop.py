@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from ..compiled.svi import CHECK_EVERY, CompiledSVI
 from ..diagnostics.draws import Draws
 from ..diagnostics.sampling import draw_traced
 from ..model.call import ModelCall
+from ..model.missing import FillMissing
 from ..model.ownership import owned
 from ..model.sites import unchanged_random_state
 from . import start
@@ -97,6 +98,8 @@ class Loop:
         saved = self.options.checkpoint.load() if self.options.checkpoint else None
         self.tracer = start.set_up(self.call, self.guide)
         start.check_start(self.tracer)
+        if start.has_missing(self.tracer):
+            self.call = replace(self.call, model=FillMissing()(self.call.model))
         if self.options.loss is None:
             start.check_discrete_sites(self.tracer)
         if saved is not None:
