@@ -12,6 +12,7 @@ import numpy as np
 import pyro
 import torch
 from pyro.optim import PyroOptim
+from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -26,10 +27,10 @@ from ..model.missing import FillMissing
 from ..model.ownership import owned
 from ..model.sites import unchanged_random_state
 from . import start
-from .batches import Batches
+from .batches import Batches, warn_of_plate_of_the_batch
 from .checkpoint import Checkpoint, random_state, set_random_state
 from .result import FitResult
-from .schedules import Round, RoundScore, doubling_rounds, got_worse, is_worth_another
+from .schedules import Round, RoundScore, doubling_rounds, got_worse, is_worth_another, needs_loss
 
 # Where the number of steps is fixed beforehand.
 NUM_STEPS = 3000
@@ -283,6 +284,7 @@ class Steps:
 
     def _take(self, bar: tqdm) -> bool:
         callbacks, checkpoint = self.loop.options.callbacks, self.loop.options.checkpoint
+        scheduler = self.loop.options.optim
         # Capturing compares what stays the same only once in a while, unless a callback may change it.
         every = 1 if callbacks or self.batches else CHECK_EVERY
         step: Callable[[], Tensor] | None = None
@@ -292,6 +294,8 @@ class Steps:
             if number % every == 0 or step is None:
                 step = self.svi.compile_step(*self._next_arguments(), self.round.num_steps - number)
             self.pending.append(step())
+            if isinstance(scheduler, PyroLRScheduler):
+                scheduler.step(*[float(self.pending[-1])] * needs_loss(scheduler))
             for callback in callbacks:
                 stopped |= bool(callback(before + number, float(self.pending[-1])))
             number += 1
@@ -306,7 +310,13 @@ class Steps:
         return stopped
 
     def _next_arguments(self) -> tuple[tuple, dict[str, Any]]:
-        return (self.loop.call.args, dict(self.loop.call.kwargs)) if self.batches is None else next(self.batches)
+        if self.batches is None:
+            return self.loop.call.args, dict(self.loop.call.kwargs)
+        args, kwargs = next(self.batches)
+        if not self.losses and not self.pending:
+            batch = replace(self.loop.call, args=args, kwargs=kwargs)
+            warn_of_plate_of_the_batch(batch, self.batches.batches, self.loop.tracer.model_prototype)
+        return args, kwargs
 
     def _collect(self, bar: tqdm) -> None:
         """Waits for the losses of the last steps."""
