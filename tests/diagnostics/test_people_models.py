@@ -89,3 +89,11 @@ def test_no_draw_with_a_density_is_an_unknown_verdict():
     weights = ImportanceWeights(np.full(100, np.nan), np.zeros(100), "site 'a' of the model")
     assert weights.verdict.kind is VerdictKind.UNKNOWN
     assert "no draw has a density (site 'a' of the model)" in str(weights.verdict)
+
+
+def test_a_few_draws_are_exported_without_smoothed_weights():
+    fit = quick(overflowing, fg.AutoFlow(overflowing), torch.tensor(1.0))
+    statistics = fit.to_arviz(10)["sample_stats"]
+    assert {"lp", "log_q"} <= set(statistics.data_vars) and "log_weight" not in statistics
+    assert "log_weight" in fit.to_arviz(30)["sample_stats"]
+    assert "log_weight" not in fit.draws[:10].to_dataframe()
