@@ -3,6 +3,9 @@ r"""Recipes: functions that stack transforms into a flow.
 A recipe is a function ``recipe(dim, *, num_layers, hidden_dims, context_dim=0, **options) -> FlowTransform`` that returns a
 stack which starts as the identity. Any function of that shape can be given to a guide. The options that a recipe does not
 name go to each of its layers.
+
+Affine layers leave a normal law of a single coordinate normal. So for D = 1 the recipes ``coupling``, ``glow``, ``iaf``, ``maf``
+and ``nice`` begin with a spline of that coordinate (:class:`~pyro_flowguides.transforms.ElementwiseSpline`).
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ def coupling(
         return T.AffineCoupling(dim, flip=index % 2 == 1, hidden_dims=hidden_dims, damped=damped, **options)
 
     couplings = _layers("coupling", num_layers, layer)
-    return _with_shuffles(couplings) if many else T.Compose(couplings)
+    return _with_shuffles(couplings) if many else _bent(T.Compose(couplings), hidden_dims)
 
 
 def spline_coupling(
@@ -89,7 +92,8 @@ def iaf(dim: int, *, num_layers: int = 3, hidden_dims: Sequence[int] | None = No
         options: As in :class:`~pyro_flowguides.transforms.AffineAutoregressive`: ``context_dim``, ``log_scale_bound``, …
     """
     options["hidden_dims"] = _default_hidden_dims(dim, hidden_dims)
-    return _with_reverses(_layers("iaf", num_layers, lambda _: T.AffineAutoregressive(dim, **options)))
+    flow = _with_reverses(_layers("iaf", num_layers, lambda _: T.AffineAutoregressive(dim, **options)))
+    return _bent(flow, options["hidden_dims"])
 
 
 def maf(dim: int, *, num_layers: int = 3, hidden_dims: Sequence[int] | None = None, **options: Any) -> T.FlowTransform:
@@ -105,7 +109,8 @@ def maf(dim: int, *, num_layers: int = 3, hidden_dims: Sequence[int] | None = No
         options: As in :class:`~pyro_flowguides.transforms.AffineAutoregressive`: ``context_dim``, ``log_scale_bound``, …
     """
     options["hidden_dims"] = _default_hidden_dims(dim, hidden_dims)
-    return _with_reverses(_layers("maf", num_layers, lambda _: T.Inverse(T.AffineAutoregressive(dim, **options))))
+    flow = _with_reverses(_layers("maf", num_layers, lambda _: T.Inverse(T.AffineAutoregressive(dim, **options))))
+    return _bent(flow, options["hidden_dims"])
 
 
 def spline_autoregressive(
@@ -200,7 +205,7 @@ def nice(
     def layer(index: int) -> T.FlowTransform:
         return T.AdditiveCoupling(dim, flip=index % 2 == 1, damped=damped, **shared, **options)
 
-    return T.Compose([*_layers("nice", num_layers, layer), T.Affine(dim, **shared)])
+    return _bent(T.Compose([*_layers("nice", num_layers, layer), T.Affine(dim, **shared)]), shared["hidden_dims"])
 
 
 def glow(
@@ -232,7 +237,8 @@ def glow(
         scale, mix = T.ActNorm(dim, **shared), T.LULinear(dim, **shared)
         return [scale, mix, T.AffineCoupling(dim, flip=index % 2 == 1, damped=damped, **shared, **options)]
 
-    return T.Compose(part for parts in _layers("glow", num_layers, step) for part in parts)
+    flow = T.Compose(part for parts in _layers("glow", num_layers, step) for part in parts)
+    return _bent(flow, shared["hidden_dims"])
 
 
 def residual(dim: int, *, num_layers: int = 8, **options: Any) -> T.FlowTransform:
@@ -281,7 +287,14 @@ def _default_hidden_dims(dim: int, hidden_dims: Sequence[int] | None) -> Sequenc
     return (64, 64) if dim > _MANY else (32, 32)
 
 
-def _with_shuffles(couplings: Sequence[T.FlowTransform]) -> T.FlowTransform:
+def _bent(flow: T.Compose, hidden_dims: Sequence[int]) -> T.Compose:
+    """The flow; for a single coordinate with a spline before it, since affine layers alone leave a normal law normal."""
+    if flow.dim > 1:
+        return flow
+    return T.Compose([T.ElementwiseSpline(1, context_dim=flow.context_dim, hidden_dims=hidden_dims), *flow.transforms])
+
+
+def _with_shuffles(couplings: Sequence[T.FlowTransform]) -> T.Compose:
     """The couplings in pairs, with the coordinates dealt into two halves between them, every second one to the first."""
     dim = couplings[0].dim
     dealt = torch.cat([torch.arange(0, dim, 2), torch.arange(1, dim, 2)])
@@ -296,7 +309,7 @@ def _with_shuffles(couplings: Sequence[T.FlowTransform]) -> T.FlowTransform:
     return T.Compose([T.Permutation(order.argsort()), *transforms])
 
 
-def _with_reverses(layers: Iterable[T.FlowTransform]) -> T.FlowTransform:
+def _with_reverses(layers: Iterable[T.FlowTransform]) -> T.Compose:
     """The layers with a reversal of the coordinates between them, and one at the end where it restores their order."""
     transforms: list[T.FlowTransform] = []
     for layer in layers:

@@ -20,6 +20,7 @@ import pyro.infer.traceenum_elbo
 import pyro.infer.tracegraph_elbo
 import torch
 from pyro import poutine
+from pyro.distributions import MaskedDistribution
 from pyro.infer import ELBO, MCMC, TraceGraph_ELBO
 from pyro.infer.autoguide.guides import AutoGuide
 from pyro.nn import PyroModule
@@ -63,6 +64,11 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
 def unflatten(leaves: Sequence[Any], structure: Any) -> Any:
     """The inverse of :func:`flatten`."""
     return pytree.tree_unflatten(leaves, structure)
+
+
+def is_hidden(fn: MaskedDistribution) -> bool:
+    """Whether a distribution is masked as a whole, so that it has no density."""
+    return fn._mask is False
 
 
 # --- operators and graphs ----------------------------------------------------------------------------------------------

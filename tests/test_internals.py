@@ -55,6 +55,11 @@ def test_a_tensor_marked_as_a_parameter_is_one():
     assert isinstance(tensor, torch.nn.Parameter)
 
 
+def test_a_distribution_that_is_masked_as_a_whole():
+    assert internals.is_hidden(dist.Normal(0.0, 1.0).mask(False))
+    assert not internals.is_hidden(dist.Normal(0.0, 1.0).mask(torch.tensor(False)))
+
+
 def test_nested_arguments_are_flattened_and_put_together():
     tree = ((1, [2.0, None]), {"name": "x", "other": (3,)})
     leaves, structure = internals.flatten(tree)

@@ -167,7 +167,7 @@ class Draws:
         """
         columns = scalars(self.posterior(), {**self.dims, **(dims or {})}, coords or {})
         densities = {name: to_numpy(getattr(self, name)) for name in ("log_p", "log_q")}
-        if not self._error:
+        if not self._error and not self.weights.error:
             densities["log_weight"] = self.smoothed_log_weights
         for name in densities:
             if name in columns:

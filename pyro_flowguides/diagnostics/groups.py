@@ -165,7 +165,8 @@ def _densities(chains: Sequence[Draws]) -> dict[str, np.ndarray]:
     statistics = {"lp": np.stack([to_numpy(chain.log_p) for chain in chains])}
     if not any(chain.elbo_error for chain in chains):
         statistics["log_q"] = np.stack([to_numpy(chain.log_q) for chain in chains])
-        if not any(chain.weights_error for chain in chains):
+        # Of a few draws alone there is no tail to smooth.
+        if not any(chain.weights_error or chain.weights.error for chain in chains):
             statistics["log_weight"] = np.stack([chain.smoothed_log_weights for chain in chains])
     return statistics
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -223,7 +223,10 @@ class ImportanceWeights:
     """
 
     def __init__(self, log_p: np.ndarray, log_q: np.ndarray, where: str = "") -> None:
-        self.log_ratios = (log_p - log_q).astype(np.float64)
+        ratios = (log_p - log_q).astype(np.float64)
+        # A draw where a density overflows or underflows says as little of the posterior as one outside of it.
+        self.log_ratios = np.where(np.isnan(ratios), -np.inf, ratios)
+        self.num_without_density = int(np.isneginf(self.log_ratios).sum())
         self.where = where
         # Rounding in numbers of this size is all the spread that the weights of an exact guide have.
         size = max(1.0, float(np.abs(log_p).max()), float(np.abs(log_q).max()))
@@ -235,7 +238,9 @@ class ImportanceWeights:
 
     @functools.cached_property
     def error(self) -> str | None:
-        """Why these weights cannot be smoothed, or None: too few draws, or a ratio that is NaN or +inf."""
+        """Why these weights cannot be smoothed, or None: too few draws, none with a density, or a ratio that is +inf."""
+        if self.num_without_density == len(self):
+            return f"no draw has a density{self.where and f' ({self.where})'}"
         return None if self.are_constant else _psis_error(self.log_ratios, self.where)
 
     @functools.cached_property
@@ -287,7 +292,12 @@ class ImportanceWeights:
         """What k-hat and the effective sample size say about the guide, see :func:`judge`."""
         if self.error:
             return Verdict(VerdictKind.UNKNOWN, UNKNOWN.value, UNKNOWN.value, len(self), self.error)
-        return judge(self._psis[1], _effective_number(self.weights) / len(self), len(self))
+        verdict = judge(self._psis[1], _effective_number(self.weights) / len(self), len(self))
+        if not self.num_without_density:
+            return verdict
+        where = self.where and f" ({self.where})"
+        lost = f"{self.num_without_density:,} of {len(self):,} draws have no density{where} and weigh nothing"
+        return replace(verdict, reason=f"{verdict.reason}; {lost}")
 
     def iw_elbo(self, num_weights: int) -> Estimate:
         """See :func:`iw_elbo`."""

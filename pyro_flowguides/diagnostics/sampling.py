@@ -14,10 +14,10 @@ from torch.distributions import biject_to
 
 from ..checks import warn
 from ..model.call import ModelCall
+from ..model.missing import as_given
 from ..model.sites import (
     deterministic_sites,
     has_stochastic_log_prob,
-    is_deterministic,
     is_subsampled,
     latent_sites,
     log_prob_per_draw,
@@ -93,9 +93,9 @@ def draw_traced(tracer: Tracer, num_samples: int, batch_size: int = 10_000, log_
         )
     return dataclasses.replace(
         draws,
-        observed={} if subsampled else {name: site["value"] for name, site in observed_sites(prototype)},
+        observed={} if subsampled else {name: as_given(site) for name, site in observed_sites(prototype)},
         dims={name: _dimension_names(name, site) for name, site in tensor_sites(prototype)},
-        weights_error=_weights_error(tracer.guide_prototype, subsampled, draws.unconstrained),
+        weights_error=_weights_error(tracer.guide_prototype, subsampled, _inferred(draws.unconstrained, prototype)),
         minibatch_size=batch_size if subsampled else None,
     )
 
@@ -117,6 +117,17 @@ def batch_size_within_memory(tracer: Tracer, batch_size: int) -> int:
     if tracer.batched is not None:
         largest = max(largest, tracer.batched.largest)
     return max(1, min(batch_size, MAX_BATCH_ELEMENTS // max(1, largest)))
+
+
+def _inferred(unconstrained: Mapping[str, Tensor], prototype: Trace) -> dict[str, Tensor]:
+    """The latents of which something counts: of missing data (``obs_mask=``) there may be none."""
+    nodes: dict[str, Any] = dict(prototype.nodes)
+    masks = {name: nodes[name]["mask"] for name in unconstrained}
+    return {
+        name: value
+        for name, value in unconstrained.items()
+        if not isinstance(masks[name], Tensor) or bool(masks[name].any())
+    }
 
 
 def _weights_error(guide_prototype: Trace, subsampled: str | None, unconstrained: Mapping[str, Tensor]) -> str | None:
@@ -152,10 +163,11 @@ def _extract(guide_trace: Trace, model_trace: Trace, prototype: Trace, count: in
             continue
         values[name] = at_draws(name, site["value"])
         if not site["fn"].support.is_discrete:
-            transform = biject_to(site["fn"].support)
-            shape = transform.inverse_shape(originals[name]["value"].shape)
-            # A recording knows it; the support may be another one for each draw.
-            points = site["unconstrained"] if "unconstrained" in site else transform.inv(site["value"])
+            # The bounds are those of this run, or those that a recording kept for each draw; the shape is that of a single run.
+            shape = biject_to(originals[name]["fn"].support).inverse_shape(originals[name]["value"].shape)
+            points = (
+                site["unconstrained"] if "unconstrained" in site else biject_to(site["fn"].support).inv(site["value"])
+            )
             unconstrained[name] = per_draw(points, shape, count)
     likelihoods = {}
     if log_likelihood:
@@ -190,8 +202,8 @@ def _extract(guide_trace: Trace, model_trace: Trace, prototype: Trace, count: in
 
 
 def _non_finite_site(guide_trace: Trace, model_trace: Trace, log_ratios: Tensor, count: int) -> str:
-    """The first site without a finite density in the first draw whose weight is NaN or infinite."""
-    wrong = log_ratios.isnan() | log_ratios.isposinf()
+    """The first site without a finite density in the first draw whose weight is not finite."""
+    wrong = ~log_ratios.isfinite()
     if not wrong.any():
         return ""
     first = int(wrong.int().argmax())
@@ -211,7 +223,8 @@ def _dimension_names(name: str, site: Any) -> list[str]:
     """A name for every dimension of a site's value: the name of its plate, or ``<site>_dim_<i>``."""
     shape = site["value"].shape
     names = [f"{name}_dim_{i}" for i in range(len(shape))]
-    event_dim = 0 if is_deterministic(site) else site["fn"].event_dim
+    # To pyro.deterministic every dimension is one of the event.
+    event_dim = 0 if site["infer"].get("_deterministic") else site["fn"].event_dim
     for frame in site["cond_indep_stack"]:
         axis = len(shape) - event_dim + frame.dim if frame.vectorized else -1
         # A deterministic value need not use the plates it stands in.

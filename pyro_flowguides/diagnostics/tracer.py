@@ -16,6 +16,7 @@ from torch import Tensor
 from ..checks import warn
 from ..model.batched import BatchedModel, given_names
 from ..model.call import ModelCall
+from ..model.missing import FillMissing
 from ..model.ownership import values_in_place
 from ..model.sites import (
     PLATE_NAME,
@@ -123,7 +124,7 @@ class Tracer:
         args, kwargs = self.call.args, self.call.kwargs
         guide_trace = self._trace_guide(num_samples, first)
         # The plate is inside replay: it does not expand a value that is given already.
-        model = poutine.replay(self._in_plate(self.call.model, num_samples), trace=guide_trace)
+        model = FillMissing()(poutine.replay(self._in_plate(self.call.model, num_samples), trace=guide_trace))
         return guide_trace, poutine.trace(model).get_trace(*args, **kwargs)
 
     def _trace_guide(self, num_samples: int | None, first: int) -> Trace:
@@ -224,7 +225,7 @@ class Tracer:
                 name: per_draw(site["value"], originals[name]["value"].shape, num_samples)[i]
                 for name, site in given.items()
             }
-            conditioned = poutine.condition(self.call.model, data={**values, **indices})
+            conditioned = FillMissing()(poutine.condition(self.call.model, data={**values, **indices}))
             alone = poutine.trace(conditioned).get_trace(*self.call.args, **self.call.kwargs)
             log_prob = log_prob_per_draw(alone, 1)[0]
             if not torch.allclose(together[i], log_prob, rtol=1e-4, atol=1e-3, equal_nan=True):

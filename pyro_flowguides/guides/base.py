@@ -317,7 +317,7 @@ class FlowGuide(AutoGuide):
             value = site.transform(point)
             log_density: Tensor | float = 0.0
             if poutine.get_mask() is not False:
-                log_jacobian = site.transform.log_abs_det_jacobian(point, value)
+                log_jacobian = site.log_jacobian(point, value)
                 log_density = -sum_rightmost(log_jacobian, log_jacobian.dim() - value.dim() + site.event_dim)
             with ExitStack() as stack:
                 for frame in site.frames:

@@ -187,8 +187,9 @@ def diagonal_batch_and_match(
 
 
 def mode(log_density: LogDensity, loc: Tensor, max_steps: int = MAX_PATH_STEPS) -> Tensor:
-    """A maximum of log p by L-BFGS; the start, where the optimiser leaves the range of finite numbers."""
+    """A maximum of log p by L-BFGS; where it leaves the range of finite numbers, the best point that it has seen."""
     point = loc.clone().requires_grad_()
+    best, best_value = loc, -math.inf
     optimizer = torch.optim.LBFGS(
         [point],
         max_iter=max_steps,
@@ -200,13 +201,16 @@ def mode(log_density: LogDensity, loc: Tensor, max_steps: int = MAX_PATH_STEPS) 
 
     def closure() -> Tensor:
         # Not by backward(), which would leave gradients in the model's parameters.
+        nonlocal best, best_value
         value, score = value_and_score(log_density, point.unsqueeze(0))
+        if float(value[0]) > best_value and bool(score.isfinite().all()):
+            best, best_value = point.detach().clone(), float(value[0])
         point.grad = -score[0]
         return -value[0]
 
     optimizer.step(closure)
     found = point.detach()
-    return found if bool(found.isfinite().all()) else loc
+    return found if bool(found.isfinite().all()) else best
 
 
 def best_gaussian(log_density: LogDensity, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
@@ -292,4 +296,21 @@ def whiten(target: Target, start: tuple[Tensor, Tensor], method: str) -> tuple[T
     """
     check_method(method, len(start[0]))
     methods = METHODS if start[1].dim() == 2 else DIAGONAL_METHODS
-    return methods[method](target.log_prob, *start)
+    # What fails at the start already is an error of the model.
+    target.log_prob(start[0].expand(2, -1))
+    return methods[method](without_errors(target.log_prob), *start)
+
+
+def without_errors(log_density: LogDensity) -> LogDensity:
+    """The same density, NaN at points where it raises: far from the posterior a covariance may have no Cholesky factor."""
+
+    def tried(points: Tensor) -> Tensor:
+        try:
+            return log_density(points)
+        except (RuntimeError, ValueError):
+            # One point of a batch is enough for an error.
+            if len(points) == 1:
+                return points.sum(-1) * torch.nan
+            return torch.cat([tried(point) for point in points.split(1)])
+
+    return tried

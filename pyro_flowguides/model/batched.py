@@ -20,6 +20,7 @@ from .. import internals
 from . import plates
 from .call import ModelCall
 from .guards import Guards
+from .missing import FillMissing
 from .recording import batch, check_size, record
 from .sites import deterministic_sites, is_subsample, latent_sites, log_prob_per_draw, tensor_sites
 from .substitution import Parameters, no_waiting, parameters_in, substituted
@@ -241,7 +242,7 @@ class BatchedModel:
         self, values: Sequence[Tensor], call: ModelCall, indices: Mapping[str, Tensor] | None = None
     ) -> Callable:
         data = {**dict(zip(self.given, values, strict=True)), **(indices or {})}
-        return poutine.condition(call, data=data)
+        return FillMissing()(poutine.condition(call, data=data))
 
     def _examples(self) -> list[Tensor]:
         return [self._nodes[name]["value"] for name in self.given]

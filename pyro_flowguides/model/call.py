@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.messenger import Messenger
 
 from .ownership import OwnedFunction
@@ -41,6 +42,14 @@ class ModelCall:
                 model = model.args[1]
             else:
                 return model
+
+    @property
+    def without_initial_values(self) -> ModelCall:
+        """The same without the handler by which Pyro's autoguides give latents their first values, draws of the prior."""
+        model = self.model
+        while isinstance(model, functools.partial) and model.args and isinstance(model.args[0], InitMessenger):
+            model = model.args[1]
+        return replace(self, model=model)
 
     @property
     def name(self) -> str:

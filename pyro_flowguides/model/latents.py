@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
 from . import plates
+from .missing import missing_elements, over_events
 from .sites import full_size, is_subsampled, latent_sites
 
 WAYS_OUT = (
@@ -44,6 +45,9 @@ class LatentSite:
         frames: The plates, as Pyro's trace holds them.
         shape: The shape of its value in the trace, over whole plates.
         transform: The map from unconstrained values to the support.
+        kept: Where some of the elements alone are in the vector, which ones, of the flattened part; the others have 0. These are
+            the data that are missing (``obs_mask=``) and have to be inferred.
+        missing: The same as a mask over the batch shape.
     """
 
     name: str
@@ -56,16 +60,25 @@ class LatentSite:
     frames: tuple[Any, ...] = field(compare=False)
     shape: torch.Size = field(compare=False)
     transform: Transform = field(compare=False)
+    kept: Tensor | None = field(compare=False, default=None)
+    missing: Tensor | None = field(compare=False, default=None)
+
+    @property
+    def size(self) -> int:
+        """The number of entries in the vector."""
+        return math.prod(self.packed_shape) if self.kept is None else len(self.kept)
+
+    def log_jacobian(self, unconstrained: Tensor, value: Tensor) -> Tensor:
+        """log |det| of its map, 0 for elements that are not in the vector."""
+        log_det = self.transform.log_abs_det_jacobian(unconstrained, value)
+        if self.missing is None:
+            return log_det
+        return torch.where(over_events(self.missing, log_det.dim() - value.dim() + self.event_dim), log_det, 0.0)
 
     @property
     def packed_shape(self) -> tuple[int, ...]:
         """The shape of the part before it is flattened: inner batch dimensions, then event dimensions."""
         return (*[size for _, size in self.inner], *self.event_shape)
-
-    @property
-    def size(self) -> int:
-        """The number of entries in the vector."""
-        return math.prod(self.packed_shape)
 
     def place(self, part: Tensor) -> Tensor:
         """The unconstrained value, with every inner batch dimension where the model has it.
@@ -74,6 +87,9 @@ class LatentSite:
             part: The site's part of vectors, of shape ``batch_shape + (size,)``.
         """
         batch = [*[1] * (self.batch_dims - part.dim() + 1), *part.shape[:-1]]
+        if self.kept is not None:
+            whole = part.new_zeros(*part.shape[:-1], math.prod(self.packed_shape))
+            part = whole.index_copy(-1, self.kept.to(part.device), part)
         if not self.crosses:
             for dim, size in self.inner:
                 batch[dim] = size
@@ -183,8 +199,17 @@ class Latents:
             data_dims = [dim for dim in range(-latent.batch_dims, 0) if dim in data_plates]
             if data_dims:
                 unconstrained = unconstrained.mean([dim - len(latent.event_shape) for dim in data_dims])
+            flat = unconstrained.reshape(-1)
+            # In a minibatch other elements are missing at every run.
+            if not data_plates and not any(map(is_subsampled, latent.frames)):
+                missing = missing_elements(site, site["fn"].batch_shape)
+                if missing is not None:
+                    elements = over_events(missing, len(latent.event_shape)).expand_as(unconstrained)
+                    index = elements.reshape(-1).nonzero().squeeze(-1)
+                    latent = replace(latent, kept=index, missing=missing)
+                    flat = flat[index]
             sites.append(latent)
-            init_locs.append(unconstrained.reshape(-1))
+            init_locs.append(flat)
         return cls(tuple(sites), data_plates, torch.cat(init_locs) if init_locs else torch.zeros(0))
 
     @property

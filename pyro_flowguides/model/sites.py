@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from pyro import poutine
-from pyro.distributions import Unit
+from pyro.distributions import Delta, MaskedDistribution, Unit
 from pyro.poutine import Trace
 from torch import Tensor
+
+from .. import internals
 
 PLATE_NAME = "_flowguides_draws"
 
@@ -59,7 +61,7 @@ def full_size(frame: Any) -> int:
 
 
 def deterministic_sites(trace: Trace) -> Iterator[tuple[str, Any]]:
-    """The sites made by ``pyro.deterministic``."""
+    """The sites whose values others determine, see :func:`is_deterministic`."""
     for name, site in trace.nodes.items():
         if site["type"] == "sample" and is_deterministic(site):
             yield name, site
@@ -71,8 +73,17 @@ def is_subsample(site: Any) -> bool:
 
 
 def is_deterministic(site: Any) -> bool:
-    """Whether a site was made by ``pyro.deterministic``."""
-    return bool(site["infer"].get("_deterministic"))
+    """Whether a site was made by ``pyro.deterministic``, or is what a reparametriser leaves in the place of a site."""
+    if site["infer"].get("_deterministic"):
+        return True
+    # Both are an observed point mass that does not count.
+    fn = site["fn"]
+    return (
+        site["is_observed"]
+        and isinstance(fn, MaskedDistribution)
+        and isinstance(fn.base_dist, Delta)
+        and internals.is_hidden(fn)
+    )
 
 
 def has_stochastic_log_prob(distribution: Any) -> bool:

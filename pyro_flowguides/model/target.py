@@ -14,6 +14,7 @@ from . import plates
 from .batched import BatchedModel
 from .call import ModelCall
 from .latents import Latents
+from .missing import FillMissing
 from .sites import PLATE_NAME, log_prob_per_draw, max_plate_nesting, quiet_trace
 
 
@@ -45,6 +46,8 @@ class Target:
             trace = poutine.trace(call).get_trace()
         self._nesting = max_plate_nesting(trace)
         self._minibatches = self._fixed_minibatches(trace)
+        # Every latent has a value from here on; one drawn beside it is wasted, and fails where a trial point is wild.
+        self._bare = call.without_initial_values
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p at each row, in float64 whatever the dtype of the model, which runs in its own.
@@ -76,7 +79,7 @@ class Target:
         values, log_det = {}, rows.new_zeros(count)
         for site, unconstrained in self.latents.unpack(x, leading=None if self.batched is None else 1):
             values[site.name] = site.transform(unconstrained)
-            log_jacobian = site.transform.log_abs_det_jacobian(unconstrained, values[site.name])
+            log_jacobian = site.log_jacobian(unconstrained, values[site.name])
             log_det = log_det + log_jacobian.reshape(count, -1).sum(-1)
         log_p = [self._log_joint(values, indices, count) for indices in self._minibatches]
         return log_det + sum(log_p) / len(log_p)
@@ -88,7 +91,7 @@ class Target:
         }
         if self.batched is not None:
             return self.batched.log_prob(selected, indices)
-        model = poutine.condition(self.call, data={**selected, **indices})
+        model = FillMissing()(poutine.condition(self._bare, data={**selected, **indices}))
         plate = pyro.plate(PLATE_NAME, count, dim=-1 - self._nesting) if self.vectorize else nullcontext()
         with poutine.block(), plate:
             trace = poutine.trace(model).get_trace()

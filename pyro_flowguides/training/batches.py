@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
+import pyro
+from pyro import poutine
+from pyro.poutine import Trace
+
+from ..checks import warn
+from ..model.call import ModelCall
+from ..model.sites import full_size, is_subsampled, observed_sites, quiet_trace, unchanged_random_state
 from .checkpoint import random_state, set_random_state
 
 
@@ -60,6 +67,38 @@ class Batches:
         self._begin()
         for _ in range(state["position"]):
             next(self)
+
+
+def warn_of_plate_of_the_batch(call: ModelCall, batches: Iterable[Any], prototype: Trace) -> None:
+    """Warns where the data of a batch stand in a plate of the batch's own size, as if there were no other data.
+
+    Arguments:
+        call: The model with a batch as its arguments.
+        batches: All of them.
+        prototype: A trace of the model at the arguments of the fit.
+    """
+    with quiet_trace(), unchanged_random_state(), pyro.validation_enabled(False):
+        trace = poutine.trace(call).get_trace()
+    whole = {
+        frame.name: full_size(frame) for _, site in observed_sites(prototype) for frame in site["cond_indep_stack"]
+    }
+    num_data = getattr(batches, "dataset", ())
+    num_data = len(num_data) if isinstance(num_data, Sized) else 0
+    for name, site in observed_sites(trace):
+        frames = site["cond_indep_stack"]
+        if any(map(is_subsampled, frames)) or not (isinstance(site["scale"], (int, float)) and site["scale"] == 1):
+            continue
+        for frame in frames:
+            size = full_size(frame)
+            if whole.get(frame.name, size) != size or (
+                size == getattr(batches, "batch_size", None) and size < num_data
+            ):
+                warn(
+                    f"fit: observed site '{name}' is in plate '{frame.name}' of size {size}, the size of a batch, so that a step "
+                    "takes the batch for all of the data, and the posterior is too wide. Give the plate its full size: "
+                    f"pyro.plate('{frame.name}', number_of_data, subsample_size={size})"
+                )
+                return
 
 
 def arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:

@@ -85,7 +85,8 @@ def fit(
         loss: What to minimise instead: an ELBO of Pyro, :class:`pyro_flowguides.IWELBO`, an object of your own with a method
             ``loss(model, guide, args, kwargs) -> Tensor``, or a function ``loss(model, guide, *args, **kwargs) -> Tensor``. The
             guide's own ``gradient`` holds then.
-        optim: A Pyro optimiser, or a function from a list of parameters to a torch optimiser.
+        optim: A Pyro optimiser, or a function from a list of parameters to a torch optimiser. A scheduler of Pyro, such as
+            ``pyro.optim.ExponentialLR``, is stepped after every step, also where there are batches.
         schedule: The factor of the learning rate over a round: ``"cosine"``, ``"constant"``, or a function of the progress from
             0 to 1. A step: ``lambda progress: 1.0 if progress < 0.5 else 0.1``. A warm-up: ``lambda progress: min(1.0, progress
             / 0.05)``, times ``training.schedules.cosine(progress)`` if it shall fall afterwards. By default cosine; none for a

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
 from pyro.optim import PyroOptim
+from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -24,13 +24,14 @@ from ..compiled.svi import CHECK_EVERY, CompiledSVI
 from ..diagnostics.draws import Draws
 from ..diagnostics.sampling import draw_traced
 from ..model.call import ModelCall
+from ..model.missing import FillMissing
 from ..model.ownership import owned
 from ..model.sites import unchanged_random_state
 from . import start
-from .batches import Batches
+from .batches import Batches, warn_of_plate_of_the_batch
 from .checkpoint import Checkpoint, random_state, set_random_state
 from .result import FitResult
-from .schedules import Round, RoundScore, doubling_rounds, got_worse, is_worth_another
+from .schedules import Round, RoundScore, doubling_rounds, got_worse, is_worth_another, needs_loss
 
 # Where the number of steps is fixed beforehand.
 NUM_STEPS = 3000
@@ -99,6 +100,8 @@ class Loop:
         saved = self.options.checkpoint.load() if self.options.checkpoint else None
         self.tracer = start.set_up(self.call, self.guide)
         start.check_start(self.tracer)
+        if start.has_missing(self.tracer):
+            self.call = replace(self.call, model=FillMissing()(self.call.model))
         if self.options.loss is None:
             start.check_discrete_sites(self.tracer)
         if saved is not None:
@@ -174,15 +177,15 @@ class Loop:
         return stopped
 
     def _judge(self) -> Draws:
-        # A round that did harm may leave the support of the model, which is no error: it is taken back.
-        with pyro.validation_enabled(False) if self.best is not None else contextlib.nullcontext():
-            draws = self._draw()
+        draws = self._draw()
         self.scores.append(RoundScore.of(draws))
         return draws
 
     def _draw(self) -> Draws:
         num_samples = NUM_FINAL_DRAWS if self.tracer.vectorizes else NUM_LOOPED_DRAWS
-        return draw_traced(self.tracer, num_samples, log_likelihood=self.log_likelihood)
+        # Draws of a poor fit may leave the support of the model, which is no error: they weigh nothing.
+        with pyro.validation_enabled(False):
+            return draw_traced(self.tracer, num_samples, log_likelihood=self.log_likelihood)
 
     # --- checkpoints -----------------------------------------------------------------------------------------------------
 
@@ -292,6 +295,7 @@ class Steps:
 
     def _take(self, bar: tqdm) -> bool:
         callbacks, checkpoint = self.loop.options.callbacks, self.loop.options.checkpoint
+        scheduler = self.loop.options.optim
         # Capturing compares what stays the same only once in a while, unless a callback may change it.
         every = 1 if callbacks or self.batches else CHECK_EVERY
         step: Callable[[], Tensor] | None = None
@@ -301,6 +305,8 @@ class Steps:
             if number % every == 0 or step is None:
                 step = self.svi.compile_step(*self._next_arguments(), self.round.num_steps - number)
             self.pending.append(step())
+            if isinstance(scheduler, PyroLRScheduler):
+                scheduler.step(*[float(self.pending[-1])] * needs_loss(scheduler))
             for callback in callbacks:
                 stopped |= bool(callback(before + number, float(self.pending[-1])))
             number += 1
@@ -315,7 +321,13 @@ class Steps:
         return stopped
 
     def _next_arguments(self) -> tuple[tuple, dict[str, Any]]:
-        return (self.loop.call.args, dict(self.loop.call.kwargs)) if self.batches is None else next(self.batches)
+        if self.batches is None:
+            return self.loop.call.args, dict(self.loop.call.kwargs)
+        args, kwargs = next(self.batches)
+        if not self.losses and not self.pending:
+            batch = replace(self.loop.call, args=args, kwargs=kwargs)
+            warn_of_plate_of_the_batch(batch, self.batches.batches, self.loop.tracer.model_prototype)
+        return args, kwargs
 
     def _collect(self, bar: tqdm) -> None:
         """Waits for the losses of the last steps."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyro
 from torch import Tensor
 
 from ..diagnostics.arviz import Coords, Dims, Group
@@ -106,7 +107,9 @@ class FitResult:
             chains = [draws[:number] for draws in self.restarts]
         else:
             options: dict[str, Any] = {"num_samples": num_samples, "log_likelihood": True}
-            chains = [draw(self.model, self.guide, *self.args, model_kwargs=self.model_kwargs, **options)]
+            # As for the draws that were judged: a poor fit is exported, too.
+            with pyro.validation_enabled(False):
+                chains = [draw(self.model, self.guide, *self.args, model_kwargs=self.model_kwargs, **options)]
         return Posterior(
             chains,
             call,

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
+from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 
 from ..diagnostics.draws import Draws
@@ -101,6 +103,11 @@ class RoundScore(NamedTuple):
     def of(cls, draws: Draws) -> RoundScore:
         """The score of these draws."""
         return cls(draws.elbo.value, draws.elbo.se, log_weight_sd(draws.log_weights))
+
+
+def needs_loss(scheduler: PyroLRScheduler) -> bool:
+    """Whether a step of a scheduler of Pyro takes the loss, to see whether it still falls."""
+    return scheduler.pt_scheduler_constructor is torch.optim.lr_scheduler.ReduceLROnPlateau
 
 
 def is_worth_another(scores: Sequence[RoundScore]) -> bool:

@@ -14,6 +14,7 @@ from ..diagnostics.tracer import Tracer
 from ..guides.auto import AutoFlow
 from ..guides.base import FlowGuide
 from ..model.call import ModelCall
+from ..model.missing import as_given, num_nan
 from ..model.sites import latent_sites, observed_sites, site_without_density
 
 NUM_START_DRAWS = 10
@@ -29,11 +30,10 @@ def set_up(call: ModelCall, guide: Callable) -> Tracer:
 def check_start(tracer: Tracer) -> None:
     """An error that names the site, if the data hold NaN or no draw at the start has a density."""
     for name, site in observed_sites(tracer.model_prototype):
-        missing = int(site["value"].isnan().sum()) if site["value"].is_floating_point() else 0
-        if missing:
+        if missing := num_nan(site):
             raise ValueError(
                 f"fit: observed site '{name}' holds {missing} NaN among its {site['value'].numel()} values; remove them, or "
-                "put any valid number in their place and mask those with poutine.mask (a NaN has NaN gradients even masked)"
+                "say which are seen, pyro.sample(..., obs=y, obs_mask=seen): the others are inferred with the latents"
             )
     # Some draws may have no density, in a guide that has been trained too; the steps leave them out.
     for _ in range(NUM_START_DRAWS):
@@ -41,6 +41,15 @@ def check_start(tracer: Tracer) -> None:
         if message is None:
             return
     raise ValueError(f"fit: the ELBO is not finite at the start: {message}")
+
+
+def has_missing(tracer: Tracer) -> bool:
+    """Whether the data hold NaN that a mask hides."""
+    return any(
+        bool(as_given(site).isnan().any())
+        for _, site in observed_sites(tracer.model_prototype)
+        if as_given(site).is_floating_point()
+    )
 
 
 def check_discrete_sites(tracer: Tracer) -> None:

@@ -66,7 +66,7 @@ def test_draws_without_probability_have_no_weight():
     ("log_ratios", "message"),
     [
         (np.zeros(5), "needs at least 25 draws to fit the tail of their weights, got 5"),
-        (np.array([0.0] * 30 + [np.nan] * 2), r"2 of 32 draws .* \(the first is draw 30\)"),
+        (np.array([0.0] * 30 + [np.inf] * 2), r"2 of 32 draws .* \(the first is draw 30\)"),
         (np.array([np.inf] + [0.0] * 30), "1 of 31 draws have a log weight that is NaN or infinite"),
     ],
 )

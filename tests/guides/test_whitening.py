@@ -186,3 +186,68 @@ def test_diagonal_start_at_the_mode_where_the_start_is_lost():
     start = torch.zeros(dim, dtype=torch.float64), torch.full((dim,), 0.1, dtype=torch.float64)
     found = best_diagonal_gaussian(log_density, *start)
     assert gaussian_elbo(log_density, *found) == pytest.approx(0.0, abs=1e-3)
+
+
+def grouped(y, group, num_groups):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    tau, sd = pyro.sample("tau", dist.HalfNormal(1.0)), pyro.sample("sd", dist.HalfNormal(1.0))
+    with pyro.plate("groups", num_groups):
+        a = pyro.sample("a", dist.Normal(mu, tau))
+    with pyro.plate("n", len(y)):
+        pyro.sample("y", dist.Normal(a[..., group], sd), obs=y)
+
+
+def test_a_centred_model_of_many_groups_is_whitened():
+    """Its mode is at tau = 0, where the optimiser leaves the numbers that a prior can be drawn from."""
+    generator = torch.Generator().manual_seed(1)
+    group = torch.arange(1000) % 250
+    y = torch.randn(250, generator=generator)[group] + 0.5 * torch.randn(1000, generator=generator)
+    pyro.set_rng_seed(1)
+    guide = fg.AutoFlow(grouped).whiten(y, group, 250)
+    # The scale of the noise, the last of three globals.
+    assert float(guide.fixed_map.loc[2].exp()) == pytest.approx(0.5, abs=0.2)
+    assert float(guide.fixed_map.scale.max()) < 1.0
+
+
+def test_whitening_runs_the_model_without_drawing_from_its_priors():
+    class Counting(dist.Normal):
+        drawn = 0
+
+        def __call__(self, *shape):
+            Counting.drawn += 1
+            return super().__call__(*shape)
+
+        def sample(self, *shape, **options):
+            Counting.drawn += 1
+            return super().sample(*shape, **options)
+
+    def model():
+        pyro.sample("x", Counting(0.0, 1.0))
+
+    guide = fg.AutoFlow(model).setup()
+    before = Counting.drawn
+    guide.whiten(method="batch_and_match")
+    # Once to see the plates.
+    assert Counting.drawn - before <= 2
+
+
+@pytest.mark.parametrize("method", ["batch_and_match", "pathfinder", "auto"])
+def test_no_trial_point_ends_the_search(method):
+    """Far from its start this density raises, for one point of a batch as for all of them."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        if bool((x.abs() > 1.5).any()):
+            raise ValueError("too far away")
+        pyro.sample("y", dist.Normal(x.sum(-1), 0.05), obs=torch.tensor(1.0))
+
+    pyro.set_rng_seed(0)
+    guide = fg.AutoFlow(model, init_loc_fn=init_to_value(values={"x": torch.zeros(2)})).whiten(method=method)
+    torch.testing.assert_close(guide.median()["x"].sum(), torch.tensor(1.0), rtol=0, atol=0.1)
+
+
+def test_an_error_at_the_start_is_an_error_of_whitening():
+    target = Target(ModelCall(correlated), fg.AutoFlow(correlated).setup().latents)
+    target.log_prob = lambda points: points @ torch.zeros(7)
+    with pytest.raises(RuntimeError, match="size"):
+        whiten(target, (torch.zeros(3), torch.eye(3)), "auto")
