@@ -53,6 +53,24 @@ def test_finds_a_normal_posterior_that_is_narrow_and_far_away(dim):
     torch.testing.assert_close(found_loc, loc, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("dim", [1, 5, 40, 250])
+def test_a_model_that_is_run_draw_by_draw_is_whitened_by_few_runs(dim):
+    sd = torch.logspace(0, 1, dim, dtype=torch.float64)
+    runs = []
+
+    def model():
+        runs.append(1)
+        x = pyro.sample("x", dist.Normal(torch.full((dim,), 3.0, dtype=torch.float64), sd).to_event(1))
+        # A look at a latent.
+        assert float(x.detach().sum()) < 1e9
+
+    guide = fg.AutoFlow(model).whiten(vectorize=False)
+    assert len(runs) < 2700
+    torch.testing.assert_close(guide.fixed_map.loc, torch.full((dim,), 3.0, dtype=torch.float64), rtol=0.0, atol=1e-2)
+    scale = guide.fixed_map.scale
+    torch.testing.assert_close(scale.square().sum(-1).sqrt() if scale.dim() == 2 else scale, sd, rtol=1e-2, atol=0.0)
+
+
 def test_the_path_alone_finds_a_normal_posterior():
     loc = torch.linspace(-2, 3, 3, dtype=torch.float64)
     target = gaussian_target(loc, COVARIANCE.to(loc.device))
