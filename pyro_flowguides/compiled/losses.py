@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from pyro import poutine
 from pyro.distributions.util import is_identically_zero
-from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import JitTrace_ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoGuideList
 from pyro.infer.elbo import ELBO
 from pyro.infer.util import get_dependent_plate_dims, torch_sum
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .. import internals
 from ..guides.base import FlowGuide
-from .recorded import BatchedCalls, recorded_loss
+from ..model.call import ModelCall
+from .recorded import BatchedCalls, find_recording, recorded_loss
 
 
 @runtime_checkable
@@ -159,6 +160,8 @@ Adapter = Callable[[Any, Callable, Callable, tuple, dict[str, Any]], Tensor]
 class PyroELBO:
     """An ELBO of Pyro as an objective.
 
+    ``Trace_ELBO`` with vectorised particles takes a recording of a model that does not broadcast, see :meth:`find_recording`.
+
     Arguments:
         elbo: The ELBO: of Pyro, its Jit variants included, or of your own with a method ``differentiable_loss``.
 
@@ -169,9 +172,28 @@ class PyroELBO:
     def __init__(self, elbo: Any) -> None:
         self.elbo = elbo
         self._adapter = _find_adapter(elbo)
+        self._batched: BatchedCalls | None = None
 
     def loss(self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        if self._batched is not None:
+            return recorded_loss(self._batched, self.elbo.num_particles, guide, args, kwargs)
         return self._adapter(self.elbo, model, guide, args, kwargs)
+
+    def find_recording(self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Records the model from now on, where its particles cannot be run together otherwise.
+
+        Arguments:
+            model: The model.
+            guide: The guide.
+            args: The positional arguments of both.
+            kwargs: Their keyword arguments.
+        """
+        if (
+            type(self.elbo) in (Trace_ELBO, JitTrace_ELBO)
+            and self.elbo.vectorize_particles
+            and self.elbo.num_particles > 1
+        ):
+            self._batched = find_recording(ModelCall(model, args, kwargs), guide)
 
 
 class LossFunction:

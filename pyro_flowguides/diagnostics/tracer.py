@@ -103,6 +103,13 @@ class Tracer:
             self.max_plate_nesting = max_plate_nesting(self.guide_prototype, self.model_prototype)
             self.vectorizes = self._try_to_vectorize()
 
+    @property
+    def vectorization(self) -> str:
+        """How many draws are run: ``"broadcast"``, ``"recorded"``, or ``"looped"`` for draw by draw."""
+        if self.batched is not None:
+            return "recorded"
+        return "broadcast" if self.vectorizes else "looped"
+
     def traces(self, num_samples: int, first: int = 0) -> Iterator[tuple[Trace, Trace, int]]:
         """Pairs of guide and model trace with the number of draws in each; together ``num_samples``.
 

@@ -23,7 +23,7 @@ DIAGONAL_BATCH_SIZE = 32
 NUM_ELBO_DRAWS = 1000
 MAX_PATH_STEPS = 200
 NUM_PATH_DRAWS = 64
-# Where every point is a run of the model, as long as the training of such a model takes: points of a batch and match, of its ELBO.
+# Where every point is a run of the model: points of one batch and match, steps to the mode, points of an ELBO.
 FEW_POINTS, FEW_PATH_STEPS, FEW_ELBO_DRAWS = 960, 50, 64
 # Above this size the map is diagonal: a full one costs D² numbers and D³ operations to find.
 MAX_FULL_RANK_DIM = 200

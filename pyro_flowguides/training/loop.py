@@ -126,6 +126,7 @@ class Loop:
             num_skipped=self.num_skipped,
             num_rolled_back=self.num_rolled_back,
             wall_time=time.perf_counter() - began,
+            vectorization=self.tracer.vectorization,
             draws=draws,
         )
 

@@ -20,6 +20,11 @@ from ..model.call import ModelCall
 
 # The names of parameters that a printed fit shows.
 NUM_SHOWN = 4
+HOW_IT_RAN = {
+    "broadcast": "",
+    "recorded": "the model was recorded once, and repeated for all draws; ",
+    "looped": "the model was run draw by draw; ",
+}
 
 
 @dataclass(repr=False)
@@ -38,6 +43,8 @@ class FitResult:
         num_skipped: The number of steps that were skipped because loss or gradient were not finite.
         num_rolled_back: The number of times that the training exploded and was taken back.
         wall_time: The seconds that the fit took, final draws included.
+        vectorization: How the model was run for many draws: ``"broadcast"`` with an extra batch dimension, ``"recorded"`` once
+            and repeated for all draws, or ``"looped"`` draw by draw.
         draws: Draws from the fitted guide with their densities, 10,000 (1000 for a model that cannot be vectorised).
         parameters: The trained parameters of the model (``pyro.param``, ``pyro.module``, ``PyroModule``) by name, in their own
             (constrained) space.
@@ -53,6 +60,7 @@ class FitResult:
     num_skipped: int
     num_rolled_back: int
     wall_time: float
+    vectorization: str
     draws: Draws
     parameters: dict[str, Tensor] = field(default_factory=dict)
     restarts: tuple[Draws, ...] = ()
@@ -62,7 +70,8 @@ class FitResult:
         names = list(self.parameters)
         shown = ", ".join(names[:NUM_SHOWN]) + (f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else "")
         owns = f"owns the parameters {shown} of the model; " if names else ""
-        return f"FitResult of {name_of(self.guide)}: ELBO {self.elbo} after {steps}; {owns}{self.verdict}"
+        told = f"{HOW_IT_RAN[self.vectorization]}{owns}{self.verdict}"
+        return f"FitResult of {name_of(self.guide)}: ELBO {self.elbo} after {steps}; {told}"
 
     @property
     def elbo(self) -> Estimate:

@@ -113,7 +113,11 @@ def test_a_round_that_does_harm_is_taken_back():
         assert torch.equal(value, expected)
     for parameter, last in zip(guide.parameters(), values[-1], strict=False):
         assert not torch.equal(parameter, last)
-    assert abs(float(result.elbo) - float(fg.draw(skewed, guide, num_samples=10_000, seed=1).elbo.value)) < 0.1
+    # The guide is poor after ten steps: the mean of its weights is that of a few draws.
+    ours, theirs = (
+        draws.log_weights.median() for draws in (result.draws, fg.draw(skewed, guide, num_samples=10_000, seed=1))
+    )
+    assert abs(float(ours - theirs)) < 0.1
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------
