@@ -12,7 +12,7 @@ Gaussian.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import pyro
@@ -26,7 +26,7 @@ from torch.distributions import biject_to
 
 from .. import transforms as T
 from ..distributions import NormalizingFlow
-from ..model import plates
+from ..model import plates, supports
 from ..model.batched import BatchedModel
 from ..model.call import ModelCall
 from ..model.latents import WAYS_OUT, Latents, LatentSite
@@ -148,6 +148,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
                     "for a guide that makes the plates alone"
                 )
             return latents
+        latents = supports.mark_varying(latents, ModelCall(self.model, args, kwargs), self.prototype_trace)
         self._check_given_indices(latents, args, kwargs)
         dim, loc = latents.dim, latents.init_loc
         parts = [self._make_body(dim)]
@@ -228,11 +229,14 @@ class AutoFlow(FlowGuide, AutoContinuous):
             return {}
         latent = self.sample_latent(*args, **kwargs)
         made = self._create_plates(*args, **kwargs)
-        return self._sample_sites(self._unpack_at(plates.plate_indices(made), latent), made)
+        unconstrained = self._latents_at(latent, args, kwargs).unpack(latent)
+        return self._sample_sites(self._at_indices(unconstrained, plates.plate_indices(made)), made)
 
-    def _unpack_at(self, indices: Mapping[str, Tensor], latent: Tensor) -> Iterator[tuple[LatentSite, Tensor]]:
+    def _at_indices(
+        self, unconstrained: Iterable[tuple[LatentSite, Tensor]], indices: Mapping[str, Tensor]
+    ) -> Iterator[tuple[LatentSite, Tensor]]:
         """The unconstrained values at the current elements of the plates."""
-        for site, point in self.latents.unpack(latent):
+        for site, point in unconstrained:
             yield site, plates.select(point, site.frames, indices, len(site.event_shape))
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
@@ -252,6 +256,11 @@ class AutoFlow(FlowGuide, AutoContinuous):
         Raises:
             ValueError: if its log-determinant is a random estimate. ``guide.flow`` is the same map.
         """
+        if names := [site.name for site in self.latents.sites if site.varies]:
+            raise ValueError(
+                f"{type(self).__name__}: the support of site '{names[0]}' depends on other latents, which NeuTra cannot follow; "
+                "give the site a common support, such as Uniform(0, 1), and map its value to the element's own in the model"
+            )
         if self.flow.stochastic_log_det:
             raise ValueError(
                 f"{type(self).__name__}: the log-determinant of its flow is a random estimate, with which an MCMC sampler "

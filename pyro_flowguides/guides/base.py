@@ -22,7 +22,8 @@ from torch.distributions import register_kl
 
 from .. import bases, flows
 from .. import transforms as T
-from ..model import plates
+from ..model import plates, supports
+from ..model.call import ModelCall
 from ..model.latents import Latents, LatentSite
 from ..transforms import coupling
 
@@ -308,6 +309,10 @@ class FlowGuide(AutoGuide):
 
     # --- the sites -----------------------------------------------------------------------------------------------------
 
+    def _latents_at(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Latents:
+        """The latents with the supports that they have at these points."""
+        return supports.at(self.latents, ModelCall(self.model, args, kwargs), x)
+
     def _sample_sites(
         self, unconstrained: Iterable[tuple[LatentSite, Tensor]], made: Mapping[str, pyro.plate]
     ) -> dict[str, Tensor]:
@@ -342,7 +347,8 @@ class FlowGuide(AutoGuide):
         of a simplex need not add up to 1.
         """
         medians = self._fixed_draws(args, kwargs).median(0).values
-        return {site.name: site.transform(point) for site, point in self.latents.unpack(medians, leading=0)}
+        latents = self._latents_at(medians, args, kwargs)
+        return {site.name: site.without_padding(site.transform(point), 0) for site, point in latents.unpack(medians)}
 
     @torch.no_grad()
     def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -350,7 +356,8 @@ class FlowGuide(AutoGuide):
 
         Arguments:
             quantiles: Numbers between 0 and 1.
-            args: The positional arguments of the model; only a guide with an encoder reads them.
+            args: The positional arguments of the model; they are read by a guide with an encoder, and where supports depend on
+                other latents.
             kwargs: The keyword arguments of the model; likewise.
 
         Returns:
@@ -364,9 +371,9 @@ class FlowGuide(AutoGuide):
         position = torch.as_tensor(quantiles, dtype=draws.dtype, device=draws.device).reshape(-1) * (len(draws) - 1)
         below = position.floor().long().clamp(0, len(draws) - 2)
         result = {}
-        for site, point in self.latents.unpack(draws, leading=1):
+        for site, point in self._latents_at(draws, args, kwargs).unpack(draws):
             # In the site's own space: the map to a simplex, for example, is not increasing coordinate by coordinate.
-            value = site.transform(point).sort(0).values
+            value = site.without_padding(site.transform(point), 1).sort(0).values
             weight = (position - below).reshape(-1, *[1] * (value.dim() - 1))
             result[site.name] = torch.lerp(value[below], value[below + 1], weight)
         return result

@@ -243,9 +243,7 @@ def best_gaussian_of_few_runs(log_density: LogDensity, loc: Tensor, scale: Tenso
     num_updates = max(5, FEW_POINTS // (max(32, 2 * dim) if full else DIAGONAL_BATCH_SIZE))
     starts = [(loc, scale), (mode(log_density, loc, max_steps=FEW_PATH_STEPS), scale)]
     matched = [match(log_density, *start, num_updates=num_updates) for start in starts]
-    return max(
-        [starts[0], *matched], key=lambda gaussian: gaussian_elbo(log_density, *gaussian, num_draws=FEW_ELBO_DRAWS)
-    )
+    return max([starts[0], *matched], key=lambda found: gaussian_elbo(log_density, found[0], found[1], FEW_ELBO_DRAWS))
 
 
 @torch.no_grad()
