@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta
 from pyro.poutine import Trace
+from pyro.util import check_site_shape
 from torch import Tensor
 
 from ..checks import warn
@@ -28,6 +30,7 @@ from ..model.sites import (
     max_plate_nesting,
     per_draw,
     quiet_trace,
+    tensor_sites,
     unchanged_random_state,
 )
 
@@ -100,7 +103,8 @@ class Tracer:
         with values_in_place(call.model, guide):
             with quiet_trace():
                 self.guide_prototype, self.model_prototype = self._trace_pair()
-            self.max_plate_nesting = max_plate_nesting(self.guide_prototype, self.model_prototype)
+                self.max_plate_nesting = max_plate_nesting(self.guide_prototype, self.model_prototype)
+                check_plates(self.model_prototype)
             self.vectorizes = self._try_to_vectorize()
 
     @property
@@ -244,6 +248,23 @@ class Tracer:
                 value = per_draw(nodes[name]["value"], site["value"].shape, num_samples)[i]
                 if not torch.allclose(value.double(), site["value"].double(), rtol=1e-3, atol=1e-4, equal_nan=True):
                     raise ValueError(f"deterministic site '{name}' has other values among other draws than alone")
+
+
+def check_plates(trace: Trace) -> None:
+    """Raises a ValueError, Pyro's own where it has one, for a site whose log-probability has not the shape of its plates.
+
+    Observations of shape ``(N, 1)`` in a plate of N elements have a log-probability of shape ``(N, N)``: another posterior, not
+    an error of torch. Sites outside of plates may have batch dimensions, as in Pyro's MCMC.
+    """
+    for name, site in tensor_sites(trace):
+        if site["cond_indep_stack"]:
+            own, value = site["fn"].batch_shape, site["value"].shape
+            value = value[: len(value) - site["fn"].event_dim]
+            try:
+                shape = torch.broadcast_shapes(own, value)
+            except RuntimeError as error:
+                raise ValueError(f"site '{name}' has batch shape {tuple(own)}, and its value {tuple(value)}") from error
+            check_site_shape({**site, "log_prob": torch.empty(()).expand(shape)}, math.inf)
 
 
 def check_vectorized(trace: Trace, prototype: Trace, num_samples: int, nesting: int) -> None:

@@ -129,3 +129,28 @@ def test_a_fit_switches_off_damping_in_every_flow_guide():
     couplings = [part for part in fitted.modules() if isinstance(part, fg.transforms.Coupling)]
     assert couplings
     assert not any(coupling.damped for coupling in couplings)
+
+
+def test_a_shape_error_comes_at_once_in_the_words_of_pyro(recwarn, monkeypatch):
+    """A column of observations has one log-probability for every pair of elements, and another posterior."""
+
+    def column(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    monkeypatch.setattr(fg.AutoFlow, "whiten", lambda *args, **kwargs: pytest.fail("whitened first"))
+    with pytest.raises(ValueError, match=r'at site "y", invalid log_prob shape\s+Expected \[5\], actual \[5, 5\]'):
+        quick(column, fg.AutoFlow(column), torch.ones(5, 1))
+    assert not recwarn.list
+
+
+def test_a_wrong_size_comes_at_once(recwarn):
+    def sizes(x, y):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match=r"site 'y' has batch shape \(5,\), and its value \(3,\)"):
+        quick(sizes, fg.AutoFlow(sizes), torch.ones(5), torch.ones(3))
+    assert not recwarn.list
