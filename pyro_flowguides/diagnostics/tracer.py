@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -264,7 +263,8 @@ def check_plates(trace: Trace) -> None:
                 shape = torch.broadcast_shapes(own, value)
             except RuntimeError as error:
                 raise ValueError(f"site '{name}' has batch shape {tuple(own)}, and its value {tuple(value)}") from error
-            check_site_shape({**site, "log_prob": torch.empty(()).expand(shape)}, math.inf)
+            with_shape: Any = {**site, "log_prob": torch.empty(()).expand(shape)}
+            check_site_shape(with_shape, len(shape))
 
 
 def check_vectorized(trace: Trace, prototype: Trace, num_samples: int, nesting: int) -> None:

@@ -271,7 +271,7 @@ class AmortizedFlow(FlowGuide):
     def _posterior(self, context: Tensor) -> NormalizingFlow:
         missing = self.latents.nesting + 1 - context.dim()
         context = context.reshape(*[1] * missing, *context.shape)
-        return NormalizingFlow(self.base(), self.flow, gradient=self.gradient).condition(context)
+        return NormalizingFlow(self.base(), self.flow, gradient=self.gradient_now).condition(context)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Samples every local site in its plates, with the same arguments as the model; returns the values by name."""

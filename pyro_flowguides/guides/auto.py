@@ -271,7 +271,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> NormalizingFlow:
         """The approximate posterior of the flat unconstrained latent, a fresh distribution at every call."""
-        return NormalizingFlow(self.get_base_dist(), self.flow, gradient=self.gradient)
+        return NormalizingFlow(self.get_base_dist(), self.flow, gradient=self.gradient_now)
 
     def _fixed_draws(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         latents = self.latents

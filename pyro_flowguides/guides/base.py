@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pyro
 import pyro.distributions as dist
@@ -20,7 +21,7 @@ from pyro.nn.module import to_pyro_module_
 from torch import Tensor, nn
 from torch.distributions import register_kl
 
-from .. import bases, flows
+from .. import bases, flows, internals
 from .. import transforms as T
 from ..model import plates, supports
 from ..model.call import ModelCall
@@ -33,8 +34,32 @@ BASES: dict[str, Callable[[int], bases.Base]] = {
     "student_t": functools.partial(bases.StudentT, unit_variance=True),
 }
 GRADIENTS = ("total", "path")
+# See path_gradient and calls_of_flow_guides.
+_forced_gradients: list[str] = []
+_listeners: list[list[Call]] = []
 
 Guide = TypeVar("Guide", bound="FlowGuide")
+
+
+@contextlib.contextmanager
+def path_gradient() -> Iterator[None]:
+    """Lets every flow guide take the path gradient within, whatever it is wrapped in."""
+    _forced_gradients.append("path")
+    try:
+        yield
+    finally:
+        _forced_gradients.pop()
+
+
+@contextlib.contextmanager
+def calls_of_flow_guides() -> Iterator[list[Call]]:
+    """Every call of a flow guide within, wherever it is inside of a guide: a lambda, one of Pyro's handlers, an object."""
+    calls: list[Call] = []
+    _listeners.append(calls)
+    try:
+        yield calls
+    finally:
+        _listeners.remove(calls)
 
 
 class LatentDelta(dist.Delta):
@@ -55,6 +80,14 @@ class LatentDelta(dist.Delta):
 @register_kl(LatentDelta, dist.Distribution)  # type: ignore[untyped-decorator]
 def _kl_latent_delta(p: LatentDelta, q: dist.Distribution) -> Tensor:
     return p.log_density - q.log_prob(p.v)
+
+
+class Call(NamedTuple):
+    """A call of a flow guide with its arguments."""
+
+    guide: FlowGuide
+    args: tuple
+    kwargs: dict[str, Any]
 
 
 class FlowGuide(AutoGuide):
@@ -115,6 +148,16 @@ class FlowGuide(AutoGuide):
         self._latents: Latents | None = None
         self._initial = torch.zeros(0)
         self._frames_at: dict[Any, dict[str, Any]] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for calls in _listeners:
+            calls.append(Call(self, args, kwargs))
+        return super().__call__(*args, **kwargs)
+
+    @property
+    def gradient_now(self) -> str:
+        """The gradient of a draw: the guide's own, or the path gradient within :func:`path_gradient`."""
+        return _forced_gradients[-1] if _forced_gradients else self.gradient
 
     # --- set-up --------------------------------------------------------------------------------------------------------
 
@@ -252,7 +295,8 @@ class FlowGuide(AutoGuide):
     def _follow_param_store(self) -> None:
         """Joins the store anew after it was cleared or loaded, which replaces all of its values: one tells for all."""
         first = next(self.named_parameters(), None)
-        if first is None or pyro.settings.get("module_local_params"):
+        # A recording puts other tensors into the store, and sees to the module itself.
+        if first is None or pyro.settings.get("module_local_params") or internals.is_recording():
             return
         name, parameter = self._pyro_get_fullname(first[0]), first[1]
         store = pyro.get_param_store()

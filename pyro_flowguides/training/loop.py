@@ -98,7 +98,7 @@ class Loop:
         if self.options.seed is not None:
             pyro.set_rng_seed(self.options.seed)
         saved = self.options.checkpoint.load() if self.options.checkpoint else None
-        self.tracer = start.set_up(self.call, self.guide)
+        self.tracer, flow_guides = start.set_up(self.call, self.guide)
         start.check_start(self.tracer)
         if start.has_missing(self.tracer):
             self.call = replace(self.call, model=FillMissing()(self.call.model))
@@ -107,7 +107,7 @@ class Loop:
         if saved is not None:
             self._load_modules(saved["modules"])
         else:
-            start.whiten(self.call, self.guide, self.options.whiten, self.tracer)
+            start.whiten(flow_guides, self.guide, self.options.whiten, self.tracer)
         self.batched = start.batched_calls(self.tracer, arguments_vary=self.options.batches is not None)
         self.rounds = self._choose_rounds()
         if saved is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
@@ -12,7 +12,7 @@ from pyro import poutine
 from ..compiled.recorded import BatchedCalls
 from ..diagnostics.tracer import Tracer
 from ..guides.auto import AutoFlow
-from ..guides.base import FlowGuide
+from ..guides.base import Call, calls_of_flow_guides
 from ..model.call import ModelCall
 from ..model.missing import as_given, num_nan
 from ..model.sites import latent_sites, observed_sites, site_without_density
@@ -20,11 +20,13 @@ from ..model.sites import latent_sites, observed_sites, site_without_density
 NUM_START_DRAWS = 10
 
 
-def set_up(call: ModelCall, guide: Callable) -> Tracer:
-    """Builds a guide that is not built yet; returns what traces it with its model."""
+def set_up(call: ModelCall, guide: Callable) -> tuple[Tracer, list[Call]]:
+    """Builds a guide that is not built yet; returns what traces it with its model, and the calls of flow guides in one run."""
     if isinstance(guide, AutoFlow):
         guide.setup(*call.args, **call.kwargs)
-    return Tracer(call, guide, differentiable=True)
+    with calls_of_flow_guides() as calls:
+        tracer = Tracer(call, guide, differentiable=True)
+    return tracer, list({id(each.guide): each for each in calls}.values())
 
 
 def check_start(tracer: Tracer) -> None:
@@ -88,16 +90,34 @@ def record(tracer: Tracer) -> BatchedCalls | None:
     return BatchedCalls(batched, tracer.model_prototype, nesting, arguments_vary=False)
 
 
-def whiten(call: ModelCall, guide: Callable, method: str | None, tracer: Tracer) -> None:
-    """Whitens a flow guide by this method; ``"auto"`` leaves a trained guide, and any other guide, as it is."""
-    if not isinstance(guide, AutoFlow):
+def whiten(calls: Sequence[Call], guide: Callable, method: str | None, tracer: Tracer) -> None:
+    """Whitens the flow guide that draws all latents by this method; ``"auto"`` leaves every other guide as it is.
+
+    A trained guide is left as it is, too.
+
+    Arguments:
+        calls: The calls of flow guides in a run of the guide.
+        guide: The guide, which is a flow guide or has one inside.
+        method: The method.
+        tracer: What traces the guide with its model.
+    """
+    alone = [
+        each for each in calls if isinstance(each.guide, AutoFlow) and (each.guide is guide or _is_alone(each, tracer))
+    ]
+    if not alone:
         if method not in ("auto", None):
             raise ValueError(
                 f"fit: whiten={method!r} needs a guide of this library; {type(guide).__name__} has no fixed map"
             )
-    elif method is not None and not (method == "auto" and guide.is_trained()):
-        options: dict[str, Any] = {"model_kwargs": call.kwargs, "vectorize": tracer.vectorizes}
-        guide.whiten(*call.args, method=method, batched=tracer.batched, **options)
-    for part in guide.modules() if isinstance(guide, torch.nn.Module) else ():
-        if isinstance(part, FlowGuide) and part.prototype_trace is not None:
-            part.undamp()
+    elif method is not None and not (method == "auto" and alone[0].guide.is_trained()):
+        flow_guide, args, kwargs = alone[0]
+        options: dict[str, Any] = {"model_kwargs": kwargs, "vectorize": tracer.vectorizes}
+        flow_guide.whiten(*args, method=method, batched=tracer.batched, **options)
+    for each in calls:
+        each.guide.undamp()
+
+
+def _is_alone(call: Call, tracer: Tracer) -> bool:
+    """Whether one flow guide inside of another guide draws all latents that are not discrete."""
+    latents = {name for name, site in latent_sites(tracer.model_prototype) if not site["fn"].support.is_discrete}
+    return call.guide.master is None and {site.name for site in call.guide.latents.sites} >= latents

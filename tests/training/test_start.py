@@ -1,5 +1,7 @@
 """The start of a fit: what is whitened, and the error where training could not even begin."""
 
+import functools
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -8,6 +10,7 @@ from fits import Y, quick
 from models import conjugate, correlated
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_value
+from pyro.nn import PyroModule
 
 import pyro_flowguides as fg
 
@@ -154,3 +157,45 @@ def test_a_wrong_size_comes_at_once(recwarn):
     with pytest.raises(ValueError, match=r"site 'y' has batch shape \(5,\), and its value \(3,\)"):
         quick(sizes, fg.AutoFlow(sizes), torch.ones(5), torch.ones(3))
     assert not recwarn.list
+
+
+class Wrapper:
+    def __init__(self, guide):
+        self.guide = guide
+
+    def __call__(self, *args):
+        return self.guide(*args)
+
+
+class Module(PyroModule):
+    def __init__(self, guide):
+        super().__init__()
+        self.inner = guide
+
+    def forward(self, *args):
+        return self.inner(*args)
+
+
+WRAPPINGS = {
+    "lambda": lambda guide: lambda *args: guide(*args),
+    "partial": lambda guide: functools.partial(guide),
+    "scale": lambda guide: poutine.scale(guide, scale=1.0),
+    "mask": lambda guide: poutine.mask(guide, mask=True),
+    "block": lambda guide: poutine.block(guide, hide=["nothing"]),
+    "object": Wrapper,
+    "PyroModule": Module,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPINGS.values(), ids=WRAPPINGS)
+def test_a_flow_guide_inside_of_another_guide_is_whitened_and_captured(wrap):
+    """A step that is not captured would warn, and warnings are errors here."""
+    x = torch.linspace(-1, 1, 20, dtype=torch.float64)
+    y = 500 + 30 * x
+    guide = fg.AutoFlow(badly_scaled)
+    fit = fg.fit(badly_scaled, wrap(guide), x, y, num_steps=4, num_particles=8, seed=0, progress=False)
+    evidence = dist.MultivariateNormal(
+        torch.zeros(20, dtype=torch.float64), 0.25 * torch.eye(20) + 100.0**2 + 100 * torch.outer(x, x)
+    ).log_prob(y)
+    assert float(fit.elbo) == pytest.approx(float(evidence), abs=0.01)
+    assert float(fit.losses[0]) == pytest.approx(-float(evidence), abs=0.1)
