@@ -100,6 +100,7 @@ class Loop:
         saved = self.options.checkpoint.load() if self.options.checkpoint else None
         self.tracer, flow_guides = start.set_up(self.call, self.guide)
         start.check_start(self.tracer)
+        self.largest = start.largest_result(self.tracer)
         if start.has_missing(self.tracer):
             self.call = replace(self.call, model=FillMissing()(self.call.model))
         if self.options.loss is None:
@@ -107,7 +108,8 @@ class Loop:
         if saved is not None:
             self._load_modules(saved["modules"])
         else:
-            start.whiten(flow_guides, self.guide, self.options.whiten, self.tracer)
+            with start.threads_for(self.largest * NUM_PARTICLES):
+                start.whiten(flow_guides, self.guide, self.options.whiten, self.tracer)
         self.batched = start.batched_calls(self.tracer, arguments_vary=self.options.batches is not None)
         self.rounds = self._choose_rounds()
         if saved is not None:
@@ -171,7 +173,8 @@ class Loop:
 
     def _train(self, steps: Steps) -> bool:
         """Takes the steps of a round; returns whether a callback or an interrupt has ended the training."""
-        stopped = steps.run()
+        with start.threads_for(self.largest * steps.round.num_particles):
+            stopped = steps.run()
         self.losses += steps.losses
         self.num_skipped += steps.svi.num_skipped
         self.num_rolled_back += steps.svi.num_rolled_back

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 
+from .. import internals
 from ..compiled.recorded import BatchedCalls
 from ..diagnostics.tracer import Tracer
 from ..guides.auto import AutoFlow
 from ..guides.base import Call, calls_of_flow_guides
 from ..model.call import ModelCall
 from ..model.missing import as_given, num_nan
-from ..model.sites import latent_sites, observed_sites, site_without_density
+from ..model.sites import latent_sites, log_prob_per_draw, observed_sites, site_without_density, unchanged_random_state
 
 NUM_START_DRAWS = 10
+# The number of elements of a tensor from which on a second thread pays.
+WORTH_THREADS = 2**20
 
 
 def set_up(call: ModelCall, guide: Callable) -> tuple[Tracer, list[Call]]:
@@ -121,3 +125,47 @@ def _is_alone(call: Call, tracer: Tracer) -> bool:
     """Whether one flow guide inside of another guide draws all latents that are not discrete."""
     latents = {name for name, site in latent_sites(tracer.model_prototype) if not site["fn"].support.is_discrete}
     return call.guide.master is None and {site.name for site in call.guide.latents.sites} >= latents
+
+
+# --- threads -------------------------------------------------------------------------------------------------------------
+
+
+class _LargestResult(internals.TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that is computed within."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in internals.flatten(result)[0] if isinstance(leaf, torch.Tensor)]
+        self.num_elements = max([self.num_elements, *sizes])
+        return result
+
+
+def largest_result(tracer: Tracer) -> int:
+    """The number of elements of the largest tensor that one draw of guide and model computes."""
+    largest = _LargestResult()
+    with torch.no_grad(), poutine.block(), pyro.validation_enabled(False), unchanged_random_state(), largest:
+        for guide_trace, model_trace, _ in tracer.traces(1):
+            log_prob_per_draw(guide_trace, 1)
+            log_prob_per_draw(model_trace, 1)
+    return largest.num_elements
+
+
+@contextlib.contextmanager
+def threads_for(num_elements: int) -> Iterator[None]:
+    """One thread within, where no tensor is large enough to be worth a second one.
+
+    Threads that wait for one another make a small step many times slower on a machine that does other work as well. The choice is
+    by size, so that it is the same in every run.
+
+    Arguments:
+        num_elements: The number of elements of the largest tensor.
+    """
+    before = torch.get_num_threads()
+    if num_elements < WORTH_THREADS:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -13,6 +13,8 @@ from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_value
 from pyro.nn import PyroModule
 
 import pyro_flowguides as fg
+from pyro_flowguides.model.call import ModelCall
+from pyro_flowguides.training import start
 
 
 def infinite(y):
@@ -199,3 +201,29 @@ def test_a_flow_guide_inside_of_another_guide_is_whitened_and_captured(wrap):
     ).log_prob(y)
     assert float(fit.elbo) == pytest.approx(float(evidence), abs=0.01)
     assert float(fit.losses[0]) == pytest.approx(-float(evidence), abs=0.1)
+
+
+@pytest.mark.parametrize(("worth", "inside"), [(10**9, 1), (10, 2)])
+def test_small_steps_take_one_thread(worth, inside, monkeypatch):
+    """The autouse fixture sets one thread again."""
+    monkeypatch.setattr(start, "WORTH_THREADS", worth)
+    torch.set_num_threads(2)
+    seen = []
+    quick(
+        conjugate,
+        fg.AutoFlow(conjugate),
+        torch.tensor(Y),
+        num_steps=3,
+        callbacks=[lambda *_: seen.append(torch.get_num_threads())],
+    )
+    assert seen == [inside] * 3
+    assert torch.get_num_threads() == 2
+
+
+def test_the_largest_tensor_counts():
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal((x.unsqueeze(-1) * torch.ones(50)).sum(), 1.0), obs=torch.tensor(0.0))
+
+    tracer, _ = start.set_up(ModelCall(model), AutoNormal(model))
+    assert start.largest_result(tracer) == 150
