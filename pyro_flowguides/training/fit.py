@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyro
 import torch
 from pyro.infer import ELBO
@@ -145,13 +146,17 @@ def fit(
         callbacks=callbacks,
         progress=progress,
     )
+    if isinstance(batches, pd.DataFrame):
+        raise TypeError(
+            "fit: batches is a frame, which is iterated over by the names of its columns; give a list of frames"
+        )
     kwargs = dict(model_kwargs or {})
     if batches is not None and not args and not kwargs:
         if seed is not None:
             # A loader that shuffles draws.
             pyro.set_rng_seed(seed)
         args, kwargs = arguments(next(iter(batches)))
-    call = ModelCall(model, args, kwargs)
+    call = ModelCall.given("fit", model, args, kwargs)
     if num_restarts > 1:
         return fit_repeatedly(call, guide, options, num_restarts)
     with private_store(model, guide) as (model, guide):

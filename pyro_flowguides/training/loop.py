@@ -124,6 +124,7 @@ class Loop:
             num_rolled_back=self.num_rolled_back,
             wall_time=time.perf_counter() - began,
             draws=draws,
+            columns=self.call.columns,
         )
 
     def _train_and_judge(self, saved: dict[str, Any] | None) -> Draws:
@@ -315,7 +316,10 @@ class Steps:
         return stopped
 
     def _next_arguments(self) -> tuple[tuple, dict[str, Any]]:
-        return (self.loop.call.args, dict(self.loop.call.kwargs)) if self.batches is None else next(self.batches)
+        if self.batches is None:
+            return self.loop.call.args, dict(self.loop.call.kwargs)
+        call = ModelCall.given("fit", self.loop.call.model, *next(self.batches))
+        return call.args, dict(call.kwargs)
 
     def _collect(self, bar: tqdm) -> None:
         """Waits for the losses of the last steps."""

@@ -21,9 +21,10 @@ NUM_START_DRAWS = 10
 
 def set_up(call: ModelCall, guide: Callable) -> Tracer:
     """Builds a guide that is not built yet; returns what traces it with its model."""
-    if isinstance(guide, AutoFlow):
-        guide.setup(*call.args, **call.kwargs)
-    return Tracer(call, guide, differentiable=True)
+    with call.explaining("fit"):
+        if isinstance(guide, AutoFlow):
+            guide.setup(*call.args, **call.kwargs)
+        return Tracer(call, guide, differentiable=True)
 
 
 def check_start(tracer: Tracer) -> None:
