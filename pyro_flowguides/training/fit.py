@@ -65,8 +65,9 @@ def fit(
     Arguments:
         model: A Pyro model.
         guide: A guide of this library, or any other Pyro guide, which is not whitened and keeps its own gradient.
-        args: The positional arguments of both.
-        model_kwargs: The keyword arguments of both.
+        args: The positional arguments of both: tensors, numpy arrays, pandas series and frames, lists and numbers, which become
+            tensors by the rule of docs/how_to/data.md.
+        model_kwargs: The keyword arguments of both, likewise.
         num_steps: The number of steps, in one round. By default rounds as described above; one round of 3000 steps where the
             draws have no weights that could end a round (subsampled data, a random log-density), where the model cannot be
             vectorised, and with ``loss``, ``batches`` or a Pyro optimiser.
@@ -107,9 +108,9 @@ def fit(
 
     Raises:
         TypeError: if the guide is a class, or an argument has a wrong type.
-        ValueError: if an argument is wrong, the data hold NaN, the model has no finite log-probability at the start, or the
-            guide leaves out a discrete site that the loss does not sum out; the message names the site. Also if a checkpoint is
-            damaged, or of another model.
+        ValueError: if an argument is wrong or cannot become a tensor, the data hold NaN, the model has no finite log-probability at
+            the start, or the guide leaves out a discrete site that the loss does not sum out; the message names the argument or
+            the site. Also if a checkpoint is damaged, or of another model.
         FileExistsError: if the checkpoint exists already and does not say ``resume=True``.
         RuntimeError: if ``max_nonfinite_steps`` steps in a row had no finite loss or gradient.
     """
