@@ -10,7 +10,7 @@ from typing import Any
 
 from pyro.poutine.messenger import Messenger
 
-from .data import Conversion, explaining
+from .data import Conversion, Note, explaining
 from .ownership import OwnedFunction
 
 
@@ -23,14 +23,14 @@ class ModelCall:
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         columns: The names of the columns of each argument that was given as a frame.
-        notes: What other arguments than tensors have become, in words.
+        notes: What other arguments than tensors have become.
     """
 
     model: Callable
     args: tuple = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
     @classmethod
     def given(cls, owner: str, model: Callable, args: tuple, kwargs: Mapping[str, Any] | None = None) -> ModelCall:

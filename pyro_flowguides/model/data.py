@@ -22,7 +22,7 @@ import re
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -41,6 +41,13 @@ _MAX_INT = np.iinfo(np.int64).max
 _ERRORS = (RuntimeError, IndexError, TypeError, KeyError, AttributeError)
 
 
+class Note(NamedTuple):
+    """What the model is given for an argument, in words."""
+
+    text: str
+    is_number: bool
+
+
 class Conversion:
     """Converts the arguments of one call.
 
@@ -54,7 +61,7 @@ class Conversion:
         args: The positional arguments, converted.
         kwargs: The keyword arguments, converted.
         columns: The names of the columns of every argument that is a frame, by the name of the argument.
-        notes: A clause about every argument that was converted, or is a list that was not.
+        notes: A note about every argument that was converted, or is a number or a list.
 
     Raises:
         ValueError: if an argument holds something that is no tensor of numbers.
@@ -63,7 +70,7 @@ class Conversion:
     def __init__(self, owner: str, model: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
         self.owner = owner
         self.columns: dict[str, tuple[str, ...]] = {}
-        self.notes: list[str] = []
+        self.notes: list[Note] = []
         self._model = model
         self._device = _common_device(args, kwargs)
         self.args = tuple(self._argument(index, value) for index, value in enumerate(args))
@@ -79,9 +86,12 @@ class Conversion:
         name = self._name(key)
         converted = self._convert(name, value)
         if isinstance(value, list) and value and converted is value:
-            self.notes.append(f"'{name}' is a list of {type(value[0]).__name__} and stays one")
+            self.notes.append(Note(f"'{name}' is a list of {type(value[0]).__name__} and stays one", is_number=False))
+        elif isinstance(converted, (int, float)) and not isinstance(converted, bool):
+            self.notes.append(Note(f"'{name}' is the number {converted} and stays one", is_number=True))
         elif converted is not value:
-            self.notes.append(f"'{name}' was a {type(value).__name__} and is {_describe(converted)}")
+            text = f"'{name}' was a {type(value).__name__} and is {_describe(converted)}"
+            self.notes.append(Note(text, is_number=False))
         return converted
 
     def _name(self, key: int | str) -> str:
@@ -245,12 +255,12 @@ def _describe(value: Any) -> str:
 
 
 @contextmanager
-def explaining(owner: str, notes: tuple[str, ...]) -> Iterator[None]:
+def explaining(owner: str, notes: tuple[Note, ...]) -> Iterator[None]:
     """Turns the error of a model that was not written for what its arguments have become into one that says what they are.
 
     Arguments:
         owner: The name that the error begins with.
-        notes: The clauses about the arguments; without any, errors stay as they are.
+        notes: What is known of the arguments; without any, errors stay as they are.
 
     Raises:
         ValueError: in place of an error from outside of this package.
@@ -258,12 +268,17 @@ def explaining(owner: str, notes: tuple[str, ...]) -> Iterator[None]:
     try:
         yield
     except _ERRORS as error:
-        if not notes or is_of_package(traceback.extract_tb(error.__traceback__)[-1].filename):
+        # Where a tensor is wanted and there is a number, it is one of these.
+        concerned = [
+            note.text for note in notes if not note.is_number or isinstance(error, (TypeError, AttributeError))
+        ]
+        if not concerned or is_of_package(traceback.extract_tb(error.__traceback__)[-1].filename):
             raise
         raise ValueError(
-            f"{owner}: the model cannot be run on these arguments ({' '.join(str(error).split())[:300]}): {'; '.join(notes)}. "
-            "Integers stay integers: give y.astype(float) where the model multiplies matrices or needs floats. A frame is a "
-            "matrix: give dict(frame), or annotate the parameter as dict, where the model takes columns by name"
+            f"{owner}: the model cannot be run on these arguments ({' '.join(str(error).split())[:300]}): "
+            f"{'; '.join(concerned)}. Numbers stay numbers: give [y], or torch.tensor(y), for a tensor. Integers stay integers: "
+            "give y.astype(float) where the model multiplies matrices or needs floats. A frame is a matrix: give dict(frame), or "
+            "annotate the parameter as dict, where the model takes columns by name"
         ) from error
 
 

@@ -108,9 +108,9 @@ def fit(
 
     Raises:
         TypeError: if the guide is a class, or an argument has a wrong type.
-        ValueError: if an argument is wrong or cannot become a tensor, the data hold NaN, the model has no finite log-probability at
-            the start, or the guide leaves out a discrete site that the loss does not sum out; the message names the argument or
-            the site. Also if a checkpoint is damaged, or of another model.
+        ValueError: if an argument is wrong or cannot become a tensor, the data hold NaN, the model has no finite log-probability
+            at the start, or the guide leaves out a discrete site that the loss does not sum out; the message names the argument
+            or the site. Also if a checkpoint is damaged, or of another model.
         FileExistsError: if the checkpoint exists already and does not say ``resume=True``.
         RuntimeError: if ``max_nonfinite_steps`` steps in a row had no finite loss or gradient.
     """

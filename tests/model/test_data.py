@@ -291,12 +291,22 @@ def test_names_of_groups_in_a_list():
         quick(model, fg.AutoPlanar(model, num_layers=1), ["a", "b"])
 
 
+def test_a_number_where_the_model_wants_a_tensor():
+    def model(rate, n=3):
+        pyro.sample("x", dist.Normal(rate.exp(), 1.0))
+
+    with pytest.raises(ValueError, match=r"'rate' is the number 0.5 and stays one.*torch.tensor"):
+        fg.draw(model, fg.AutoPlanar(model, num_layers=1), np.float64(0.5))
+
+
 def test_an_error_of_the_model_itself_stays():
     def model(y):
         raise RuntimeError("mine")
 
     with pytest.raises(RuntimeError, match="mine"):
         quick(model, fg.AutoPlanar(model, num_layers=1), torch.ones(2))
+    with pytest.raises(RuntimeError, match="mine"):
+        quick(model, fg.AutoPlanar(model, num_layers=1), 3)
 
 
 def observing(distribution):
