@@ -53,6 +53,10 @@ class LogDensity:
         names: For a number of dimensions, a name for every coordinate, each of which becomes a site of its own; for a list of
             shapes, their names, by default "x_0", "x_1", ….
 
+    Attributes:
+        takes: What the function takes: "a point", "a batch" or "both".
+        priors: The flat prior of every value, by name.
+
     Raises:
         TypeError: if the function does not return a tensor.
         ValueError: if shapes, names and supports do not fit together, a support has no map to the real line, or the function

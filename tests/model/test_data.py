@@ -1,6 +1,7 @@
 """What the arguments of a model may be, at every entrance: converted to tensors, or refused with a sentence."""
 
 import collections
+import functools
 import pickle
 
 import numpy as np
@@ -225,6 +226,19 @@ def test_a_fit_keeps_the_tensors_and_pickles(tmp_path):
     assert torch.equal(again.args[1], torch.tensor(Y)) and again.args[1].dtype == torch.float32
     resumed = quick(regression, guide(), *WAYS["lists"], num_steps=4, checkpoint=fg.Checkpoint(path, resume=True))
     assert resumed.losses.tolist() == fit.losses.tolist()
+
+
+def test_calibration_binds_arrays():
+    def ranks(x):
+        def infer(model, guide, seed):
+            return fg.draw(model, guide, num_samples=9, seed=seed)
+
+        make = functools.partial(functools.partial, regression, x, y=np.zeros(5))
+        return fg.check_calibration(
+            make, functools.partial(fg.AutoPlanar, num_layers=1), 20, infer=infer, num_samples=9, progress=False
+        ).ranks["slope"]
+
+    assert ranks(np.array(X)).tolist() == ranks(torch.tensor(X)).tolist()
 
 
 def test_a_batch_may_be_a_frame():
