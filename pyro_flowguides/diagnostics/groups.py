@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checks import warn
 from ..model.call import ModelCall
+from ..model.log_density import LogDensity
 from .arviz import Dims, Group
 from .draws import Draws, to_numpy
 from .replay import predict
@@ -103,7 +104,8 @@ def model_groups(
         _, data = _sample(call, values, len(first) * len(chains), "posterior_predictive", "predictive")
         if data:
             groups["posterior_predictive"] = _sampled_group(data, len(chains), first.dims)
-    if prior:
+    # A log density has no prior to draw from: its flat one has draws for the set-up of guides alone.
+    if prior and not isinstance(call.as_written, LogDensity):
         latents, data = _sample(call, {}, len(first), "prior", "prior")
         groups |= {
             name: _sampled_group(sampled, 1, first.dims)

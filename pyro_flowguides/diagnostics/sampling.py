@@ -66,7 +66,9 @@ def draw(
     for name, number in (("num_samples", num_samples), ("batch_size", batch_size)):
         if number < 1:
             raise ValueError(f"draw: {name} must be at least 1, got {number}")
-    tracer = Tracer(ModelCall(model, args, dict(model_kwargs or {})), guide)
+    call = ModelCall.given("draw", model, args, model_kwargs)
+    with call.explaining("draw"):
+        tracer = Tracer(call, guide)
     if seed is not None:
         # After the tracer, whose runs build a guide that is not set up.
         pyro.set_rng_seed(seed)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..checks import warn
 from ..model.batched import BatchedModel, given_names
 from ..model.call import ModelCall
+from ..model.data import check_observed
 from ..model.missing import FillMissing
 from ..model.ownership import values_in_place
 from ..model.sites import (
@@ -102,6 +103,7 @@ class Tracer:
         with values_in_place(call.model, guide):
             with quiet_trace():
                 self.guide_prototype, self.model_prototype = self._trace_pair()
+                check_observed(self.model_prototype)
                 self.max_plate_nesting = max_plate_nesting(self.guide_prototype, self.model_prototype)
                 check_plates(self.model_prototype)
             self.vectorizes = self._try_to_vectorize()

@@ -132,11 +132,13 @@ class AutoFlow(FlowGuide, AutoContinuous):
     # --- set-up --------------------------------------------------------------------------------------------------------
 
     def setup(self, *args: Any, **kwargs: Any) -> AutoFlow:
-        super().setup(*args, **kwargs)
-        if self.master is None:
-            # NeuTraReparam needs them before the first call. A part of an AutoGuideList gets its plates from there.
-            with poutine.block():
-                self._create_plates(*args, **kwargs)
+        call = ModelCall.given(type(self).__name__, self.model, args, kwargs)
+        with call.explaining(type(self).__name__):
+            super().setup(*call.args, **call.kwargs)
+            if self.master is None:
+                # NeuTraReparam needs them before the first call. A part of an AutoGuideList gets its plates from there.
+                with poutine.block():
+                    self._create_plates(*call.args, **call.kwargs)
         return self
 
     def _build(self, args: tuple, kwargs: dict[str, Any]) -> Latents:
@@ -323,8 +325,9 @@ class AutoFlow(FlowGuide, AutoContinuous):
         minibatch, minibatches that cover the plate take its place, at a run of the model for each.
         """
         whitening.check_method(method)
-        kwargs = dict(model_kwargs or {})
-        self.setup(*args, **kwargs)
+        call = ModelCall.given("whiten", self.model, args, model_kwargs)
+        with call.explaining("whiten"):
+            self.setup(*call.args, **call.kwargs)
         if self.is_trained():
             raise ValueError(
                 f"whiten: this {type(self).__name__} has been trained, and its fixed map is part of what it learnt; make a "
@@ -332,7 +335,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
             )
         if method == "init":
             return self
-        target = Target(ModelCall(self.model, args, kwargs), self.latents, vectorize=vectorize, batched=batched)
+        target = Target(call, self.latents, vectorize=vectorize, batched=batched)
         start = self.fixed_map.loc.double(), self.fixed_map.scale.double()
         loc, scale = whitening.whiten(target, start, method)
         with torch.no_grad():

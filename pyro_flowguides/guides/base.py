@@ -172,8 +172,9 @@ class FlowGuide(AutoGuide):
                 f"{type(self).__name__}: this guide is part of an AutoGuideList, whose plates it uses; call the list once "
                 "instead, which sets up all of its parts"
             )
-        with self._pyro_context:
-            self._update_plates(args, kwargs)
+        call = ModelCall.given(type(self).__name__, self.model, args, kwargs)
+        with call.explaining(type(self).__name__), self._pyro_context:
+            self._update_plates(call.args, dict(call.kwargs))
         return self
 
     @property

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import plates, supports
 from .batched import BatchedModel
 from .call import ModelCall
+from .data import check_observed
 from .latents import Latents
 from .missing import FillMissing
 from .sites import PLATE_NAME, log_prob_per_draw, max_plate_nesting, quiet_trace
@@ -44,6 +45,7 @@ class Target:
         with quiet_trace():
             # All of the model: observed sites have plates too.
             trace = poutine.trace(call).get_trace()
+        check_observed(trace)
         self._nesting = max_plate_nesting(trace)
         self._minibatches = self._fixed_minibatches(trace)
         # Every latent has a value from here on; one drawn beside it is wasted, and fails where a trial point is wild.

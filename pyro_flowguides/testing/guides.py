@@ -32,6 +32,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import biject_to
 
+from ..model.call import ModelCall
 from ..model.sites import is_subsample, latent_sites, max_plate_nesting, tensor_sites, unchanged_random_state
 
 # The number of values of a loss that are compared, and the number of draws in each, without and with vectorized particles.
@@ -64,6 +65,8 @@ def check_guide(guide: Any, model: Callable, *args: Any, **kwargs: Any) -> None:
         ...     pyro.sample("x", dist.LogNormal(0.0, 1.0))
         >>> check_guide(AutoPlanar(model, num_layers=2), model)
     """
+    call = ModelCall.given("check_guide", model, args, kwargs)
+    args, kwargs = call.args, dict(call.kwargs)
     with unchanged_random_state():
         guide(*args, **kwargs)
         with moved_parameters(guide):

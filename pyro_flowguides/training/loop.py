@@ -130,6 +130,7 @@ class Loop:
             wall_time=time.perf_counter() - began,
             vectorization=self.tracer.vectorization,
             draws=draws,
+            columns=self.call.columns,
         )
 
     def _train_and_judge(self, saved: dict[str, Any] | None) -> Draws:
@@ -327,11 +328,10 @@ class Steps:
     def _next_arguments(self) -> tuple[tuple, dict[str, Any]]:
         if self.batches is None:
             return self.loop.call.args, dict(self.loop.call.kwargs)
-        args, kwargs = next(self.batches)
+        call = ModelCall.given("fit", self.loop.call.model, *next(self.batches))
         if not self.losses and not self.pending:
-            batch = replace(self.loop.call, args=args, kwargs=kwargs)
-            warn_of_plate_of_the_batch(batch, self.batches.batches, self.loop.tracer.model_prototype)
-        return args, kwargs
+            warn_of_plate_of_the_batch(call, self.batches.batches, self.loop.tracer.model_prototype)
+        return call.args, dict(call.kwargs)
 
     def _collect(self, bar: tqdm) -> None:
         """Waits for the losses of the last steps."""

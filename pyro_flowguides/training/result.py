@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,7 @@ class FitResult:
         draws: Draws from the fitted guide with their densities, 10,000 (1000 for a model that cannot be vectorised).
         parameters: The trained parameters of the model (``pyro.param``, ``pyro.module``, ``PyroModule``) by name, in their own
             (constrained) space.
+        columns: The names of the columns of each argument that was given as a frame, by its name; they are labels in ArviZ.
         restarts: Draws of every independent fit, log-likelihoods included, in the order of their seeds; empty where there was
             only one. Everything else here is of the best of them by ELBO.
     """
@@ -63,6 +64,7 @@ class FitResult:
     vectorization: str
     draws: Draws
     parameters: dict[str, Tensor] = field(default_factory=dict)
+    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     restarts: tuple[Draws, ...] = ()
 
     def __repr__(self) -> str:
@@ -110,7 +112,7 @@ class FitResult:
 
     def to_posterior(self, num_samples: int = 4000) -> Posterior:
         """The fit as chains with log-likelihoods: ``num_samples`` fresh draws, or with restarts up to as many of each."""
-        call = ModelCall(self.model, self.args, self.model_kwargs)
+        call = ModelCall(self.model, self.args, self.model_kwargs, self.columns)
         if self.restarts:
             number = min(num_samples, *map(len, self.restarts))
             chains = [draws[:number] for draws in self.restarts]

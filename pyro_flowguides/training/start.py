@@ -26,9 +26,9 @@ WORTH_THREADS = 2**20
 
 def set_up(call: ModelCall, guide: Callable) -> tuple[Tracer, list[Call]]:
     """Builds a guide that is not built yet; returns what traces it with its model, and the calls of flow guides in one run."""
-    if isinstance(guide, AutoFlow):
-        guide.setup(*call.args, **call.kwargs)
-    with calls_of_flow_guides() as calls:
+    with call.explaining("fit"), calls_of_flow_guides() as calls:
+        if isinstance(guide, AutoFlow):
+            guide.setup(*call.args, **call.kwargs)
         tracer = Tracer(call, guide, differentiable=True)
     return tracer, list({id(each.guide): each for each in calls}.values())
 
