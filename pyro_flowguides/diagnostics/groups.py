@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -113,6 +115,47 @@ def model_groups(
             if sampled
         }
     return groups
+
+
+def stack_numbered(groups: Mapping[str, Group]) -> tuple[dict[str, Group], dict[str, list[int]]]:
+    """Groups in which observed sites that are numbered are one variable, as leave-one-out cross-validation takes them.
+
+    ``obs_0``, ``obs_1``, … of one shape, the sites of a loop over data, become ``obs`` with a dimension ``obs_number`` on the
+    left, unless there is an ``obs`` already. This is done in log_likelihood, observed_data and the predictive groups.
+
+    Arguments:
+        groups: The groups by name.
+
+    Returns:
+        The groups, and the numbers along every new dimension.
+    """
+    observed = groups["observed_data"].variables if "observed_data" in groups else {}
+    families: dict[str, dict[int, str]] = {}
+    for name in observed:
+        if match := re.fullmatch(r"(.+)_(\d+)", name):
+            families.setdefault(match[1], {})[int(match[2])] = name
+    taken = {name for group in groups.values() for name in group.variables}
+    families = {
+        base: {number: members[number] for number in sorted(members)}
+        for base, members in families.items()
+        if len(members) > 1 and base not in taken and len({observed[name].shape for name in members.values()}) == 1
+    }
+    result = dict(groups)
+    for group_name in ("observed_data", "log_likelihood", "posterior_predictive", "prior_predictive"):
+        if group_name in groups:
+            result[group_name] = _with_stacked(groups[group_name], families)
+    return result, {f"{base}_number": list(members) for base, members in families.items()}
+
+
+def _with_stacked(group: Group, families: Mapping[str, Mapping[int, str]]) -> Group:
+    variables, dims = dict(group.variables), dict(group.dims)
+    for base, members in families.items():
+        names = list(members.values())
+        if all(name in variables for name in names):
+            axis = len(group.sample_dims)
+            dims[base] = [f"{base}_number", *dims.get(names[0], [])]
+            variables[base] = np.stack([variables.pop(name) for name in names], axis)
+    return replace(group, variables=variables, dims=dims)
 
 
 def constant_data(call: ModelCall, observed: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

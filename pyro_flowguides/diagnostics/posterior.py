@@ -19,7 +19,7 @@ from ..internals import has_run, mcmc_arguments
 from ..model.call import ModelCall
 from .arviz import Coords, Dims, Group, to_tree
 from .draws import Draws, concatenate
-from .groups import completed_dims, draws_groups, model_groups
+from .groups import completed_dims, draws_groups, model_groups, stack_numbered
 from .replay import draws_at
 from .sampling import draw
 
@@ -175,8 +175,9 @@ def to_arviz(
     posterior_predictive, prior, prior_predictive, observed_data, constant_data, and variational_fit for a fit (the ELBO of every
     step, ``num_skipped`` steps, ``num_rolled_back``, ``wall_time`` in seconds, k-hat and final ELBO of every chain). Dimensions
     are named after the plates; none of size 1 is dropped. ``arviz.loo_approximate_posterior`` (1.x) takes ``lp`` and ``log_q``
-    from there. A masked entry has log-likelihood 0; ``arviz.loo`` counts it as an observation without a k-hat, :func:`compare`
-    does not.
+    from there. Observed sites that are numbered, such as ``obs_0``, ``obs_1``, … of a loop over data, are one variable ``obs``
+    with a dimension ``obs_number``. A masked entry has log-likelihood 0; ``arviz.loo`` counts it as an observation without a
+    k-hat, :func:`compare` does not.
 
     Arguments:
         source: A fit (:class:`FitResult`), :class:`Draws`, any Pyro guide, or a ``pyro.infer.MCMC`` that has run.
@@ -206,6 +207,7 @@ def to_arviz(
     if unknown:
         known = ", ".join(chains[0].dims)
         raise ValueError(f"to_arviz: dims names '{min(unknown)}', which is no site; there are {known}")
+    groups, numbers = stack_numbered(groups)
     attrs = {
         "creation_library": "pyro_flowguides",
         "creation_library_version": version(),
@@ -218,7 +220,7 @@ def to_arviz(
         **({"name": call.name} if call else {}),
         **posterior.attrs,
     }
-    return to_tree(groups, {**_column_labels(call, chains[0]), **(coords or {})}, attrs)
+    return to_tree(groups, {**numbers, **_column_labels(call, chains[0]), **(coords or {})}, attrs)
 
 
 def _column_labels(call: ModelCall | None, draws: Draws) -> dict[str, tuple[str, ...]]:
