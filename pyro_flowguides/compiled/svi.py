@@ -16,7 +16,8 @@ from .binding import Binding, OptimizerFactory, Trained, optimizer_factory
 from .capture import CaptureError
 from .captures import Arguments, CapturedStep, Captures, capture_step
 from .losses import KL, PyroELBO, as_function, as_objective
-from .rollback import Watch, why_lost
+from .lost import why_lost
+from .rollback import Watch
 from .snapshot import Snapshot
 from .update import NUM_SKIPPED, Scalars
 

@@ -196,7 +196,10 @@ def _sample(
 
 def _sampled_group(values: Mapping[str, Tensor], num_chains: int, dims: Dims) -> Group:
     return Group(
-        {name: to_numpy(value).reshape(num_chains, -1, *value.shape[1:]) for name, value in values.items()},
+        {
+            name: to_numpy(value).reshape(num_chains, len(value) // num_chains, *value.shape[1:])
+            for name, value in values.items()
+        },
         {name: dims[name] for name in values if name in dims},
     )
 

@@ -142,7 +142,7 @@ def _weights_error(guide_prototype: Trace, subsampled: str | None, unconstrained
             "log_det='exact' to have them"
         )
     for name, value in unconstrained.items():
-        if len(value) > 1 and bool((value == value[:1]).all()):
+        if len(value) > 1 and value.numel() and bool((value == value[:1]).all()):
             return f"the guide gives site '{name}' a single point, which has no density to weigh"
     if subsampled:
         return (

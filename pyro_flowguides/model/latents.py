@@ -263,6 +263,15 @@ class Latents:
             yield site, value
             position += site.size
 
+    def pack(self, trace: Trace) -> Tensor:
+        """The vector of the unconstrained values in a trace of the model over whole plates."""
+        parts = []
+        for site in self.sites:
+            node: Any = trace.nodes[site.name]
+            part = biject_to(node["fn"].support).inv(node["value"]).reshape(-1)
+            parts.append(part if site.kept is None else part[site.kept])
+        return torch.cat(parts)
+
     def frames_in(self, trace: Trace, owner: str) -> dict[str, Any]:
         """The plates of these latents in another trace of the model, by name.
 

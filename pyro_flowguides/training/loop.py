@@ -30,6 +30,7 @@ from ..model.sites import unchanged_random_state
 from . import start
 from .batches import Batches, warn_of_plate_of_the_batch
 from .checkpoint import Checkpoint, random_state, set_random_state
+from .first_draws import check_gradients, check_start
 from .result import FitResult
 from .schedules import Round, RoundScore, doubling_rounds, got_worse, is_worth_another, needs_loss
 
@@ -99,12 +100,13 @@ class Loop:
             pyro.set_rng_seed(self.options.seed)
         saved = self.options.checkpoint.load() if self.options.checkpoint else None
         self.tracer, flow_guides = start.set_up(self.call, self.guide)
-        start.check_start(self.tracer)
+        check_start(self.tracer, flow_guides)
         self.largest = start.largest_result(self.tracer)
         if start.has_missing(self.tracer):
             self.call = replace(self.call, model=FillMissing()(self.call.model))
         if self.options.loss is None:
             start.check_discrete_sites(self.tracer)
+            check_gradients(self.tracer)
         if saved is not None:
             self._load_modules(saved["modules"])
         else:

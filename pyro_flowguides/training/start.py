@@ -16,10 +16,9 @@ from ..diagnostics.tracer import Tracer
 from ..guides.auto import AutoFlow
 from ..guides.base import Call, calls_of_flow_guides
 from ..model.call import ModelCall
-from ..model.missing import as_given, num_nan
-from ..model.sites import latent_sites, log_prob_per_draw, observed_sites, site_without_density, unchanged_random_state
+from ..model.missing import as_given
+from ..model.sites import latent_sites, log_prob_per_draw, observed_sites, unchanged_random_state
 
-NUM_START_DRAWS = 10
 # The number of elements of a tensor from which on a second thread pays.
 WORTH_THREADS = 2**20
 
@@ -27,26 +26,17 @@ WORTH_THREADS = 2**20
 def set_up(call: ModelCall, guide: Callable) -> tuple[Tracer, list[Call]]:
     """Builds a guide that is not built yet; returns what traces it with its model, and the calls of flow guides in one run."""
     with call.explaining("fit"), calls_of_flow_guides() as calls:
-        if isinstance(guide, AutoFlow):
-            guide.setup(*call.args, **call.kwargs)
-        tracer = Tracer(call, guide, differentiable=True)
-    return tracer, list({id(each.guide): each for each in calls}.values())
-
-
-def check_start(tracer: Tracer) -> None:
-    """An error that names the site, if the data hold NaN or no draw at the start has a density."""
-    for name, site in observed_sites(tracer.model_prototype):
-        if missing := num_nan(site):
+        try:
+            if isinstance(guide, AutoFlow):
+                guide.setup(*call.args, **call.kwargs)
+            tracer = Tracer(call, guide, differentiable=True)
+        except ZeroDivisionError as error:
+            if "size cannot be zero" not in str(error):
+                raise
             raise ValueError(
-                f"fit: observed site '{name}' holds {missing} NaN among its {site['value'].numel()} values; remove them, or "
-                "say which are seen, pyro.sample(..., obs=y, obs_mask=seen): the others are inferred with the latents"
-            )
-    # Some draws may have no density, in a guide that has been trained too; the steps leave them out.
-    for _ in range(NUM_START_DRAWS):
-        message = _first_site_without_density(tracer)
-        if message is None:
-            return
-    raise ValueError(f"fit: the ELBO is not finite at the start: {message}")
+                "fit: a plate of the model has size 0, which Pyro has not; leave the plate out where it has no elements"
+            ) from error
+    return tracer, list({id(each.guide): each for each in calls}.values())
 
 
 def has_missing(tracer: Tracer) -> bool:
@@ -67,15 +57,6 @@ def check_discrete_sites(tracer: Tracer) -> None:
                 "it out in the model (the mixture of its values; docs/how_to/vectorise.md), or give "
                 "loss=TraceEnum_ELBO(...), whose ELBO the verdict does not know"
             )
-
-
-@torch.no_grad()
-def _first_site_without_density(tracer: Tracer) -> str | None:
-    """A sentence about the first site of a fresh draw whose log-probability is not finite."""
-    with poutine.block(), pyro.validation_enabled(False):
-        for guide_trace, model_trace, _ in tracer.traces(1):
-            return site_without_density(guide_trace, model_trace)
-    return None
 
 
 def batched_calls(tracer: Tracer, *, arguments_vary: bool) -> BatchedCalls | None:
