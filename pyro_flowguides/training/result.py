@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..diagnostics.arviz import Coords, Dims, Group
 from ..diagnostics.draws import Draws
 from ..diagnostics.importance import Estimate, Verdict
 from ..diagnostics.posterior import Posterior, to_arviz
+from ..diagnostics.replay import predict_new
 from ..diagnostics.sampling import draw
 from ..model.call import ModelCall
 
@@ -109,6 +110,38 @@ class FitResult:
     ) -> pd.DataFrame:
         """One row per scalar: mean, sd and quantiles, diagnostics, or both; see :meth:`pyro_flowguides.Draws.summary`."""
         return self.draws.summary(kind=kind, quantiles=quantiles, weighted=weighted, coords=coords, dims=dims)
+
+    def predict(
+        self,
+        *args: Any,
+        model_kwargs: Mapping[str, Any] | None = None,
+        num_samples: int = 1000,
+        new_plates: Collection[str] = (),
+        seed: int | None = None,
+    ) -> dict[str, Tensor]:
+        """New data, and whatever else the model samples, on new arguments: new rows, new groups.
+
+        The latents that the model shares with the fit are draws of the posterior. Latents in a plate of another size than before,
+        such as the effects of new groups, are drawn from their prior given the others; so are those in ``new_plates``.
+
+        Arguments:
+            args: The positional arguments of the model, with None for data where the model takes it.
+            model_kwargs: The keyword arguments of the model.
+            num_samples: The number of draws.
+            new_plates: The names of plates that have as many elements as before, and are of other ones.
+            seed: Seeds Pyro first, if given.
+
+        Returns:
+            The sites that are drawn, by name, ``(num_samples,) + shape``.
+
+        Raises:
+            ValueError: if a plate is not in the model, or a latent outside of new plates has another shape than before.
+        """
+        if seed is not None:
+            pyro.set_rng_seed(seed)
+        call = ModelCall.given("predict", self.model, args, model_kwargs)
+        with call.explaining("predict"):
+            return predict_new(call, self.draws.values, num_samples, new_plates)
 
     def to_posterior(self, num_samples: int = 4000) -> Posterior:
         """The fit as chains with log-likelihoods: ``num_samples`` fresh draws, or with restarts up to as many of each."""
