@@ -278,6 +278,17 @@ def loss_and_surrogate(
     return elbo._loss_and_surrogate_loss(model, guide, args, kwargs)
 
 
+def enumeration_ids(site: Any) -> dict[int, int]:
+    """For each dimension of enumeration in a site's log-probability, a number of the site that is enumerated there."""
+    ids: dict[int, int] = site["infer"].get("_dim_to_id", {})
+    return ids
+
+
+def enumeration_id(site: Any) -> int:
+    """The number of an enumerated site."""
+    return enumeration_ids(site)[site["infer"]["_enumerate_dim"]]
+
+
 def mcmc_arguments(mcmc: MCMC) -> tuple[tuple, dict[str, Any]]:
     """The positional and keyword arguments of ``MCMC.run``, which have no public name."""
     return mcmc._args or (), mcmc._kwargs or {}

@@ -302,3 +302,24 @@ def batch(graph: GraphModule, varies: Sequence[bool]) -> Callable[..., Any]:
             return batched(torch.empty(number), *inputs)
 
     return run
+
+
+def repeat(function: Callable[..., Any], varies: Sequence[bool]) -> Callable[..., Any]:
+    """A function as one of many points, ``run(number, *inputs)``, that is called for each.
+
+    Arguments:
+        function: The function, of one point; it returns a tree of tensors.
+        varies: As for :func:`batch`.
+    """
+
+    def run(number: int, *inputs: Tensor) -> Any:
+        points = [
+            internals.flatten(
+                function(*[value[i] if each else value for value, each in zip(inputs, varies, strict=True)])
+            )
+            for i in range(number)
+        ]
+        together = [torch.stack(leaves) for leaves in zip(*[leaves for leaves, _ in points], strict=True)]
+        return internals.unflatten(together, points[0][1])
+
+    return run
