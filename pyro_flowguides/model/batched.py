@@ -23,7 +23,7 @@ from .enumeration import Enumeration
 from .guards import Guards
 from .missing import FillMissing
 from .recording import batch, check_size, record, repeat
-from .sites import SummedTrace, deterministic_sites, is_subsample, latent_sites, log_prob_per_draw, tensor_sites
+from .sites import SummedTrace, is_subsample, latent_sites, log_prob_per_draw, tensor_sites
 from .substitution import Parameters, no_waiting, parameters_in, substituted
 
 # Relative; of the largest number in a value or a gradient.
@@ -229,12 +229,13 @@ class BatchedModel:
         marginal = self._run(inputs, self.enumeration.marginal) if self.enumeration else None
         trace = marginal.trace if marginal else self._run(inputs, _traced)
         trace.compute_log_prob()
-        found: dict[str, dict[str, Any]] = {name: {"value": site["value"]} for name, site in deterministic_sites(trace)}
+        found: dict[str, dict[str, Any]] = {}
         for name, site in tensor_sites(trace):
-            keys = ("value", "log_prob", "unscaled_log_prob", "log_prob_sum")
-            found.setdefault(name, {}).update({key: torch.as_tensor(site[key]) for key in keys})
-            if isinstance(site["mask"], Tensor):
-                found[name]["mask"] = site["mask"]
+            shape, batch_shape = self._nodes[name]["value"].shape, self._nodes[name]["fn"].batch_shape
+            found[name] = {"value": _without_padding(site["value"], shape), "log_prob_sum": site["log_prob_sum"]}
+            for key in ("log_prob", "unscaled_log_prob", "mask"):
+                if isinstance(site[key], Tensor):
+                    found[name][key] = _without_padding(site[key], batch_shape)
             if name in self.given and not site["fn"].support.is_discrete:
                 found[name]["unconstrained"] = biject_to(site["fn"].support).inv(site["value"])
         if marginal is None:
@@ -295,6 +296,11 @@ def _traced(model: Callable) -> Trace:
 
 def _log_joint(model: Callable) -> Tensor:
     return log_prob_per_draw(_traced(model), 1)[0]
+
+
+def _without_padding(value: Tensor, shape: torch.Size) -> Tensor:
+    """A tensor without dimensions of size 1 on the left of those that it has in a plain run."""
+    return value.reshape(value.shape[max(0, value.dim() - len(shape)) :])
 
 
 _announce = effectful(lambda leaf: leaf, type="param")

@@ -29,7 +29,7 @@ from .sites import (
     quiet_trace,
     tensor_sites,
 )
-from .sum_product import Factor, Plate, components, draw, eliminate
+from .sum_product import IMPOSSIBLE, Factor, Plate, components, draw, eliminate
 
 # The largest tensor of one draw may have this many elements, or this multiple of the largest one without enumeration.
 MAX_ELEMENTS = 2**22
@@ -236,15 +236,19 @@ class Enumeration:
         return _Factors(poutine.trace(enumerated).get_trace(), self.names, self._data, self.nesting)
 
     def _trace_at(self, model: Callable[[], Any], factors: _Factors, indices: Mapping[str, Factor]) -> Trace:
-        """A run of the model at one value of every discrete latent."""
+        """A run of the model at one value of every discrete latent.
+
+        The values have the dimensions of enumeration, with size 1: an index without dimensions cannot be recorded.
+        """
         values = {}
         for name in self.names:
             fn, shape = factors.sites[name]["fn"], self._shapes[name]
             support = fn.enumerate_support(expand=False)
             support = support.reshape(len(support), *fn.event_shape)
             # A site of one value is no variable.
-            index = indices[name].value.reshape(shape) if name in indices else support.new_zeros(shape).long()
-            values[name] = support[index]
+            index = indices[name].value if name in indices else support.new_zeros(shape.numel(), dtype=torch.long)
+            padding = [1] * (1 + self.nesting - len(shape))
+            values[name] = support.index_select(0, index.reshape(-1)).reshape(*padding, *shape, *fn.event_shape)
         return poutine.trace(poutine.condition(model, data=values)).get_trace()
 
 
@@ -319,6 +323,7 @@ class _Factors:
         total = sum(self.sites[name]["log_prob"].sum() for name, each in self._factors.items() if not each.variables)
         for group, (left, _) in zip(self._groups, self._eliminated, strict=True):
             summed: Any = sum(factor.value.sum() for factor in left)
+            summed = torch.where(summed > IMPOSSIBLE / 2, summed, -torch.inf)
             # The scale is outside of the logarithm.
             total = total + scale_and_mask(summed, self.sites[group[0].site]["scale"])
         return torch.as_tensor(total)

@@ -17,6 +17,10 @@ import torch
 from torch import Tensor
 
 
+# A log-probability that stands for −inf on the way, where it would make gradients NaN.
+IMPOSSIBLE = -1e30
+
+
 class Plate(NamedTuple):
     """A plate, or a batch dimension that is declared by none.
 
@@ -55,8 +59,13 @@ class Factor:
 
     def over(self, dims: Sequence[str | Plate]) -> Tensor:
         """The tensor with all of these dimensions in this order, of size 1 where it does not depend on one."""
-        value = self.value.permute([self.dims.index(dim) for dim in dims if dim in self.dims])
-        return value[tuple(slice(None) if dim in self.dims else None for dim in dims)] if dims else value
+        value, order = self.value, [self.dims.index(dim) for dim in dims if dim in self.dims]
+        if order != sorted(order):
+            value = value.permute(order)
+        for axis, dim in enumerate(dims):
+            if dim not in self.dims:
+                value = value.unsqueeze(axis)
+        return value
 
     def total_over(self, plates: Collection[Plate]) -> Factor:
         """The product, in log space the sum, along plates."""
@@ -161,12 +170,11 @@ def _without_other_plates(factor: Factor, variable: str, plates_of: Mapping[str,
 
 
 def log_sum_exp(value: Tensor) -> Tensor:
-    """log Σ exp over the first dimension; where all is −inf, with gradient 0 (torch's own is NaN)."""
-    highest = value.detach().amax(0)
-    shift = torch.where(highest.isfinite(), highest, 0.0)
-    total = (value - shift).exp().sum(0)
-    possible = total > 0
-    return torch.where(possible, torch.where(possible, total, 1.0).log() + shift, -torch.inf)
+    """log Σ exp over the first dimension; :data:`IMPOSSIBLE` with gradient 0 where all is −inf (torch's own has NaN)."""
+    shift = value.detach().amax(0).clamp(min=IMPOSSIBLE)
+    # The largest summand is 1, unless all are 0.
+    total = (value - shift).exp().sum(0) + torch.finfo(value.dtype).tiny
+    return total.log() + shift
 
 
 def draw(tables: Sequence[Table]) -> dict[str, Factor]:
