@@ -16,6 +16,7 @@ from torch import Tensor
 from ..checks import warn
 from ..model.batched import BatchedModel, given_names
 from ..model.call import ModelCall
+from ..model.enumeration import Enumeration
 from ..model.missing import FillMissing
 from ..model.ownership import values_in_place
 from ..model.sites import (
@@ -82,16 +83,30 @@ class Tracer:
         call: The model with the arguments of model and guide.
         guide: The guide, or values in its place.
         differentiable: Whether a recording is needed for its gradient, which is compared too then.
+        sum_out: Whether discrete latents that the guide leaves out are summed out; otherwise they are drawn from their prior.
 
     Attributes:
         guide_prototype: The trace of one run of the guide.
         model_prototype: The trace of one run of the model.
         max_plate_nesting: The number of batch dimensions that the plates of both take.
         vectorizes: Whether many draws are made in one pass.
-        batched: The recording of the model, where that is how many draws are made in one pass; else None.
+        batched: The recording of the model, where that is how many draws are made in one pass; else None. Where discrete latents
+            are summed out, there always is one, or what takes its place draw by draw.
+        enumeration: The discrete latents that are summed out; None if there are none.
+
+    Raises:
+        ValueError: if discrete latents are to be summed out and cannot be, see
+            :class:`pyro_flowguides.model.enumeration.Enumeration`.
     """
 
-    def __init__(self, call: ModelCall, guide: Callable | GivenValues, *, differentiable: bool = False) -> None:
+    def __init__(
+        self,
+        call: ModelCall,
+        guide: Callable | GivenValues,
+        *,
+        differentiable: bool = False,
+        sum_out: bool = True,
+    ) -> None:
         self.call = call
         self.guide = guide
         self.differentiable = differentiable
@@ -101,7 +116,9 @@ class Tracer:
             with quiet_trace():
                 self.guide_prototype, self.model_prototype = self._trace_pair()
             self.max_plate_nesting = max_plate_nesting(self.guide_prototype, self.model_prototype)
-            self.vectorizes = self._try_to_vectorize()
+            given = self.guide_prototype.nodes
+            self.enumeration = Enumeration.of(self.model_prototype, given) if sum_out else None
+            self.vectorizes = self._try_to_sum_out() if self.enumeration else self._try_to_vectorize()
 
     def traces(self, num_samples: int, first: int = 0) -> Iterator[tuple[Trace, Trace, int]]:
         """Pairs of guide and model trace with the number of draws in each; together ``num_samples``.
@@ -112,13 +129,16 @@ class Tracer:
         """
         # Until the caller is done with a trace: densities are computed from it after the model has returned.
         with values_in_place(self.call.model, self.guide):
-            if self.batched is not None:
-                yield *self._batched_pair(self.batched, num_samples, first), num_samples
-            elif self.vectorizes:
-                yield *self._trace_pair(num_samples, first), num_samples
+            if self.vectorizes:
+                yield *self._pair(num_samples, first), num_samples
             else:
                 for i in range(first, first + num_samples):
-                    yield *self._trace_pair(first=i), 1
+                    yield *self._pair(None, i), 1
+
+    def _pair(self, num_samples: int | None, first: int) -> tuple[Trace, Trace]:
+        if self.batched is not None:
+            return self._batched_pair(self.batched, num_samples, first)
+        return self._trace_pair(num_samples, first)
 
     def _trace_pair(self, num_samples: int | None = None, first: int = 0) -> tuple[Trace, Trace]:
         args, kwargs = self.call.args, self.call.kwargs
@@ -134,10 +154,10 @@ class Tracer:
             guide = self._in_plate(self.guide, num_samples)
         return poutine.trace(guide).get_trace(*self.call.args, **self.call.kwargs)
 
-    def _batched_pair(self, batched: BatchedModel, num_samples: int, first: int = 0) -> tuple[Trace, Trace]:
+    def _batched_pair(self, batched: BatchedModel, num_samples: int | None, first: int = 0) -> tuple[Trace, Trace]:
         guide_trace = self._trace_guide(num_samples, first)
-        values, indices = given_by(guide_trace, self.model_prototype, num_samples)
-        return guide_trace, batched.trace(values, num_samples, indices)
+        values, indices = given_by(guide_trace, self.model_prototype, num_samples or 1)
+        return guide_trace, batched.trace(values, num_samples or 1, indices)
 
     def _in_plate(self, function: Callable, num_samples: int | None) -> Callable:
         if num_samples is None:
@@ -176,6 +196,26 @@ class Tracer:
             )
             return False
 
+    def _try_to_sum_out(self) -> bool:
+        unrecorded = self._make_batched(is_recorded=False)
+        unrecorded.check_sum()
+        try:
+            self.batched, self.max_plate_nesting = self._record()
+            return True
+        except _ERRORS as error:
+            self.batched = unrecorded
+            warn(
+                "Discrete latents are summed out draw by draw, which is slow: a run of the model cannot be recorded and repeated for "
+                f"many draws ({' '.join(str(error).split())[:400] or type(error).__name__}); see docs/how_to/vectorise.md"
+            )
+            return False
+
+    def _make_batched(self, *, is_recorded: bool = True) -> BatchedModel:
+        given = given_names(self.model_prototype, self.guide_prototype)
+        return BatchedModel(
+            self.call, self.model_prototype, given, enumeration=self.enumeration, is_recorded=is_recorded
+        )
+
     def try_to_record(self) -> tuple[BatchedModel, int] | None:
         """The model, recorded and batched, and the number of batch dimensions of its plates; None if that cannot be."""
         try:
@@ -197,12 +237,12 @@ class Tracer:
         try:
             with quiet_trace(), warnings.catch_warnings(), pyro.validation_enabled(False), unchanged_random_state():
                 warnings.simplefilter("ignore")
-                given = given_names(self.model_prototype, self.guide_prototype)
-                batched = BatchedModel(self.call, self.model_prototype, given)
+                batched = self._make_batched()
                 guide_trace, model_trace = self._batched_pair(batched, 2)
                 check_vectorized(guide_trace, self.guide_prototype, 2, nesting)
-                self._check_against_single_runs(model_trace, 2)
-                if self.differentiable:
+                if not self.enumeration:
+                    self._check_against_single_runs(model_trace, 2)
+                if self.differentiable or self.enumeration:
                     batched.check(given_by(guide_trace, self.model_prototype, 2)[0])
         finally:
             self.max_plate_nesting = before

@@ -143,7 +143,7 @@ class AmortizedFlow(FlowGuide):
 
     def _prototype_hide_fn(self, message: Any) -> bool:
         others = self.sites is not None and message["name"] not in self.sites
-        return others or AutoGuide._prototype_hide_fn(message)
+        return others or super()._prototype_hide_fn(message)
 
     def _build(self, args: tuple, kwargs: dict[str, Any]) -> Latents:
         self._check_names(args, kwargs)

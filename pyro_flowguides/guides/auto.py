@@ -285,6 +285,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         *args: Any,
         method: str = "auto",
         model_kwargs: Mapping[str, Any] | None = None,
+        model: Callable | None = None,
         vectorize: bool = True,
         batched: BatchedModel | None = None,
     ) -> AutoFlow:
@@ -299,6 +300,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
                 latent dimensions the map is diagonal, and ``"auto"`` chooses among the start and diagonal batch and match from
                 the start and from the mode.
             model_kwargs: The keyword arguments of the model.
+            model: The whole model, where the guide is for ``poutine.block`` of it, which hides the data too.
             vectorize: Whether the model can be run on many latents at once.
             batched: The recording of a model that cannot be, which is.
 
@@ -322,7 +324,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
             )
         if method == "init":
             return self
-        target = Target(ModelCall(self.model, args, kwargs), self.latents, vectorize=vectorize, batched=batched)
+        call = ModelCall(model or self.model, args, kwargs)
+        target = Target(call, self.latents, vectorize=vectorize, batched=batched)
         start = self.fixed_map.loc.double(), self.fixed_map.scale.double()
         loc, scale = whitening.whiten(target, start, method)
         with torch.no_grad():
@@ -333,7 +336,13 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
 
 def _init_or_feasible(init_loc_fn: Callable, site: Any) -> Tensor:
-    """The value of ``init_loc_fn``; 0 in unconstrained space for a flat prior, from which nothing can be drawn."""
+    """The value of ``init_loc_fn``; 0 in unconstrained space for a flat prior, from which nothing can be drawn.
+
+    A discrete site is drawn: it is no part of the guide.
+    """
+    if site["fn"].support.is_discrete:
+        value: Tensor = site["fn"]()
+        return value
     try:
         return init_loc_fn(site)
     except NotImplementedError:

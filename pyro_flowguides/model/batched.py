@@ -43,7 +43,7 @@ class BatchedModel:
         call: The model with its arguments.
         prototype: A trace of one run of it.
         given: The names of the latent sites whose values will be given; others are sampled anew.
-        summed_out: The names of the discrete latent sites that are summed out; a trace holds draws of them.
+        enumeration: The discrete latent sites that are summed out, if any; a trace holds draws of them.
         arguments_vary: Whether the tensors among the arguments are inputs too.
         is_recorded: Whether there are recordings. Otherwise every draw is a run of its own.
     """
@@ -54,13 +54,13 @@ class BatchedModel:
         prototype: Trace,
         given: Sequence[str],
         *,
-        summed_out: Sequence[str] = (),
+        enumeration: Enumeration | None = None,
         arguments_vary: bool = False,
         is_recorded: bool = True,
     ) -> None:
         self.call = call
         self.given = tuple(given)
-        self.enumeration = Enumeration(prototype, summed_out) if summed_out else None
+        self.enumeration = enumeration
         self.arguments_vary = arguments_vary
         self.is_recorded = is_recorded
         self._nodes: dict[str, Any] = dict(prototype.nodes)
@@ -68,6 +68,18 @@ class BatchedModel:
             name: site for name, site in plates.subsample_sites(prototype).items() if not plates.has_given_indices(site)
         }
         self._begin()
+
+    def at(self, call: ModelCall, prototype: Trace) -> BatchedModel:
+        """The same for arguments of another kind, which may vary.
+
+        Arguments:
+            call: The model with such arguments.
+            prototype: A trace of one run of it.
+        """
+        enumeration = self.enumeration and Enumeration(prototype, self.enumeration.names)
+        return BatchedModel(
+            call, prototype, self.given, enumeration=enumeration, arguments_vary=True, is_recorded=self.is_recorded
+        )
 
     def _begin(self) -> None:
         """Looks for what the recordings depend on, and drops those that there are."""
@@ -130,6 +142,8 @@ class BatchedModel:
             computed = self._sites[0](num_draws, *[tensor.detach() for tensor in inputs], *taken, *self._arguments(None))
         found = computed["sites"]
         trace = SummedTrace(computed["log_joint"]) if self.enumeration else Trace()
+        for name in self.enumeration.without_log_likelihood if self.enumeration else ():
+            found[name]["log_likelihood"] = None
         for name, index in zip(self._plates, taken, strict=True):
             found[name] = {"value": index}
         for name, site in self._nodes.items():
@@ -168,6 +182,10 @@ class BatchedModel:
                     raise ValueError(
                         "its recording has another log-density, or another gradient, than the run of a draw"
                     )
+
+    def prepare(self) -> None:
+        """Makes the recording of the log joint, with CaptureError where that cannot be."""
+        _ = self._log_joint
 
     def check_sum(self) -> None:
         """Raises ValueError where the discrete latents cannot be summed out, see :meth:`Enumeration.check`."""

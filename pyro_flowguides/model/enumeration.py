@@ -92,6 +92,18 @@ def check_can_be_summed_out(site: Any) -> None:
     )
 
 
+def is_summed_out(site: Any) -> bool:
+    """Whether a guide leaves out a latent site because it is discrete.
+
+    Raises:
+        ValueError: if the site cannot be summed out.
+    """
+    if not site["fn"].support.is_discrete:
+        return False
+    check_can_be_summed_out(site)
+    return True
+
+
 class _Mark(Messenger):
     """Marks the sites to enumerate, whatever the model says of them."""
 
@@ -154,6 +166,12 @@ class Enumeration:
         self._data = {name for name, _ in observed_sites(prototype)}
         for name in names:
             self._check_plates(sites[name])
+
+    @classmethod
+    def of(cls, prototype: Trace, given: Collection[str]) -> Enumeration | None:
+        """The discrete latents that nobody gives a value; None if there are none, see :func:`sites_to_sum_out`."""
+        names = sites_to_sum_out(prototype, given)
+        return cls(prototype, names) if names else None
 
     @staticmethod
     def _check_plates(site: Any) -> None:

@@ -22,6 +22,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.overrides import TorchFunctionMode
 
 from .. import internals
 
@@ -147,6 +148,25 @@ class _FoldConstants(internals.TorchDispatchMode):
         return result
 
 
+class _IndexByScalars(TorchFunctionMode):
+    """``x[z]`` and ``x[..., z]`` for a whole number z that is a tensor, which torch would look at."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.__getitem__:
+            value, index = args
+            first, *rest = index if isinstance(index, tuple) and index else (index,)
+            if _is_whole_number(first):
+                taken = value.index_select(0, first.reshape(1)).squeeze(0)
+                return taken[tuple(rest)] if rest else taken
+            if first is Ellipsis and len(rest) == 1 and _is_whole_number(rest[0]):
+                return value.index_select(-1, rest[0].reshape(1)).squeeze(-1)
+        return function(*args, **(kwargs or {}))
+
+
+def _is_whole_number(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dim() == 0 and index.dtype in (torch.int32, torch.int64)
+
+
 # --- operations that vmap cannot batch ---------------------------------------------------------------------------------
 
 
@@ -267,7 +287,7 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModul
     names: list[str] = []
 
     def folded(*tensors: Tensor) -> Any:
-        with _FoldConstants(tensors):
+        with _FoldConstants(tensors), _IndexByScalars():
             return function(*tensors)
 
     try:

@@ -13,8 +13,10 @@ from torch import Tensor
 from . import plates
 from .batched import BatchedModel
 from .call import ModelCall
+from .enumeration import Enumeration
 from .latents import Latents
 from .missing import FillMissing
+from .recording import CaptureError
 from .sites import PLATE_NAME, log_prob_per_draw, max_plate_nesting, quiet_trace
 
 
@@ -37,10 +39,8 @@ class Target:
     def __init__(
         self, call: ModelCall, latents: Latents, *, vectorize: bool = True, batched: BatchedModel | None = None
     ) -> None:
-        self.batched = batched
         self.call = call
         self.latents = latents
-        self.vectorize = vectorize
         with quiet_trace():
             # All of the model: observed sites have plates too.
             trace = poutine.trace(call).get_trace()
@@ -48,6 +48,9 @@ class Target:
         self._minibatches = self._fixed_minibatches(trace)
         # Every latent has a value from here on; one drawn beside it is wasted, and fails where a trial point is wild.
         self._bare = call.without_initial_values
+        self.batched = batched or self._summed_out(trace)
+        # A recording takes many draws, whether it is one or stands for single runs.
+        self.vectorize = vectorize or self.batched is not None
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p at each row, in float64 whatever the dtype of the model, which runs in its own.
@@ -96,6 +99,21 @@ class Target:
         with poutine.block(), plate:
             trace = poutine.trace(model).get_trace()
         return log_prob_per_draw(trace, count)
+
+    def _summed_out(self, trace: Trace) -> BatchedModel | None:
+        """The model with its discrete latents summed out, if it has any."""
+        names = [site.name for site in self.latents.sites]
+        enumeration = Enumeration.of(trace, names)
+        if enumeration is None:
+            return None
+        unrecorded = BatchedModel(self._bare, trace, names, enumeration=enumeration, is_recorded=False)
+        unrecorded.check_sum()
+        try:
+            recorded = BatchedModel(self._bare, trace, names, enumeration=enumeration)
+            recorded.prepare()
+            return recorded
+        except CaptureError:
+            return unrecorded
 
     def _fixed_minibatches(self, trace: Trace) -> list[dict[str, Tensor]]:
         sites, local = plates.subsample_sites(trace), self.latents.subsampled_plates

@@ -102,8 +102,6 @@ class Loop:
         start.check_start(self.tracer)
         if start.has_missing(self.tracer):
             self.call = replace(self.call, model=FillMissing()(self.call.model))
-        if self.options.loss is None:
-            start.check_discrete_sites(self.tracer)
         if saved is not None:
             self._load_modules(saved["modules"])
         else:

@@ -15,7 +15,7 @@ from ..guides.auto import AutoFlow
 from ..guides.base import FlowGuide
 from ..model.call import ModelCall
 from ..model.missing import as_given, num_nan
-from ..model.sites import latent_sites, observed_sites, site_without_density
+from ..model.sites import observed_sites, site_without_density
 
 NUM_START_DRAWS = 10
 
@@ -52,17 +52,6 @@ def has_missing(tracer: Tracer) -> bool:
     )
 
 
-def check_discrete_sites(tracer: Tracer) -> None:
-    """An error where every step would draw a discrete site from its prior, which trains, but to another posterior."""
-    for name, site in latent_sites(tracer.model_prototype):
-        if name not in tracer.guide_prototype.nodes and site["fn"].has_enumerate_support:
-            raise ValueError(
-                f"fit: the guide leaves out the discrete site '{name}', and the default loss does not sum over its values; sum "
-                "it out in the model (the mixture of its values; docs/how_to/vectorise.md), or give "
-                "loss=TraceEnum_ELBO(...), whose ELBO the verdict does not know"
-            )
-
-
 @torch.no_grad()
 def _first_site_without_density(tracer: Tracer) -> str | None:
     """A sentence about the first site of a fresh draw whose log-probability is not finite."""
@@ -96,7 +85,7 @@ def whiten(call: ModelCall, guide: Callable, method: str | None, tracer: Tracer)
                 f"fit: whiten={method!r} needs a guide of this library; {type(guide).__name__} has no fixed map"
             )
     elif method is not None and not (method == "auto" and guide.is_trained()):
-        options: dict[str, Any] = {"model_kwargs": call.kwargs, "vectorize": tracer.vectorizes}
+        options: dict[str, Any] = {"model_kwargs": call.kwargs, "model": call.model, "vectorize": tracer.vectorizes}
         guide.whiten(*call.args, method=method, batched=tracer.batched, **options)
     for part in guide.modules() if isinstance(guide, torch.nn.Module) else ():
         if isinstance(part, FlowGuide) and part.prototype_trace is not None:
