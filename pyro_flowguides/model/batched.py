@@ -139,7 +139,9 @@ class BatchedModel:
         taken = self._indices(indices)
         with torch.no_grad():
             inputs = [*[values[name] for name in self.given], *self.parameters.leaves]
-            computed = self._sites[0](num_draws, *[tensor.detach() for tensor in inputs], *taken, *self._arguments(None))
+            computed = self._sites[0](
+                num_draws, *[tensor.detach() for tensor in inputs], *taken, *self._arguments(None)
+            )
         found = computed["sites"]
         trace = SummedTrace(computed["log_joint"]) if self.enumeration else Trace()
         for name in self.enumeration.without_log_likelihood if self.enumeration else ():

@@ -10,11 +10,13 @@ and :mod:`.sum_product` sums over z. What it keeps on the way gives draws from :
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
+from pyro.distributions import Categorical
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
@@ -105,16 +107,27 @@ def is_summed_out(site: Any) -> bool:
 
 
 class _Mark(Messenger):
-    """Marks the sites to enumerate, whatever the model says of them."""
+    """Marks the sites to enumerate, whatever the model says of them.
 
-    def __init__(self, names: Collection[str]) -> None:
+    Arguments:
+        supports: The values of each site, which need not be computed in the run: Binomial looks at its numbers for it.
+    """
+
+    def __init__(self, supports: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.names = names
+        self.supports = supports
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.names:
-            infer = {key: value for key, value in msg["infer"].items() if key != "num_samples"}
-            msg["infer"] = {**infer, "enumerate": "parallel", "expand": False}
+        if msg["name"] not in self.supports:
+            return
+        infer = {key: value for key, value in msg["infer"].items() if key != "num_samples"}
+        msg["infer"] = {**infer, "enumerate": "parallel", "expand": False}
+        # Pyro knows a Categorical by its support.
+        if not isinstance(msg["fn"], Categorical):
+            fn, support = copy.copy(msg["fn"]), self.supports[msg["name"]]
+            value = support.reshape(len(support), *[1] * len(fn.batch_shape), *fn.event_shape)
+            fn.enumerate_support = lambda expand: value
+            msg["fn"] = fn
 
 
 class _LargestTensor(internals.TorchDispatchMode):
@@ -164,8 +177,11 @@ class Enumeration:
         self.without_log_likelihood: dict[str, str] = {}
         self._shapes = {name: site["fn"].batch_shape for name, site in sites.items()}
         self._data = {name for name, _ in observed_sites(prototype)}
+        self._supports = {}
         for name in names:
             self._check_plates(sites[name])
+            values = sites[name]["fn"].enumerate_support(expand=False)
+            self._supports[name] = values.reshape(len(values), *sites[name]["fn"].event_shape)
 
     @classmethod
     def of(cls, prototype: Trace, given: Collection[str]) -> Enumeration | None:
@@ -250,7 +266,7 @@ class Enumeration:
         return f"{len(self.names)} discrete sites ({names})" if len(self.names) > 1 else f"the discrete site {names}"
 
     def _factors(self, model: Callable[[], Any]) -> _Factors:
-        enumerated = poutine.enum(_Mark(self.names)(model), first_available_dim=-1 - self.nesting)
+        enumerated = poutine.enum(_Mark(self._supports)(model), first_available_dim=-1 - self.nesting)
         return _Factors(poutine.trace(enumerated).get_trace(), self.names, self._data, self.nesting)
 
     def _trace_at(self, model: Callable[[], Any], factors: _Factors, indices: Mapping[str, Factor]) -> Trace:
@@ -260,13 +276,11 @@ class Enumeration:
         """
         values = {}
         for name in self.names:
-            fn, shape = factors.sites[name]["fn"], self._shapes[name]
-            support = fn.enumerate_support(expand=False)
-            support = support.reshape(len(support), *fn.event_shape)
+            support, shape = self._supports[name], self._shapes[name]
             # A site of one value is no variable.
             index = indices[name].value if name in indices else support.new_zeros(shape.numel(), dtype=torch.long)
             padding = [1] * (1 + self.nesting - len(shape))
-            values[name] = support.index_select(0, index.reshape(-1)).reshape(*padding, *shape, *fn.event_shape)
+            values[name] = support.index_select(0, index.reshape(-1)).reshape(*padding, *shape, *support.shape[1:])
         return poutine.trace(poutine.condition(model, data=values)).get_trace()
 
 

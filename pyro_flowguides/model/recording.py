@@ -174,6 +174,10 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.to(dtype=target.dtype, device=target.device).expand(target.shape).clone()
 
 
+def _fill(target: Tensor, value: complex) -> Tensor:
+    return torch.full_like(target, value)
+
+
 def _index_put(target: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False) -> Any:
     given = [(place, index) for place, index in enumerate(indices) if index is not None]
     place, mask = given[0]
@@ -260,6 +264,7 @@ _DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.uniform.default: _uniform,
     aten.exponential.default: _exponential,
     aten.cauchy.default: _cauchy,
+    aten.fill.Scalar: _fill,
     aten.slice_scatter.default: _slice_scatter,
     aten.copy.default: _copy,
     aten.index_put.default: _index_put,

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 # A log-probability that stands for −inf on the way, where it would make gradients NaN.
 IMPOSSIBLE = -1e30
 
@@ -108,9 +107,7 @@ def components(factors: Iterable[Factor]) -> list[list[Factor]]:
     return [group for _, group in found]
 
 
-def eliminate(
-    factors: Sequence[Factor], plates_of: Mapping[str, frozenset[Plate]]
-) -> tuple[list[Factor], list[Table]]:
+def eliminate(factors: Sequence[Factor], plates_of: Mapping[str, frozenset[Plate]]) -> tuple[list[Factor], list[Table]]:
     """Sums over all variables.
 
     Arguments:
