@@ -108,8 +108,8 @@ def _warn_of_shared_sites(tracer: Tracer) -> None:
     reasons = tracer.enumeration.without_log_likelihood if tracer.enumeration else {}
     for name, reason in reasons.items():
         warn(
-            f"Observed site '{name}' has no log-likelihood for each observation: it {reason}, and the sum over the values of that "
-            "site does not factorise. Leave-one-out cross-validation leaves the site out"
+            f"Observed site '{name}' has no log-likelihood for each observation: it {reason}, and the sum over the values "
+            "of that site does not factorise. There is no leave-one-out cross-validation"
         )
         return
 

@@ -205,8 +205,9 @@ class Tracer:
         except _ERRORS as error:
             self.batched = unrecorded
             warn(
-                "Discrete latents are summed out draw by draw, which is slow: a run of the model cannot be recorded and repeated for "
-                f"many draws ({' '.join(str(error).split())[:400] or type(error).__name__}); see docs/how_to/vectorise.md"
+                "Discrete latents are summed out draw by draw, which is slow: a run of the model cannot be recorded and "
+                f"repeated for many draws ({' '.join(str(error).split())[:400] or type(error).__name__}); see "
+                "docs/how_to/discrete.md"
             )
             return False
 

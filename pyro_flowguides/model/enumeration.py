@@ -196,8 +196,8 @@ class Enumeration:
         for dim in range(-len(shape), 0):
             if shape[dim] > 1 and dim not in dims:
                 raise ValueError(
-                    f"the discrete site '{site['name']}' has batch shape {tuple(shape)}, of which dimension {dim} is in no plate; "
-                    "put the site into a pyro.plate, so that its elements can be summed out one by one"
+                    f"the discrete site '{site['name']}' has batch shape {tuple(shape)}, of which dimension {dim} is in no "
+                    "plate; put the site into a pyro.plate, so that its elements can be summed out one by one"
                 )
 
     # --- what it computes --------------------------------------------------------------------------------------------------
@@ -245,16 +245,16 @@ class Enumeration:
                     factors.log_joint()
             except _TooLargeError:
                 raise ValueError(
-                    f"the values of {sites} have too many combinations to sum over: a tensor has {enumerated.largest:,} numbers for "
-                    "each draw. Ways out: pyro.markov around the steps of a chain; a pyro.plate for sites that are independent; "
-                    "fewer values"
+                    f"the values of {sites} have too many combinations to sum over: a tensor has {enumerated.largest:,} numbers "
+                    "for each draw. Ways out: pyro.markov around the steps of a chain; a pyro.plate for sites that are "
+                    "independent; fewer values"
                 ) from None
             except (RuntimeError, IndexError, TypeError, AssertionError, NotImplementedError) as error:
                 message = " ".join(str(error).split("Trace Shapes:")[0].split())[:300]
                 raise ValueError(
                     f"the model cannot be run with all values of {sites} at once, each with a dimension of its own on the left: "
-                    f"{message or type(error).__name__}. Index by Vindex of pyro.ops.indexing, write torch.where for an if, and put "
-                    "what is independent into plates (Pyro's tutorial on enumeration)"
+                    f"{message or type(error).__name__}. Index by Vindex of pyro.ops.indexing, write torch.where for an if, and "
+                    "put what is independent into plates (Pyro's tutorial on enumeration)"
                 ) from error
             indices = factors.draw()
             factors.compare(self._trace_at(model, factors, indices), indices)
@@ -338,7 +338,8 @@ class _Factors:
                 if missing := self._plates_of[name] - factor.plates:
                     raise ValueError(
                         f"site '{factor.site}' depends on the discrete site '{name}' and is outside of its plate "
-                        f"'{min(missing).name}', so that all combinations of its elements count; put '{factor.site}' into the plate"
+                        f"'{min(missing).name}', so that all combinations of its elements count; put '{factor.site}' into "
+                        "the plate"
                     )
             scale, other = _number(self.sites[factor.site]), _number(self.sites[first])
             if scale != other:
@@ -406,9 +407,9 @@ class _Factors:
             together, alone = factor.value.sum(), self._unscaled(site).sum()
             if not torch.allclose(together, alone, rtol=1e-3, atol=1e-3, equal_nan=True):
                 raise ValueError(
-                    f"site '{name}' has log-probability {float(together):.6g} where all values of the discrete sites are run at once, "
-                    f"and {float(alone):.6g} at the same values alone: the model mixes the values, by a sum over a plate for example. "
-                    "Their dimensions are on the left of those of the plates"
+                    f"site '{name}' has log-probability {float(together):.6g} where all values of the discrete sites are run "
+                    f"at once, and {float(alone):.6g} at the same values alone: the model mixes the values, by a sum over a "
+                    "plate for example. Their dimensions are on the left of those of the plates"
                 )
 
 
@@ -431,7 +432,7 @@ def _number(site: Any) -> float:
     scale = site["scale"]
     if isinstance(scale, Tensor) and scale.dim():
         raise ValueError(
-            f"site '{site['name']}' has a scale of shape {tuple(scale.shape)} and depends on a discrete site, whose sum can be scaled "
-            "as a whole only; give poutine.scale a number"
+            f"site '{site['name']}' has a scale of shape {tuple(scale.shape)} and depends on a discrete site, whose sum can be "
+            "scaled as a whole only; give poutine.scale a number"
         )
     return float(scale)

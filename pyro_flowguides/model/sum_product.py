@@ -1,9 +1,9 @@
 """Sums over discrete variables of products of factors, in log space, and draws of the variables.
 
 A factor is a tensor with a name for each of its dimensions: a discrete variable, or a plate along which the factors are
-independent. Variables are eliminated one by one: those in most plates first, and among these the one whose elimination takes the
-smallest table, which for a chain is the forward (or backward) algorithm, and for a tree goes from the leaves to the root. Obermeyer
-et al. (2019), *Tensor variable elimination for plated factor graphs*, arXiv:1902.03210.
+independent. Variables are eliminated one by one: those in most plates first, and among these the one whose elimination takes
+the smallest table, which for a chain is the forward (or backward) algorithm, and for a tree goes from the leaves to the root.
+Obermeyer et al. (2019), *Tensor variable elimination for plated factor graphs*, arXiv:1902.03210.
 """
 
 from __future__ import annotations
