@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -241,9 +242,8 @@ class Tracer:
                 batched = self._make_batched()
                 guide_trace, model_trace = self._batched_pair(batched, 2)
                 check_vectorized(guide_trace, self.guide_prototype, 2, nesting)
-                if not self.enumeration:
-                    self._check_against_single_runs(model_trace, 2)
-                if self.differentiable or self.enumeration:
+                self._check_against_single_runs(model_trace, 2)
+                if self.differentiable:
                     batched.check(given_by(guide_trace, self.model_prototype, 2)[0])
         finally:
             self.max_plate_nesting = before
@@ -269,6 +269,10 @@ class Tracer:
             conditioned = FillMissing()(poutine.condition(self.call.model, data={**values, **indices}))
             alone = poutine.trace(conditioned).get_trace(*self.call.args, **self.call.kwargs)
             log_prob = log_prob_per_draw(alone, 1)[0]
+            if self.enumeration:
+                others = {name: value for name, value in values.items() if name not in self.enumeration.names}
+                conditioned = FillMissing()(poutine.condition(self.call.model, data={**others, **indices}))
+                log_prob = self.enumeration.log_joint(dataclasses.replace(self.call, model=conditioned))
             if not torch.allclose(together[i], log_prob, rtol=1e-4, atol=1e-3, equal_nan=True):
                 raise ValueError(
                     f"a draw has log-probability {together[i].item():.6g} among others and {log_prob.item():.6g} alone: the "
