@@ -49,7 +49,8 @@ def draw(
     """Draws from a guide, any Pyro guide, with the log-densities of guide and model.
 
     All draws of a batch are made in one vectorised pass. A model that cannot be vectorised is run once per draw, with one
-    warning. A latent site that the guide leaves out is drawn from its prior, with a warning too.
+    warning. Discrete latents that the guide leaves out are summed out of all densities and drawn given the other latents and the
+    data. A continuous one is drawn from its prior, with a warning.
 
     Arguments:
         model: The model.
@@ -59,10 +60,11 @@ def draw(
         num_samples: The number S of draws.
         batch_size: The number of draws to make at a time; bounds the memory.
         seed: Seeds Pyro first, if given.
-        log_likelihood: Also keep the log-likelihood of every observation under every draw.
+        log_likelihood: Also keep the log-likelihood of every observation under every draw. Where observations share a discrete
+            site that is summed out, there is none, and a warning says so.
 
     Raises:
-        ValueError: if a number is smaller than 1.
+        ValueError: if a number is smaller than 1, or a discrete latent cannot be summed out; the message names the site.
     """
     for name, number in (("num_samples", num_samples), ("batch_size", batch_size)):
         if number < 1:

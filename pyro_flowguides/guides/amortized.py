@@ -79,9 +79,10 @@ class AmortizedFlow(FlowGuide):
             new.
 
     Raises:
-        ValueError: if an argument is unknown; at set-up, if a latent is discrete, outside every plate or of a bound that
-            differs from datum to datum (it must be the same in all calls, too), if the sites share no plate, or if the flow
-            does not fit; in every call, if the shape of the context does not fit the plates.
+        ValueError: if an argument is unknown; at set-up, if a discrete latent cannot be summed out, if a latent is
+            outside every plate or of a bound that differs from datum to datum (it must be the same in all calls, too), if the
+            sites share no plate, or if the flow does not fit; in every call, if the shape of the context does not fit the
+            plates.
         TypeError: if the encoder returns something other than a floating-point tensor.
         RuntimeError: at set-up, if the model has no latent.
         NotImplementedError: at set-up, for a sequential plate.

@@ -52,7 +52,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
     minibatch selects among them.
 
     Arguments:
-        model: A Pyro model whose latents are continuous and whose structure does not change.
+        model: A Pyro model whose structure does not change. Its discrete latents are left out, to be summed out of the model.
         flow: The name of a recipe of :mod:`pyro_flowguides.flows` (``"coupling"``, ``"glow"``, ``"iaf"``, ``"maf"``,
             ``"nice"``, ``"planar"``, ``"radial"``, ``"residual"``, ``"spline_autoregressive"``, ``"spline_coupling"``,
             ``"sylvester"``), or a function ``flow(dim) -> FlowTransform``, for example a recipe with ``functools.partial``
@@ -75,9 +75,9 @@ class AutoFlow(FlowGuide, AutoContinuous):
         create_plates: As in Pyro's ``AutoNormal``: makes the plates of subsampled data.
 
     Raises:
-        ValueError: if an argument is unknown; at set-up, if a latent site is discrete or has no map to the real line, if the
-            latents differ in dtype or device, or if it is not known which elements of a plate a latent is for; at a call, if
-            a latent site or its plate is not what it was at set-up.
+        ValueError: if an argument is unknown; at set-up, if a discrete latent cannot be summed out, if a latent has no map to the
+            real line, if the latents differ in dtype or device, or if it is not known which elements of a plate a latent is
+            for; at a call, if a latent site or its plate is not what it was at set-up.
         RuntimeError: at set-up, if the model has no latent site (and ``create_plates`` no plates to make either).
         NotImplementedError: at set-up, for a sequential plate.
 
