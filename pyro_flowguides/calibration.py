@@ -276,7 +276,11 @@ def _simulate_and_rank(
             )
         if len(draws) < num_samples:
             raise ValueError(f"there are {len(draws)} draws, and num_samples asks for {num_samples}")
-        below = {name: value < true_values[name] for name, value in draws.values.items() if value.is_floating_point()}
+        below = {
+            name: value < true_values[name]
+            for name, value in draws.values.items()
+            if value.is_floating_point() and name not in draws.summed_out
+        }
     except Exception as error:
         raise RuntimeError(
             f"check_calibration: the simulation with seed {seed} failed: {type(error).__name__}: "

@@ -120,7 +120,8 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModul
     """The operations of a function of tensors, below autograd, as a graph."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    return make_fx(function)(*inputs)
+    with _shared_fake_mode():
+        return make_fx(function)(*inputs)
 
 
 def record_functional(
@@ -136,7 +137,17 @@ def record_functional(
     from torch.fx.experimental.proxy_tensor import make_fx
 
     functional = torch.func.functionalize(function, remove="mutations")
-    return make_fx(functional, decomposition_table=dict(decompositions))(*inputs)
+    with _shared_fake_mode():
+        return make_fx(functional, decomposition_table=dict(decompositions))(*inputs)
+
+
+@contextmanager
+def _shared_fake_mode() -> Iterator[None]:
+    """``make_fx`` takes one mode for the shapes of all results; making one for each takes half of the time of a recording."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with torch._guards.tracing(torch._guards.TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+        yield
 
 
 @contextmanager
@@ -276,6 +287,17 @@ def loss_and_surrogate(
 ) -> tuple[Any, Tensor]:
     """The ELBO of ``TraceGraph_ELBO`` and the scalar that it differentiates."""
     return elbo._loss_and_surrogate_loss(model, guide, args, kwargs)
+
+
+def enumeration_ids(site: Any) -> dict[int, int]:
+    """For each dimension of enumeration in a site's log-probability, a number of the site that is enumerated there."""
+    ids: dict[int, int] = site["infer"].get("_dim_to_id", {})
+    return ids
+
+
+def enumeration_id(site: Any) -> int:
+    """The number of an enumerated site."""
+    return enumeration_ids(site)[site["infer"]["_enumerate_dim"]]
 
 
 def mcmc_arguments(mcmc: MCMC) -> tuple[tuple, dict[str, Any]]:

@@ -12,6 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from models import conjugate
+from pyro import poutine
 from pyro.distributions.util import is_identically_zero
 from pyro.infer import MCMC, NUTS, Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoNormal
@@ -334,6 +335,17 @@ def test_the_arguments_of_a_run_of_mcmc():
 
 
 # --- all of them, and nowhere else -------------------------------------------------------------------------------
+
+
+def test_what_an_enumerated_trace_says_of_its_dimensions():
+    def model():
+        first = pyro.sample("first", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+        pyro.sample("second", dist.Bernoulli(0.2 + 0.5 * first), infer={"enumerate": "parallel"})
+
+    nodes = poutine.trace(poutine.enum(model, first_available_dim=-1)).get_trace().nodes
+    numbers = [internals.enumeration_id(nodes[name]) for name in ("first", "second")]
+    assert len(set(numbers)) == 2
+    assert internals.enumeration_ids(nodes["second"]) == {-1: numbers[0], -2: numbers[1]}
 
 
 def test_each_is_tested_here():

@@ -56,7 +56,7 @@ class BatchedCalls:
         key = Arguments(args, kwargs).key()
         if key not in self._known:
             prototype = single_run(call, guide_trace, self._prototype)
-            self._known[key] = BatchedModel(call, prototype, self._first.given, arguments_vary=True), prototype
+            self._known[key] = self._first.at(call, prototype), prototype
         return *self._known[key], call
 
 

@@ -123,8 +123,12 @@ def _row(draws: Draws) -> dict[str, float]:
         "khat_se": draws.khat.se,
         "ess_fraction": draws.ess.value / len(draws),
     }
-    # Without weights, draws of a guide cannot be corrected.
-    if draws.log_likelihood and (draws.elbo_error or not draws.weights_error):
+    # Without weights, draws of a guide cannot be corrected; nor is a part of the data all of them.
+    if (
+        draws.log_likelihood
+        and set(draws.log_likelihood) >= set(draws.observed)
+        and (draws.elbo_error or not draws.weights_error)
+    ):
         pointwise = [to_numpy(value).reshape(len(draws), -1) for value in draws.log_likelihood.values()]
         log_ratios = None if draws.elbo_error else draws.weights.log_ratios
         result = loo(np.concatenate(pointwise, axis=1), log_ratios)

@@ -39,6 +39,8 @@ class Draws:
         elbo_error: Why there is no ELBO either, or None if there is: the draws have been resampled, or come from MCMC.
         minibatch_size: The number of consecutive draws that share one minibatch of subsampled data; None where nothing is
             subsampled.
+        summed_out: The discrete sites that are summed out of all densities here. Each draw of the other sites has one draw of
+            them, given these and the data, among the values.
         non_finite_site: The site of model or guide that has no finite density in the first draw whose weight is not finite.
 
     Where there is no ELBO, k-hat or ESS, these attributes are NaN, and :attr:`verdict` is unknown and says why.
@@ -56,6 +58,7 @@ class Draws:
     elbo_error: str | None = None
     minibatch_size: int | None = None
     non_finite_site: str = ""
+    summed_out: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.log_p)
@@ -134,8 +137,11 @@ class Draws:
         return dataclasses.replace(self[index], elbo_error=reason)
 
     def posterior(self) -> dict[str, np.ndarray]:
-        """The latent and the deterministic sites as numpy arrays."""
-        return {name: to_numpy(value) for name, value in {**self.values, **self.deterministic}.items()}
+        """The latent and the deterministic sites as numpy arrays, with integers for sites that are summed out."""
+        return {
+            name: to_numpy(value.long() if name in self.summed_out else value)
+            for name, value in {**self.values, **self.deterministic}.items()
+        }
 
     def mean(self, *, weighted: bool = True) -> dict[str, np.ndarray]:
         """The posterior mean of every site, by the smoothed importance weights, or the mean of the guide's draws as they are."""

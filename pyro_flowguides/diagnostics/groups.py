@@ -52,8 +52,10 @@ def draws_groups(
             for name in getattr(first, field_name)
         }
 
+    posteriors = [chain.posterior() for chain in chains]
+    posterior = {name: np.stack([each[name] for each in posteriors]) for name in posteriors[0]}
     groups = {
-        "posterior": Group({**stacked("values"), **stacked("deterministic")}, names),
+        "posterior": Group(posterior, names),
         "unconstrained_posterior": Group(
             stacked("unconstrained"),
             {

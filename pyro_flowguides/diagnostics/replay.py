@@ -45,15 +45,15 @@ def draws_at(call: ModelCall, values: Mapping[str, Tensor], origin: str) -> Draw
 
     Arguments:
         call: The model with its arguments.
-        values: The values of every latent site, ``(S,) + shape``.
+        values: The values of every latent site, ``(S,) + shape``; discrete sites without values are summed out.
         origin: Where the values come from: the reason why these draws have no ELBO, such as "the draws come from MCMC".
 
     Raises:
-        ValueError: if a latent site has no values, or values have no site: they come from another model, or a discrete site
-            has been summed out.
+        ValueError: if a latent site has no values, or values have no site: they come from another model.
     """
     at_first = _trace_at_first(call, values)
-    sites = {name for name, _ in latent_sites(at_first)}
+    latents = dict(latent_sites(at_first))
+    sites = {name for name, site in latents.items() if name in values or not site["fn"].support.is_discrete}
     if sites != set(values):
         missing, unknown = sorted(sites - set(values)), sorted(set(values) - sites)
         raise ValueError(
@@ -88,7 +88,7 @@ def predict(
             # Making the values has warned already that the model is run draw by draw.
             warnings.filterwarnings("ignore", "The model cannot be vectorised", UserWarning)
             sampling_anew = dataclasses.replace(call, model=_SampleAnew()(call.model))
-            tracer = Tracer(sampling_anew, _given(values, at_first))
+            tracer = Tracer(sampling_anew, _given(values, at_first), sum_out=False)
         prototype: dict[str, Any] = dict(tracer.model_prototype.nodes)
         batch_size = batch_size_within_memory(tracer, num_samples)
         sampled: dict[str, list[Tensor]] = {}

@@ -16,6 +16,7 @@ from ..checks import warn
 from ..model.call import ModelCall
 from ..model.missing import as_given
 from ..model.sites import (
+    SummedTrace,
     deterministic_sites,
     has_stochastic_log_prob,
     is_subsampled,
@@ -48,7 +49,8 @@ def draw(
     """Draws from a guide, any Pyro guide, with the log-densities of guide and model.
 
     All draws of a batch are made in one vectorised pass. A model that cannot be vectorised is run once per draw, with one
-    warning. A latent site that the guide leaves out is drawn from its prior, with a warning too.
+    warning. Discrete latents that the guide leaves out are summed out of all densities and drawn given the other latents and the
+    data. A continuous one is drawn from its prior, with a warning.
 
     Arguments:
         model: The model.
@@ -58,10 +60,11 @@ def draw(
         num_samples: The number S of draws.
         batch_size: The number of draws to make at a time; bounds the memory.
         seed: Seeds Pyro first, if given.
-        log_likelihood: Also keep the log-likelihood of every observation under every draw.
+        log_likelihood: Also keep the log-likelihood of every observation under every draw. Where observations share a discrete
+            site that is summed out, there is none, and a warning says so.
 
     Raises:
-        ValueError: if a number is smaller than 1.
+        ValueError: if a number is smaller than 1, or a discrete latent cannot be summed out; the message names the site.
     """
     for name, number in (("num_samples", num_samples), ("batch_size", batch_size)):
         if number < 1:
@@ -80,6 +83,8 @@ def draw_traced(tracer: Tracer, num_samples: int, batch_size: int = 10_000, log_
     _warn_of_sites_left_out(tracer)
     prototype = tracer.model_prototype
     subsampled = subsampled_plate(prototype)
+    if log_likelihood:
+        _warn_of_shared_sites(tracer)
     batch_size = batch_size_within_memory(tracer, batch_size)
     if subsampled:
         # Every batch has a minibatch of its own.
@@ -99,17 +104,29 @@ def draw_traced(tracer: Tracer, num_samples: int, batch_size: int = 10_000, log_
         dims={name: _dimension_names(name, site) for name, site in tensor_sites(prototype)},
         weights_error=_weights_error(tracer.guide_prototype, subsampled, _inferred(draws.unconstrained, prototype)),
         minibatch_size=batch_size if subsampled else None,
+        summed_out=tracer.enumeration.names if tracer.enumeration else (),
     )
 
 
+def _warn_of_shared_sites(tracer: Tracer) -> None:
+    reasons = tracer.enumeration.without_log_likelihood if tracer.enumeration else {}
+    for name, reason in reasons.items():
+        warn(
+            f"Observed site '{name}' has no log-likelihood for each observation: it {reason}, and the sum over the values "
+            "of that site does not factorise. There is no leave-one-out cross-validation"
+        )
+        return
+
+
 def _warn_of_sites_left_out(tracer: Tracer) -> None:
+    if tracer.enumeration:
+        return
     left_out = [name for name, _ in latent_sites(tracer.model_prototype) if name not in tracer.guide_prototype.nodes]
     if left_out:
         warn(
             f"The guide leaves out site '{left_out[0]}'"
             + (f" and {len(left_out) - 1} more" if len(left_out) > 1 else "")
-            + ": it is drawn from its prior, and ELBO, weights and verdict are about the guide and that prior together. "
-            "A discrete site is better summed out in the model; see docs/how_to/vectorise.md."
+            + ": it is drawn from its prior, and ELBO, weights and verdict are about the guide and that prior together."
         )
 
 
@@ -175,8 +192,11 @@ def _extract(guide_trace: Trace, model_trace: Trace, prototype: Trace, count: in
     if log_likelihood:
         for name, site in observed_sites(model_trace):
             # A recording knows it; its distributions are those of a single draw.
-            known = site.get("unscaled_log_prob")
-            log_prob = site["fn"].log_prob(site["value"]) if known is None else known
+            known = site.get("log_likelihood", site.get("unscaled_log_prob", site["fn"].log_prob))
+            if known is None:
+                # Its observations have none of their own.
+                continue
+            log_prob = known if isinstance(known, Tensor) else known(site["value"])
             # A masked entry is no observation. (A scale is not applied: it would change what one observation is.)
             if isinstance(site["mask"], Tensor):
                 log_prob = torch.where(site["mask"], log_prob, 0.0)
@@ -184,7 +204,7 @@ def _extract(guide_trace: Trace, model_trace: Trace, prototype: Trace, count: in
     log_p, log_q = log_prob_per_draw(model_trace, count), log_prob_per_draw(guide_trace, count)
     for name, site in latent_sites(model_trace):
         # A site that the guide leaves out is drawn from its prior, which is part of the guide then.
-        if name not in guide_trace.nodes:
+        if name not in guide_trace.nodes and not isinstance(model_trace, SummedTrace):
             log_q = log_q + site.get("unscaled_log_prob", site["log_prob"]).reshape(count, -1).sum(-1)
     return Draws(
         values=values,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from ..checks import warn
 from ..model.batched import BatchedModel, given_names
 from ..model.call import ModelCall
 from ..model.data import check_observed
+from ..model.enumeration import Enumeration
 from ..model.missing import FillMissing
 from ..model.ownership import values_in_place
 from ..model.sites import (
@@ -33,9 +35,7 @@ from ..model.sites import (
     tensor_sites,
     unchanged_random_state,
 )
-
-# What a model raises that does not carry batch dimensions through, or cannot be recorded.
-_ERRORS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, NotImplementedError)
+from ..model.target import ERRORS_OF_MODELS
 
 
 class GivenValues:
@@ -85,16 +85,30 @@ class Tracer:
         call: The model with the arguments of model and guide.
         guide: The guide, or values in its place.
         differentiable: Whether a recording is needed for its gradient, which is compared too then.
+        sum_out: Whether discrete latents that the guide leaves out are summed out; otherwise they are drawn from their prior.
 
     Attributes:
         guide_prototype: The trace of one run of the guide.
         model_prototype: The trace of one run of the model.
         max_plate_nesting: The number of batch dimensions that the plates of both take.
         vectorizes: Whether many draws are made in one pass.
-        batched: The recording of the model, where that is how many draws are made in one pass; else None.
+        batched: The recording of the model, where that is how many draws are made in one pass; else None. Where discrete latents
+            are summed out, there always is one, or what takes its place draw by draw.
+        enumeration: The discrete latents that are summed out; None if there are none.
+
+    Raises:
+        ValueError: if discrete latents are to be summed out and cannot be, see
+            :class:`pyro_flowguides.model.enumeration.Enumeration`.
     """
 
-    def __init__(self, call: ModelCall, guide: Callable | GivenValues, *, differentiable: bool = False) -> None:
+    def __init__(
+        self,
+        call: ModelCall,
+        guide: Callable | GivenValues,
+        *,
+        differentiable: bool = False,
+        sum_out: bool = True,
+    ) -> None:
         self.call = call
         self.guide = guide
         self.differentiable = differentiable
@@ -106,14 +120,16 @@ class Tracer:
                 check_observed(self.model_prototype)
                 self.max_plate_nesting = max_plate_nesting(self.guide_prototype, self.model_prototype)
                 check_plates(self.model_prototype)
-            self.vectorizes = self._try_to_vectorize()
+            given = self.guide_prototype.nodes
+            self.enumeration = Enumeration.of(self.model_prototype, given) if sum_out else None
+            self.vectorizes = self._try_to_sum_out() if self.enumeration else self._try_to_vectorize()
 
     @property
     def vectorization(self) -> str:
         """How many draws are run: ``"broadcast"``, ``"recorded"``, or ``"looped"`` for draw by draw."""
-        if self.batched is not None:
-            return "recorded"
-        return "broadcast" if self.vectorizes else "looped"
+        if not self.vectorizes:
+            return "looped"
+        return "broadcast" if self.batched is None else "recorded"
 
     def traces(self, num_samples: int, first: int = 0) -> Iterator[tuple[Trace, Trace, int]]:
         """Pairs of guide and model trace with the number of draws in each; together ``num_samples``.
@@ -124,13 +140,16 @@ class Tracer:
         """
         # Until the caller is done with a trace: densities are computed from it after the model has returned.
         with values_in_place(self.call.model, self.guide):
-            if self.batched is not None:
-                yield *self._batched_pair(self.batched, num_samples, first), num_samples
-            elif self.vectorizes:
-                yield *self._trace_pair(num_samples, first), num_samples
+            if self.vectorizes:
+                yield *self._pair(num_samples, first), num_samples
             else:
                 for i in range(first, first + num_samples):
-                    yield *self._trace_pair(first=i), 1
+                    yield *self._pair(None, i), 1
+
+    def _pair(self, num_samples: int | None, first: int) -> tuple[Trace, Trace]:
+        if self.batched is not None:
+            return self._batched_pair(self.batched, num_samples, first)
+        return self._trace_pair(num_samples, first)
 
     def _trace_pair(self, num_samples: int | None = None, first: int = 0) -> tuple[Trace, Trace]:
         args, kwargs = self.call.args, self.call.kwargs
@@ -146,10 +165,10 @@ class Tracer:
             guide = self._in_plate(self.guide, num_samples)
         return poutine.trace(guide).get_trace(*self.call.args, **self.call.kwargs)
 
-    def _batched_pair(self, batched: BatchedModel, num_samples: int, first: int = 0) -> tuple[Trace, Trace]:
+    def _batched_pair(self, batched: BatchedModel, num_samples: int | None, first: int = 0) -> tuple[Trace, Trace]:
         guide_trace = self._trace_guide(num_samples, first)
-        values, indices = given_by(guide_trace, self.model_prototype, num_samples)
-        return guide_trace, batched.trace(values, num_samples, indices)
+        values, indices = given_by(guide_trace, self.model_prototype, num_samples or 1)
+        return guide_trace, batched.trace(values, num_samples or 1, indices)
 
     def _in_plate(self, function: Callable, num_samples: int | None) -> Callable:
         if num_samples is None:
@@ -171,12 +190,12 @@ class Tracer:
                 check_vectorized(model_trace, self.model_prototype, 2, self.max_plate_nesting)
                 self._check_against_single_runs(model_trace, 2)
             return True
-        except _ERRORS as error:
+        except ERRORS_OF_MODELS as error:
             first_error = error
         try:
             self.batched, self.max_plate_nesting = self._record()
             return True
-        except _ERRORS as error:
+        except ERRORS_OF_MODELS as error:
             # Pyro appends a table of all sites to an error within a model.
             reason, recorded = (" ".join(str(each).split("Trace Shapes:")[0].split()) for each in (first_error, error))
             warn(
@@ -188,11 +207,32 @@ class Tracer:
             )
             return False
 
+    def _try_to_sum_out(self) -> bool:
+        unrecorded = self._make_batched(is_recorded=False)
+        unrecorded.check_sum()
+        try:
+            self.batched, self.max_plate_nesting = self._record()
+            return True
+        except ERRORS_OF_MODELS as error:
+            self.batched = unrecorded
+            warn(
+                "Discrete latents are summed out draw by draw, which is slow: a run of the model cannot be recorded and "
+                f"repeated for many draws ({' '.join(str(error).split())[:400] or type(error).__name__}); see "
+                "docs/how_to/discrete.md"
+            )
+            return False
+
+    def _make_batched(self, *, is_recorded: bool = True) -> BatchedModel:
+        given = given_names(self.model_prototype, self.guide_prototype)
+        return BatchedModel(
+            self.call, self.model_prototype, given, enumeration=self.enumeration, is_recorded=is_recorded
+        )
+
     def try_to_record(self) -> tuple[BatchedModel, int] | None:
         """The model, recorded and batched, and the number of batch dimensions of its plates; None if that cannot be."""
         try:
             return self._record()
-        except _ERRORS:
+        except ERRORS_OF_MODELS:
             return None
 
     def _record(self) -> tuple[BatchedModel, int]:
@@ -209,8 +249,7 @@ class Tracer:
         try:
             with quiet_trace(), warnings.catch_warnings(), pyro.validation_enabled(False), unchanged_random_state():
                 warnings.simplefilter("ignore")
-                given = given_names(self.model_prototype, self.guide_prototype)
-                batched = BatchedModel(self.call, self.model_prototype, given)
+                batched = self._make_batched()
                 guide_trace, model_trace = self._batched_pair(batched, 2)
                 check_vectorized(guide_trace, self.guide_prototype, 2, nesting)
                 self._check_against_single_runs(model_trace, 2)
@@ -240,6 +279,10 @@ class Tracer:
             conditioned = FillMissing()(poutine.condition(self.call.model, data={**values, **indices}))
             alone = poutine.trace(conditioned).get_trace(*self.call.args, **self.call.kwargs)
             log_prob = log_prob_per_draw(alone, 1)[0]
+            if self.enumeration:
+                others = {name: value for name, value in values.items() if name not in self.enumeration.names}
+                conditioned = FillMissing()(poutine.condition(self.call.model, data={**others, **indices}))
+                log_prob = self.enumeration.log_joint(dataclasses.replace(self.call, model=conditioned))
             if not torch.allclose(together[i], log_prob, rtol=1e-4, atol=1e-3, equal_nan=True):
                 raise ValueError(
                     f"a draw has log-probability {together[i].item():.6g} among others and {log_prob.item():.6g} alone: the "

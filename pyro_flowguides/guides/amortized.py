@@ -23,7 +23,6 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.guides import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from pyro.nn.module import to_pyro_module_
 from torch import Tensor, nn
@@ -81,9 +80,10 @@ class AmortizedFlow(FlowGuide):
             new.
 
     Raises:
-        ValueError: if an argument is unknown; at set-up, if a latent is discrete, outside every plate or of a bound that
-            differs from datum to datum (it must be the same in all calls, too), if the sites share no plate, or if the flow
-            does not fit; in every call, if the shape of the context does not fit the plates.
+        ValueError: if an argument is unknown; at set-up, if a discrete latent cannot be summed out, if a latent is
+            outside every plate or of a bound that differs from datum to datum (it must be the same in all calls, too), if the
+            sites share no plate, or if the flow does not fit; in every call, if the shape of the context does not fit the
+            plates.
         TypeError: if the encoder returns something other than a floating-point tensor.
         RuntimeError: at set-up, if the model has no latent.
         NotImplementedError: at set-up, for a sequential plate.
@@ -144,7 +144,7 @@ class AmortizedFlow(FlowGuide):
 
     def _prototype_hide_fn(self, message: Any) -> bool:
         others = self.sites is not None and message["name"] not in self.sites
-        return others or AutoGuide._prototype_hide_fn(message)
+        return others or super()._prototype_hide_fn(message)
 
     def _build(self, args: tuple, kwargs: dict[str, Any]) -> Latents:
         self._check_names(args, kwargs)

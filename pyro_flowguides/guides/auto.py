@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -52,7 +53,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
     minibatch selects among them.
 
     Arguments:
-        model: A Pyro model whose latents are continuous and whose structure does not change.
+        model: A Pyro model whose structure does not change. Its discrete latents are left out, to be summed out of the model.
         flow: The name of a recipe of :mod:`pyro_flowguides.flows` (``"coupling"``, ``"glow"``, ``"iaf"``, ``"maf"``,
             ``"nice"``, ``"planar"``, ``"radial"``, ``"residual"``, ``"spline_autoregressive"``, ``"spline_coupling"``,
             ``"sylvester"``), or a function ``flow(dim) -> FlowTransform``, for example a recipe with ``functools.partial``
@@ -75,9 +76,9 @@ class AutoFlow(FlowGuide, AutoContinuous):
         create_plates: As in Pyro's ``AutoNormal``: makes the plates of subsampled data.
 
     Raises:
-        ValueError: if an argument is unknown; at set-up, if a latent site is discrete or has no map to the real line, if the
-            latents differ in dtype or device, or if it is not known which elements of a plate a latent is for; at a call, if
-            a latent site or its plate is not what it was at set-up.
+        ValueError: if an argument is unknown; at set-up, if a discrete latent cannot be summed out, if a latent has no map to the
+            real line, if the latents differ in dtype or device, or if it is not known which elements of a plate a latent is
+            for; at a call, if a latent site or its plate is not what it was at set-up.
         RuntimeError: at set-up, if the model has no latent site (and ``create_plates`` no plates to make either).
         NotImplementedError: at set-up, for a sequential plate.
 
@@ -296,7 +297,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
         *args: Any,
         method: str = "auto",
         model_kwargs: Mapping[str, Any] | None = None,
-        vectorize: bool = True,
+        model: Callable | None = None,
+        vectorize: bool | None = None,
         batched: BatchedModel | None = None,
     ) -> AutoFlow:
         """Puts the fixed affine map where the posterior is, before training, and switches damping off.
@@ -308,11 +310,12 @@ class AutoFlow(FlowGuide, AutoContinuous):
                 ``"pathfinder"`` for the best on a quasi-Newton path from there; ``"init"`` to leave map and damping as they
                 start; ``"auto"`` for the one of start, path, and batch and match from either with the highest ELBO. Above 200
                 latent dimensions the map is diagonal, and ``"auto"`` chooses among the start and diagonal batch and match from
-                the start and from the mode. Where every
-                draw is a run of the model, ``"auto"`` does with some 2,500 runs.
+                the start and from the mode. Where every draw is a run of the model, ``"auto"`` does with some 2,500 runs.
             model_kwargs: The keyword arguments of the model.
-            vectorize: Whether the model can be run on many latents at once.
-            batched: The recording of a model that cannot be, which is.
+            model: The whole model, where the guide is for ``poutine.block`` of it, which hides the data too.
+            vectorize: Whether the model can be run on many latents at once; by default this is found out, and a model that
+                cannot be is recorded.
+            batched: A recording of the model that there is already.
 
         Returns:
             The guide.
@@ -335,7 +338,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
             )
         if method == "init":
             return self
-        target = Target(call, self.latents, vectorize=vectorize, batched=batched)
+        target = Target(replace(call, model=model or self.model), self.latents, vectorize=vectorize, batched=batched)
         start = self.fixed_map.loc.double(), self.fixed_map.scale.double()
         loc, scale = whitening.whiten(target, start, method)
         with torch.no_grad():
@@ -346,7 +349,13 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
 
 def _init_or_feasible(init_loc_fn: Callable, site: Any) -> Tensor:
-    """The value of ``init_loc_fn``; 0 in unconstrained space for a flat prior, from which nothing can be drawn."""
+    """The value of ``init_loc_fn``; 0 in unconstrained space for a flat prior, from which nothing can be drawn.
+
+    A discrete site is drawn: it is no part of the guide.
+    """
+    if site["fn"].support.is_discrete:
+        value: Tensor = site["fn"]()
+        return value
     try:
         return init_loc_fn(site)
     except NotImplementedError:

@@ -25,6 +25,7 @@ from .. import bases, flows, internals
 from .. import transforms as T
 from ..model import plates, supports
 from ..model.call import ModelCall
+from ..model.enumeration import is_summed_out
 from ..model.latents import Latents, LatentSite
 from ..transforms import coupling
 
@@ -195,6 +196,10 @@ class FlowGuide(AutoGuide):
     def latent_dim(self) -> int:
         """The size of the vector that the flow draws."""
         return self.latents.dim
+
+    def _prototype_hide_fn(self, message: Any) -> bool:
+        """Whether the prototype lacks a site: one that is no latent, or that is discrete, which the model sums out."""
+        return bool(AutoGuide._prototype_hide_fn(message)) or is_summed_out(message)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         previous = self.prototype_trace

@@ -342,7 +342,7 @@ def whiten(target: Target, start: tuple[Tensor, Tensor], method: str) -> tuple[T
     """
     check_method(method, len(start[0]))
     methods = METHODS if start[1].dim() == 2 else DIAGONAL_METHODS
-    found_by = methods[method] if target.vectorize or method != "auto" else best_gaussian_of_few_runs
+    found_by = methods[method] if target.runs_together or method != "auto" else best_gaussian_of_few_runs
     # What fails at the start already is an error of the model.
     target.log_prob(start[0].expand(2, -1))
     return found_by(without_errors(target.log_prob), *start)

@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pyro import poutine
@@ -19,14 +19,17 @@ from torch.fx import GraphModule
 from .. import internals
 from . import plates
 from .call import ModelCall
+from .enumeration import Enumeration
 from .guards import Guards
 from .missing import FillMissing
-from .recording import batch, check_size, record
-from .sites import deterministic_sites, is_subsample, latent_sites, log_prob_per_draw, tensor_sites
+from .recording import batch, check_size, record, repeat
+from .sites import SummedTrace, is_subsample, latent_sites, log_prob_per_draw, tensor_sites
 from .substitution import Parameters, no_waiting, parameters_in, substituted
 
 # Relative; of the largest number in a value or a gradient.
 TOLERANCE = 1e-3
+
+Result = TypeVar("Result")
 
 
 class BatchedModel:
@@ -40,20 +43,43 @@ class BatchedModel:
         call: The model with its arguments.
         prototype: A trace of one run of it.
         given: The names of the latent sites whose values will be given; others are sampled anew.
+        enumeration: The discrete latent sites that are summed out, if any; a trace holds draws of them.
         arguments_vary: Whether the tensors among the arguments are inputs too.
+        is_recorded: Whether there are recordings. Otherwise every draw is a run of its own.
     """
 
     def __init__(
-        self, call: ModelCall, prototype: Trace, given: Sequence[str], *, arguments_vary: bool = False
+        self,
+        call: ModelCall,
+        prototype: Trace,
+        given: Sequence[str],
+        *,
+        enumeration: Enumeration | None = None,
+        arguments_vary: bool = False,
+        is_recorded: bool = True,
     ) -> None:
         self.call = call
         self.given = tuple(given)
+        self.enumeration = enumeration
         self.arguments_vary = arguments_vary
+        self.is_recorded = is_recorded
         self._nodes: dict[str, Any] = dict(prototype.nodes)
         self._plates = {
             name: site for name, site in plates.subsample_sites(prototype).items() if not plates.has_given_indices(site)
         }
         self._begin()
+
+    def at(self, call: ModelCall, prototype: Trace) -> BatchedModel:
+        """The same for arguments of another kind, which may vary.
+
+        Arguments:
+            call: The model with such arguments.
+            prototype: A trace of one run of it.
+        """
+        enumeration = self.enumeration and Enumeration(prototype, self.enumeration.names)
+        return BatchedModel(
+            call, prototype, self.given, enumeration=enumeration, arguments_vary=True, is_recorded=self.is_recorded
+        )
 
     def _begin(self) -> None:
         """Looks for what the recordings depend on, and drops those that there are."""
@@ -95,10 +121,9 @@ class BatchedModel:
         # A function of torch sees the parameter, so that whoever records may put another tensor in its place.
         leaves = [leaf.view_as(leaf) for leaf in self.parameters.leaves]
         shared = [*self._indices(indices), *self._arguments(call)]
-        run, _ = self._log_joint
         with torch.no_grad():
             inputs = [tensor.detach() for tensor in (*points, *leaves)]
-            log_prob, gradients = run(len(points[0]), *inputs, *shared)
+            log_prob, gradients = self._log_joint[0](len(points[0]), *inputs, *shared)
         differentiable = [point for point in points if point.is_floating_point()]
         return _WithGradient.apply(log_prob, len(differentiable), *gradients, *differentiable, *leaves)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -112,11 +137,15 @@ class BatchedModel:
         """
         self._refresh()
         taken = self._indices(indices)
-        run, _ = self._sites
         with torch.no_grad():
             inputs = [*[values[name] for name in self.given], *self.parameters.leaves]
-            found = run(num_draws, *[tensor.detach() for tensor in inputs], *taken, *self._arguments(None))
-        trace = Trace()
+            computed = self._sites[0](
+                num_draws, *[tensor.detach() for tensor in inputs], *taken, *self._arguments(None)
+            )
+        found = computed["sites"]
+        trace = SummedTrace(computed["log_joint"]) if self.enumeration else Trace()
+        for name in self.enumeration.without_log_likelihood if self.enumeration else ():
+            found[name]["log_likelihood"] = None
         for name, index in zip(self._plates, taken, strict=True):
             found[name] = {"value": index}
         for name, site in self._nodes.items():
@@ -133,7 +162,8 @@ class BatchedModel:
         """
         prototype = Trace()
         prototype.nodes.update(self._nodes)
-        if {name for name, _ in latent_sites(prototype)} != set(self.given):
+        summed_out = self.enumeration.names if self.enumeration else ()
+        if {name for name, _ in latent_sites(prototype)} != {*self.given, *summed_out}:
             # It is sampled anew in each run.
             return
         leaves = list(self.parameters.leaves)
@@ -155,44 +185,58 @@ class BatchedModel:
                         "its recording has another log-density, or another gradient, than the run of a draw"
                     )
 
+    def prepare(self) -> None:
+        """Makes the recording of the log joint, with CaptureError where that cannot be."""
+        _ = self._log_joint
+
+    def check_sum(self) -> None:
+        """Raises ValueError where the discrete latents cannot be summed out, see :meth:`Enumeration.check`."""
+        if self.enumeration:
+            indices = {name: site["value"] for name, site in self._plates.items()}
+            self.enumeration.check(self._conditioned(self._examples(), self.call, indices))
+
     @property
     def largest(self) -> int:
         """The number of elements of the largest tensor that a run of one draw computes."""
         _, graph = self._sites
-        results = [node.meta.get("val") for node in graph.graph.nodes if node.op == "call_function"]
+        nodes = graph.graph.nodes if graph is not None else ()
+        results = [node.meta.get("val") for node in nodes if node.op == "call_function"]
         return max([1, *[result.numel() for result in results if isinstance(result, Tensor)]])
 
     # --- recordings --------------------------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def _log_joint(self) -> tuple[Callable[..., Any], GraphModule]:
+    def _log_joint(self) -> tuple[Callable[..., Any], GraphModule | None]:
         return self._record(self._value_and_gradient)
 
     @functools.cached_property
-    def _sites(self) -> tuple[Callable[..., Any], GraphModule]:
+    def _sites(self) -> tuple[Callable[..., Any], GraphModule | None]:
         return self._record(self._site_values)
 
-    def _record(self, function: Callable[..., Any]) -> tuple[Callable[..., Any], GraphModule]:
+    def _record(self, function: Callable[..., Any]) -> tuple[Callable[..., Any], GraphModule | None]:
         examples = [
             *[value.detach().clone() for value in self._examples()],
             *[leaf.detach().clone() for leaf in self.parameters.leaves],
             *[site["value"].clone() for site in self._plates.values()],
             *[tensor.detach().clone() for tensor in self._arguments(None)],
         ]
+        varies = [index < len(self.given) for index in range(len(examples))]
+        if not self.is_recorded:
+            return repeat(poutine.block(function), varies), None
         with poutine.block(), no_waiting(), warnings.catch_warnings():
             # Such as torch's about a look at a tensor with a gradient, which is an error here.
             warnings.simplefilter("ignore")
             check_size(lambda: function(*examples))
             graph = record(function, examples)
-        varies = [index < len(self.given) for index in range(len(examples))]
         return batch(graph, varies), graph
 
     def _value_and_gradient(self, *inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The log joint of one draw, with its gradient to values and parameters."""
         count = len(self.given) + len(self.parameters.leaves)
         points = [value.detach().requires_grad_(value.is_floating_point()) for value in inputs[:count]]
+        log_joint = self.enumeration.log_joint if self.enumeration else _log_joint
         with torch.enable_grad():
-            total = log_prob_per_draw(self._run([*points, *inputs[count:]]), 1)[0]
+            total = self._run([*points, *inputs[count:]], log_joint)
             targets = [point for point in points if point.requires_grad]
             if not total.requires_grad:
                 return total, [torch.zeros_like(point) for point in targets]
@@ -200,22 +244,28 @@ class BatchedModel:
         return total.detach(), list(gradients)
 
     @torch.no_grad()
-    def _site_values(self, *inputs: Tensor) -> dict[str, dict[str, Tensor]]:
-        """What the sites of one draw hold."""
-        trace = self._run(inputs)
+    def _site_values(self, *inputs: Tensor) -> dict[str, Any]:
+        """What the sites of one draw hold, and the log joint where discrete latents are summed out."""
+        marginal = self._run(inputs, self.enumeration.marginal) if self.enumeration else None
+        trace = marginal.trace if marginal else self._run(inputs, _traced)
         trace.compute_log_prob()
-        found: dict[str, dict[str, Any]] = {name: {"value": site["value"]} for name, site in deterministic_sites(trace)}
+        found: dict[str, dict[str, Any]] = {}
         for name, site in tensor_sites(trace):
-            keys = ("value", "log_prob", "unscaled_log_prob", "log_prob_sum")
-            found.setdefault(name, {}).update({key: torch.as_tensor(site[key]) for key in keys})
-            if isinstance(site["mask"], Tensor):
-                found[name]["mask"] = site["mask"]
+            shape, batch_shape = self._nodes[name]["value"].shape, self._nodes[name]["fn"].batch_shape
+            found[name] = {"value": _without_padding(site["value"], shape), "log_prob_sum": site["log_prob_sum"]}
+            for key in ("log_prob", "unscaled_log_prob", "mask"):
+                if isinstance(site[key], Tensor):
+                    found[name][key] = _without_padding(site[key], batch_shape)
             if name in self.given and not site["fn"].support.is_discrete:
                 found[name]["unconstrained"] = biject_to(site["fn"].support).inv(site["value"])
-        return found
+        if marginal is None:
+            return {"sites": found}
+        for name, log_likelihood in marginal.log_likelihood.items():
+            found[name]["log_likelihood"] = log_likelihood
+        return {"sites": found, "log_joint": marginal.log_joint}
 
-    def _run(self, inputs: Sequence[Tensor]) -> Trace:
-        """A run of one draw."""
+    def _run(self, inputs: Sequence[Tensor], function: Callable[[Callable], Result]) -> Result:
+        """What a function computes from the model with the values of one draw."""
         count = len(self.given), len(self.parameters.leaves), len(self._plates)
         values, rest = inputs[: count[0]], list(inputs[count[0] :])
         leaves, indices, tensors = rest[: count[1]], rest[count[1] : count[1] + count[2]], rest[count[1] + count[2] :]
@@ -232,11 +282,7 @@ class BatchedModel:
             stack.enter_context(substituted(self.parameters, leaves, modules))
             stack.enter_context(no_waiting())
             stack.enter_context(internals.branches_for_tracing())
-            trace = poutine.trace(
-                self._conditioned(values, call, dict(zip(self._plates, indices, strict=True)))
-            ).get_trace()
-            trace.compute_log_prob()
-        return trace
+            return function(self._conditioned(values, call, dict(zip(self._plates, indices, strict=True))))
 
     def _conditioned(
         self, values: Sequence[Tensor], call: ModelCall, indices: Mapping[str, Tensor] | None = None
@@ -262,6 +308,19 @@ class BatchedModel:
             return []
         call = call or self.call
         return [leaf for leaf in internals.flatten((call.args, dict(call.kwargs)))[0] if isinstance(leaf, Tensor)]
+
+
+def _traced(model: Callable) -> Trace:
+    return poutine.trace(model).get_trace()
+
+
+def _log_joint(model: Callable) -> Tensor:
+    return log_prob_per_draw(_traced(model), 1)[0]
+
+
+def _without_padding(value: Tensor, shape: torch.Size) -> Tensor:
+    """A tensor without dimensions of size 1 on the left of those that it has in a plain run."""
+    return value.reshape(value.shape[max(0, value.dim() - len(shape)) :])
 
 
 _announce = effectful(lambda leaf: leaf, type="param")

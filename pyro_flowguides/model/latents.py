@@ -161,16 +161,11 @@ class Latents:
             owner: The name that errors begin with.
 
         Raises:
-            ValueError: if a site is discrete, is in no plate, in a subsampled plate that not all sites share, or has bounds that
+            ValueError: if a site is in no plate, in a subsampled plate that not all sites share, or has bounds that
                 differ from datum to datum; if the sites share no plate, differ in dtype or device, or a value is not finite.
         """
         sites: list[Any] = [site for _, site in latent_sites(trace)]
         for site in sites:
-            if site["fn"].support.is_discrete:
-                raise ValueError(
-                    f"{owner}: site '{site['name']}' is discrete. Leave it out by sites=[...], and marginalise it in the "
-                    "model by pyro.infer.config_enumerate and TraceEnum_ELBO"
-                )
             if not site["cond_indep_stack"]:
                 raise ValueError(
                     f"{owner}: latent site '{site['name']}' is not in a plate, so that it belongs to no datum. Name the "

@@ -22,6 +22,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.overrides import TorchFunctionMode
 
 from .. import internals
 
@@ -147,11 +148,34 @@ class _FoldConstants(internals.TorchDispatchMode):
         return result
 
 
+class _IndexByScalars(TorchFunctionMode):
+    """``x[z]`` and ``x[..., z]`` for a whole number z that is a tensor, which torch would look at."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.__getitem__:
+            value, index = args
+            first, *rest = index if isinstance(index, tuple) and index else (index,)
+            if _is_whole_number(first):
+                taken = value.index_select(0, first.reshape(1)).squeeze(0)
+                return taken[tuple(rest)] if rest else taken
+            if first is Ellipsis and len(rest) == 1 and _is_whole_number(rest[0]):
+                return value.index_select(-1, rest[0].reshape(1)).squeeze(-1)
+        return function(*args, **(kwargs or {}))
+
+
+def _is_whole_number(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dim() == 0 and index.dtype in (torch.int32, torch.int64)
+
+
 # --- operations that vmap cannot batch ---------------------------------------------------------------------------------
 
 
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.to(dtype=target.dtype, device=target.device).expand(target.shape).clone()
+
+
+def _fill(target: Tensor, value: complex) -> Tensor:
+    return torch.full_like(target, value)
 
 
 def _index_put(target: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False) -> Any:
@@ -240,6 +264,7 @@ _DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.uniform.default: _uniform,
     aten.exponential.default: _exponential,
     aten.cauchy.default: _cauchy,
+    aten.fill.Scalar: _fill,
     aten.slice_scatter.default: _slice_scatter,
     aten.copy.default: _copy,
     aten.index_put.default: _index_put,
@@ -267,7 +292,7 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModul
     names: list[str] = []
 
     def folded(*tensors: Tensor) -> Any:
-        with _FoldConstants(tensors):
+        with _FoldConstants(tensors), _IndexByScalars():
             return function(*tensors)
 
     try:
@@ -300,5 +325,26 @@ def batch(graph: GraphModule, varies: Sequence[bool]) -> Callable[..., Any]:
         # The first input tells vmap the number of points, where all others are shared.
         with internals.no_batching_row_by_row():
             return batched(torch.empty(number), *inputs)
+
+    return run
+
+
+def repeat(function: Callable[..., Any], varies: Sequence[bool]) -> Callable[..., Any]:
+    """A function as one of many points, ``run(number, *inputs)``, that is called for each.
+
+    Arguments:
+        function: The function, of one point; it returns a tree of tensors.
+        varies: As for :func:`batch`.
+    """
+
+    def run(number: int, *inputs: Tensor) -> Any:
+        points = [
+            internals.flatten(
+                function(*[value[i] if each else value for value, each in zip(inputs, varies, strict=True)])
+            )
+            for i in range(number)
+        ]
+        together = [torch.stack(leaves) for leaves in zip(*[leaves for leaves, _ in points], strict=True)]
+        return internals.unflatten(together, points[0][1])
 
     return run

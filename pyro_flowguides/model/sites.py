@@ -20,6 +20,18 @@ from .. import internals
 PLATE_NAME = "_flowguides_draws"
 
 
+class SummedTrace(Trace):
+    """A trace with draws of discrete latents that are summed out.
+
+    Arguments:
+        log_joint: The log joint density of everything else, of every draw.
+    """
+
+    def __init__(self, log_joint: Tensor) -> None:
+        super().__init__()
+        self.log_joint = log_joint
+
+
 def latent_sites(trace: Trace) -> Iterator[tuple[str, Any]]:
     """The sites of a model that a guide has to supply."""
     for name, site in tensor_sites(trace):
@@ -133,7 +145,9 @@ def unchanged_random_state() -> Iterator[None]:
 
 
 def log_prob_per_draw(trace: Trace, num_draws: int) -> Tensor:
-    """The sum of the log-probabilities of a trace's sample sites, shape ``(num_draws,)``, with scales and masks applied."""
+    """The log joint density of a trace, shape ``(num_draws,)``: the sum over its sample sites, with scales and masks applied."""
+    if isinstance(trace, SummedTrace):
+        return trace.log_joint
     trace.compute_log_prob()
     total: Tensor | float = 0.0
     for _, site in tensor_sites(trace):

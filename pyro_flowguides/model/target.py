@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 
 import pyro
@@ -14,9 +15,14 @@ from . import plates, supports
 from .batched import BatchedModel
 from .call import ModelCall
 from .data import check_observed
+from .enumeration import Enumeration
 from .latents import Latents
 from .missing import FillMissing
-from .sites import PLATE_NAME, log_prob_per_draw, max_plate_nesting, quiet_trace
+from .recording import CaptureError
+from .sites import PLATE_NAME, log_prob_per_draw, max_plate_nesting, quiet_trace, unchanged_random_state
+
+# What a model raises that does not carry batch dimensions through, or cannot be recorded.
+ERRORS_OF_MODELS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, NotImplementedError)
 
 
 class Target:
@@ -28,7 +34,8 @@ class Target:
     Arguments:
         call: The model with its arguments.
         latents: Its latents, every site over whole plates (:meth:`Latents.whole`).
-        vectorize: Whether the model can be run on many draws at once; otherwise every draw is a run of its own.
+        vectorize: Whether the model can be run on many draws at once; otherwise every draw is a run of its own. None to find out:
+            by comparing two draws together with each alone, and by recording the model where they differ.
         batched: The recording of the model, to take in its place; all latents are given to it.
 
     Raises:
@@ -36,12 +43,10 @@ class Target:
     """
 
     def __init__(
-        self, call: ModelCall, latents: Latents, *, vectorize: bool = True, batched: BatchedModel | None = None
+        self, call: ModelCall, latents: Latents, *, vectorize: bool | None = True, batched: BatchedModel | None = None
     ) -> None:
-        self.batched = batched
         self.call = call
         self.latents = latents
-        self.vectorize = vectorize
         with quiet_trace():
             # All of the model: observed sites have plates too.
             trace = poutine.trace(call).get_trace()
@@ -50,6 +55,16 @@ class Target:
         self._minibatches = self._fixed_minibatches(trace)
         # Every latent has a value from here on; one drawn beside it is wasted, and fails where a trial point is wild.
         self._bare = call.without_initial_values
+        self.batched = batched or self._summed_out(trace)
+        # A recording takes many draws, whether it is one or stands for single runs.
+        self.vectorize = bool(vectorize) or self.batched is not None
+        if vectorize is None and self.batched is None:
+            self._find_out(trace)
+
+    @property
+    def runs_together(self) -> bool:
+        """Whether many draws take less than a run of the model for each."""
+        return self.vectorize and (self.batched is None or self.batched.is_recorded)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p at each row, in float64 whatever the dtype of the model, which runs in its own.
@@ -101,6 +116,36 @@ class Target:
         with poutine.block(), plate:
             trace = poutine.trace(model).get_trace()
         return log_prob_per_draw(trace, count)
+
+    def _summed_out(self, trace: Trace) -> BatchedModel | None:
+        """The model with its discrete latents summed out, if it has any."""
+        names = [site.name for site in self.latents.sites]
+        enumeration = Enumeration.of(trace, names)
+        if enumeration is None:
+            return None
+        unrecorded = BatchedModel(self._bare, trace, names, enumeration=enumeration, is_recorded=False)
+        unrecorded.check_sum()
+        try:
+            recorded = BatchedModel(self._bare, trace, names, enumeration=enumeration)
+            recorded.prepare()
+            return recorded
+        except CaptureError:
+            return unrecorded
+
+    def _find_out(self, trace: Trace) -> None:
+        """Decides how draws are run together, by the values at two points."""
+        points = torch.stack([self.latents.init_loc, self.latents.init_loc + 0.1])
+        with torch.no_grad(), warnings.catch_warnings(), unchanged_random_state():
+            warnings.simplefilter("ignore")
+            alone = self.log_prob(points)
+            for batched in (None, BatchedModel(self._bare, trace, [site.name for site in self.latents.sites])):
+                self.vectorize, self.batched = True, batched
+                try:
+                    if torch.allclose(self.log_prob(points), alone, rtol=1e-4, atol=1e-3, equal_nan=True):
+                        return
+                except ERRORS_OF_MODELS:
+                    continue
+        self.vectorize, self.batched = False, None
 
     def _fixed_minibatches(self, trace: Trace) -> list[dict[str, Tensor]]:
         sites, local = plates.subsample_sites(trace), self.latents.subsampled_plates

@@ -57,6 +57,9 @@ def fit(
     follows with twice the steps and twice the particles. A third one, doubled again, follows if the second has made the ELBO
     rise by more than its standard error. A round that makes it fall is taken back.
 
+    Discrete latents that the guide leaves out are summed out: everything here is of the marginal posterior of the others. The
+    draws have one draw of each discrete site, given these.
+
     The step is captured once a round as a graph, see :class:`pyro_flowguides.CompiledSVI`, which also guards against steps that
     are not finite or explode. An interrupt from the keyboard ends the training, and the guide as it is then is returned.
 
@@ -110,8 +113,8 @@ def fit(
     Raises:
         TypeError: if the guide is a class, or an argument has a wrong type.
         ValueError: if an argument is wrong or cannot become a tensor, the data hold NaN, the model has no finite log-probability
-            at the start, or the guide leaves out a discrete site that the loss does not sum out; the message names the argument
-            or the site. Also if a checkpoint is damaged, or of another model.
+            at the start, or the guide leaves out a discrete site that cannot be summed out; the message names the argument or
+            the site. Also if a checkpoint is damaged, or of another model.
         FileExistsError: if the checkpoint exists already and does not say ``resume=True``.
         RuntimeError: if ``max_nonfinite_steps`` steps in a row had no finite loss or gradient.
     """

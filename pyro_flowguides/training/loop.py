@@ -105,7 +105,6 @@ class Loop:
         if start.has_missing(self.tracer):
             self.call = replace(self.call, model=FillMissing()(self.call.model))
         if self.options.loss is None:
-            start.check_discrete_sites(self.tracer)
             check_gradients(self.tracer)
         if saved is not None:
             self._load_modules(saved["modules"])

@@ -73,7 +73,8 @@ class FitResult:
         names = list(self.parameters)
         shown = ", ".join(names[:NUM_SHOWN]) + (f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else "")
         owns = f"owns the parameters {shown} of the model; " if names else ""
-        told = f"{HOW_IT_RAN[self.vectorization]}{owns}{self.verdict}"
+        summed = f"discrete sites summed out: {len(self.draws.summed_out)}; " if self.draws.summed_out else ""
+        told = f"{HOW_IT_RAN[self.vectorization]}{owns}{summed}{self.verdict}"
         return f"FitResult of {name_of(self.guide)}: ELBO {self.elbo} after {steps}; {told}"
 
     @property

@@ -48,17 +48,6 @@ def has_missing(tracer: Tracer) -> bool:
     )
 
 
-def check_discrete_sites(tracer: Tracer) -> None:
-    """An error where every step would draw a discrete site from its prior, which trains, but to another posterior."""
-    for name, site in latent_sites(tracer.model_prototype):
-        if name not in tracer.guide_prototype.nodes and site["fn"].has_enumerate_support:
-            raise ValueError(
-                f"fit: the guide leaves out the discrete site '{name}', and the default loss does not sum over its values; sum "
-                "it out in the model (the mixture of its values; docs/how_to/vectorise.md), or give "
-                "loss=TraceEnum_ELBO(...), whose ELBO the verdict does not know"
-            )
-
-
 def batched_calls(tracer: Tracer, *, arguments_vary: bool) -> BatchedCalls | None:
     """The recordings of the model for training, where one run of it is recorded for many draws."""
     if tracer.batched is None:
@@ -95,9 +84,9 @@ def whiten(calls: Sequence[Call], guide: Callable, method: str | None, tracer: T
                 f"fit: whiten={method!r} needs a guide of this library; {type(guide).__name__} has no fixed map"
             )
     elif method is not None and not (method == "auto" and alone[0].guide.is_trained()):
-        flow_guide, args, kwargs = alone[0]
-        options: dict[str, Any] = {"model_kwargs": kwargs, "vectorize": tracer.vectorizes}
-        flow_guide.whiten(*args, method=method, batched=tracer.batched, **options)
+        call = tracer.call
+        options: dict[str, Any] = {"model_kwargs": call.kwargs, "model": call.model, "vectorize": tracer.vectorizes}
+        alone[0].guide.whiten(*call.args, method=method, batched=tracer.batched, **options)
     for each in calls:
         each.guide.undamp()
 

@@ -772,7 +772,7 @@ def without_latents(data):
         (with_global, {"sites": ["scale"]}, ValueError, "'scale' is not in a plate"),
         (with_global, {"sites": ["y"]}, ValueError, r"sites \['y'\] are no latents of the model, .* \['scale', 'z'\]"),
         (with_two_plates, {}, ValueError, r"share no plate \('a' in \['groups'\], 'z' in \['data'\]\)"),
-        (with_discrete, {}, ValueError, "'k' is discrete.*TraceEnum_ELBO"),
+        (with_discrete, {}, ValueError, "'k' is discrete, Poisson, and has infinitely many values.*Ways out"),
         (with_inner_subsample, {}, ValueError, "'step' is in plate 'times', which takes 2 of its 10"),
         (with_bounds_of_the_data, {}, ValueError, "bounds of site 'z' differ along plate 'data'"),
         (with_two_dtypes, {}, ValueError, "site 'z' is torch.float64 on .* and site 'y' is torch.float32"),

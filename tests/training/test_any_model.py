@@ -159,3 +159,18 @@ def test_vectorized_particles_of_an_elbo_of_pyro(backend):
         svi = fg.CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.01}), elbo, backend=backend)
         found.append(torch.cat([svi.run(3, X, Y), svi.run(2, X[:20], Y[:20])]))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["matmul", "indexing", "pyro module", "one-hot"])
+def test_whitening_by_hand_records_the_model(name):
+    model, args = MODELS[name]
+    runs = []
+
+    def counted(*args):
+        runs.append(1)
+        return model(*args)
+
+    pyro.set_rng_seed(0)
+    guide = fg.AutoFlow(counted).whiten(*args)
+    assert len(runs) < 30
+    assert fg.draw(model, guide, *args, num_samples=1000).ess.value > 200

@@ -22,18 +22,6 @@ def infinite(y):
     pyro.factor("wall", torch.where(mu.isfinite(), -torch.inf, 0.0))
 
 
-def test_a_discrete_site_that_nobody_sums_out():
-    def mixture(y):
-        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(y)):
-            which = pyro.sample("which", dist.Bernoulli(0.5))
-            pyro.sample("y", dist.Normal(mu * which, 1.0), obs=y)
-
-    guide = fg.AutoCoupling(poutine.block(mixture, hide=["which"]))
-    with pytest.raises(ValueError, match="leaves out the discrete site 'which', and the default loss does not sum"):
-        quick(mixture, guide, torch.tensor(Y))
-
-
 @pytest.mark.parametrize("Guide", [fg.AutoCoupling, AutoNormal])
 def test_nan_in_the_data(Guide):
     y = torch.tensor([0.3, float("nan"), 1.0])
