@@ -150,8 +150,21 @@ class _FoldConstants(internals.TorchDispatchMode):
 # --- operations that vmap cannot batch ---------------------------------------------------------------------------------
 
 
+def _memory_order(tensor: Tensor) -> list[int]:
+    """The dimensions of a tensor from the one whose elements lie farthest apart in memory to the nearest."""
+    return sorted(range(tensor.dim()), key=lambda dim: tensor.stride(dim), reverse=True)
+
+
+def _back(order: Sequence[int]) -> list[int]:
+    """The permutation that undoes another one."""
+    return sorted(range(len(order)), key=lambda place: order[place])
+
+
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    return source.to(dtype=target.dtype, device=target.device).expand(target.shape).clone()
+    # As it lies in memory: views by strides may follow.
+    order = _memory_order(target)
+    copied = source.to(dtype=target.dtype, device=target.device).expand(target.shape).permute(order)
+    return copied.clone(memory_format=torch.contiguous_format).permute(_back(order))
 
 
 def _index_put(target: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False) -> Any:
@@ -172,26 +185,30 @@ def _places(size: Sequence[int], stride: Sequence[int], offset: int | None, devi
 
 
 def _as_strided(base: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> Any:
-    if not base.is_contiguous() or base.storage_offset():
+    memory = base.permute(_memory_order(base))
+    if not memory.is_contiguous() or base.storage_offset():
         return NotImplemented
-    return base.reshape(-1).index_select(0, _places(size, stride, offset, base.device)).reshape(size)
+    return memory.reshape(-1).index_select(0, _places(size, stride, offset, base.device)).reshape(size)
 
 
 def _as_strided_scatter(
     base: Tensor, source: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None
 ) -> Any:
-    if not base.is_contiguous() or base.storage_offset():
+    order = _memory_order(base)
+    memory = base.permute(order)
+    if not memory.is_contiguous() or base.storage_offset():
         return NotImplemented
     places = _places(size, stride, offset, base.device)
-    return base.reshape(-1).scatter(0, places, source.expand(size).reshape(-1)).reshape(base.shape)
+    written = memory.reshape(-1).scatter(0, places, source.expand(size).reshape(-1))
+    return written.reshape(memory.shape).permute(_back(order))
 
 
 def _slice_scatter(
     target: Tensor, source: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> Any:
-    # vmap's rule takes bounds from the left alone.
+    # vmap's rule takes bounds from the left alone, and none beyond the end.
     size = target.shape[dim]
-    bounds = [bound + size if bound is not None and bound < 0 else bound for bound in (start, end)]
+    bounds = [None if bound is None else min(bound + size if bound < 0 else bound, size) for bound in (start, end)]
     if bounds == [start, end]:
         return NotImplemented
     return aten.slice_scatter.default(target, source, dim, *bounds, step)
