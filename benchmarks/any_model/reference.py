@@ -1,9 +1,9 @@
 """Means and standard deviations of the posteriors, by quadrature or by Pyro's NUTS, in float64.
 
-In up to three dimensions the posterior is summed over a grid in the unconstrained space of the model vectorised by hand (for discrete latents: with the
-sum over their values), which gives log Z too. In more dimensions Pyro's NUTS samples the model as it is written; it enumerates
-discrete latents. Chains are added until every scalar has an effective sample size of 4000, so that the Monte-Carlo error of
-a mean is below 0.016 sd.
+In up to three dimensions the posterior is summed over a grid in the unconstrained space of the model vectorised by hand (for
+discrete latents: with the sum over their values), which gives log Z too. In more dimensions Pyro's NUTS samples the model as it is
+written; it enumerates discrete latents. Chains are added until every scalar has an effective sample size of 4000, so that the
+Monte-Carlo error of a mean is below 0.016 sd.
 """
 
 from __future__ import annotations

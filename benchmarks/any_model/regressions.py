@@ -37,6 +37,8 @@ def _logistic_data():
 
 
 class Regression(PyroModule):
+    """A linear layer whose weights are random."""
+
     def __init__(self, size):
         super().__init__()
         self.linear = PyroModule[torch.nn.Linear](size, 1)

@@ -202,8 +202,8 @@ def epidemic(cases):
     susceptible, infected = torch.tensor(990.0), torch.tensor(10.0)
     expected = torch.zeros(len(cases))
     for t in range(len(cases)):
-        new = contact * susceptible * infected / 1000.0
-        susceptible, infected = susceptible - new, infected + new - recovery * infected
+        new = susceptible * (1 - torch.exp(-contact * infected / 1000.0))
+        susceptible, infected = susceptible - new, infected * torch.exp(-recovery) + new
         expected[t] = reported * new
     with pyro.plate("day", len(cases)):
         pyro.sample("cases", dist.Poisson(expected), obs=cases)
@@ -216,8 +216,8 @@ def epidemic_by_hand(cases):
     susceptible, infected = torch.tensor(990.0), torch.tensor(10.0)
     expected = []
     for _ in range(len(cases)):
-        new = contact * susceptible * infected / 1000.0
-        susceptible, infected = susceptible - new, infected + new - recovery * infected
+        new = susceptible * (1 - torch.exp(-contact * infected / 1000.0))
+        susceptible, infected = susceptible - new, infected * torch.exp(-recovery) + new
         expected.append(reported * new)
     with pyro.plate("day", len(cases)):
         mean = torch.stack(expected, -1).reshape(*contact.shape[:-1], len(cases))
@@ -228,8 +228,8 @@ def _epidemic_data():
     rng = np.random.default_rng(26)
     susceptible, infected, cases = 990.0, 10.0, []
     for _ in range(20):
-        new = 0.6 * susceptible * infected / 1000
-        susceptible, infected = susceptible - new, infected + new - 0.2 * infected
+        new = susceptible * (1 - np.exp(-0.6 * infected / 1000))
+        susceptible, infected = susceptible - new, infected * np.exp(-0.2) + new
         cases.append(rng.poisson(0.5 * new))
     return (np.array(cases, dtype=float),)
 
