@@ -21,7 +21,7 @@ import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from .. import internals
 
@@ -141,7 +141,10 @@ class _FoldConstants(internals.TorchDispatchMode):
                 return function(*args, **kwargs)
         written = internals.written_arguments(function, args, kwargs) if internals.is_mutable(function) else []
         if not all(map(self._varies, internals.flatten(written)[0])):
-            raise CaptureError("it writes into a tensor from outside of the model")
+            raise CaptureError(
+                "it writes into a tensor from outside of the model, or into one that it has computed from data alone; write into "
+                "a .clone() of it"
+            )
         result = function(*args, **kwargs)
         self._mark(internals.flatten(result)[0])
         return result
@@ -290,15 +293,46 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModul
     try:
         with EverySite(names.append):
             recorded = internals.record(folded, inputs)
-        graph = internals.record_functional(recorded, inputs, _DECOMPOSITIONS)
+        constants = _constants_to_inputs(recorded)
+        graph = internals.record_functional(recorded, [*inputs, *constants], _DECOMPOSITIONS)
     except Exception as error:
         raise CaptureError(explain(error, names[-1] if names else None)) from error
     for node in graph.graph.nodes:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and node.target not in _RANDOM:
             raise CaptureError(f"its random numbers come from {node.target}, which gives the same to all draws")
+    _inputs_to_constants(graph, constants)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+def _constants_to_inputs(graph: GraphModule) -> list[Tensor]:
+    """Makes the constants of a graph its last inputs, and returns their values.
+
+    Only what is computed from inputs can be written in place and taken for a function all the same: ``zeros_like`` of data too.
+    """
+    first = next(node for node in graph.graph.nodes if node.op != "placeholder")
+    constants = graph.graph.find_nodes(op="get_attr")
+    places: dict[str, Node] = {}
+    with graph.graph.inserting_before(first):
+        for name in dict.fromkeys(node.target for node in constants):
+            places[name] = graph.graph.placeholder(name)
+    for node in constants:
+        node.replace_all_uses_with(places[node.target])
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return [getattr(graph, name).detach() for name in places]
+
+
+def _inputs_to_constants(graph: GraphModule, constants: Sequence[Tensor]) -> None:
+    """Makes constants of the last inputs of a graph."""
+    inputs = graph.graph.find_nodes(op="placeholder")
+    for index, (node, value) in enumerate(zip(inputs[len(inputs) - len(constants) :], constants, strict=True)):
+        name = f"_constant_{index}"
+        graph.register_buffer(name, value, persistent=False)
+        with graph.graph.inserting_before(node):
+            node.replace_all_uses_with(graph.graph.get_attr(name))
+        graph.graph.erase_node(node)
 
 
 def batch(graph: GraphModule, varies: Sequence[bool]) -> Callable[..., Any]:
