@@ -17,6 +17,8 @@ import torch
 from .models import PROBLEMS
 from .records import RESULTS, chosen, merge, read
 from .reference import reference
+from .report import report
+from .run import run
 
 REFERENCES = RESULTS / "any_model_reference.json"
 
@@ -29,6 +31,12 @@ def main() -> None:
     referring.add_argument("--missing", action="store_true", help="only models without a reference")
     referring.add_argument("--out", type=Path, default=REFERENCES)
     referring.set_defaults(command=_reference)
+    running = commands.add_parser("run", help="measure speeds, and errors of fits")
+    running.add_argument("names", nargs="*", help="models; by default all")
+    running.add_argument("--missing", action="store_true", help="only models without a result")
+    running.add_argument("--references", type=Path, default=REFERENCES)
+    running.add_argument("--out", type=Path, default=RESULTS / "any_model.json")
+    running.set_defaults(command=_run)
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.command(options)
@@ -47,6 +55,20 @@ def _reference(options: argparse.Namespace) -> None:
             continue
         merge(options.out, name, row)
         print(name, {key: value for key, value in row.items() if key not in ("mean", "sd")}, flush=True)
+
+
+def _run(options: argparse.Namespace) -> None:
+    references = read(options.references)
+    for name in chosen(options.names):
+        if options.missing and name in read(options.out):
+            continue
+        if name not in references:
+            print(f"{name}: no reference yet; python -m benchmarks.any_model reference {name!r}", flush=True)
+            continue
+        merge(options.out, name, run(PROBLEMS[name], references[name]))
+        rows = read(options.out)
+        options.out.with_suffix(".md").write_text(report(rows) + "\n")
+        print(name, rows[name], flush=True)
 
 
 if __name__ == "__main__":
