@@ -140,8 +140,9 @@ def _one_mode_for_shapes() -> Iterator[None]:
     """``make_fx`` notes the shape of every result by a mode of its own, and making those is a third of its time: one for all."""
     from torch.fx.experimental import proxy_tensor
 
-    mode = proxy_tensor.FakeTensorMode(allow_fallback_kernels=True)
-    with _replaced(proxy_tensor, "FakeTensorMode", lambda **options: mode):
+    module: Any = proxy_tensor
+    mode = module.FakeTensorMode(allow_fallback_kernels=True)
+    with _replaced(module, "FakeTensorMode", lambda **options: mode):
         yield
 
 

@@ -111,6 +111,23 @@ def test_functions_are_recorded_below_autograd():
     assert internals.UNSAFE_VIEW in [node.target for node in graph.graph.nodes]
 
 
+def test_a_recording_notes_all_shapes_by_one_mode(monkeypatch):
+    from torch.fx.experimental import proxy_tensor
+
+    made = []
+
+    class Counted(proxy_tensor.FakeTensorMode):
+        def __init__(self, **options):
+            made.append(self)
+            super().__init__(**options)
+
+    monkeypatch.setattr(proxy_tensor, "FakeTensorMode", Counted)
+    graph = internals.record(lambda x: x.sin().cos().tan(), [torch.ones(2)])
+    assert len(made) == 1
+    assert [node.meta["val"].shape for node in graph.graph.nodes if node.op == "call_function"] == [(2,)] * 3
+    assert proxy_tensor.FakeTensorMode is Counted
+
+
 def test_recordings_are_written_without_writes_in_place_and_in_other_operations():
     def function(x):
         found = torch.zeros_like(x)

@@ -2,9 +2,9 @@
 
 In up to five dimensions the posterior is summed over a grid in the unconstrained space of the model vectorised by hand (for
 discrete latents: with the sum over their values), which gives log Z too. The error of the trapezoidal rule falls exponentially
-with the spacing of the grid; what every second point alone gives is reported beside it. In more dimensions Pyro's NUTS samples the
-model as it is written; it enumerates discrete latents. Chains are added until every scalar has an effective sample size of 4000,
-so that the Monte-Carlo error of a mean is below 0.016 sd.
+with the spacing of the grid; what every second point alone gives is reported beside it. In more dimensions Pyro's NUTS samples
+the model as it is written; it enumerates discrete latents. Chains are added until every scalar has an effective sample size of
+4000, so that the Monte-Carlo error of a mean is below 0.016 sd.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def _mode(density: Density) -> tuple[Tensor, Tensor]:
 def _grid(
     density: Density, center: Tensor, scale: Tensor, width: float, spacing: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Points, the logarithms of density times volume, which of the points lie at the edge, and every second in every direction."""
+    """Points, the logarithms of density times volume, which points lie at the edge, and every second one in every direction."""
     numbers = torch.arange(-round(width / spacing), round(width / spacing) + 1)
     steps = torch.cartesian_prod(*[numbers] * density.dim).reshape(-1, density.dim)
     points = center + spacing * steps.to(center.dtype) @ scale.T
