@@ -292,18 +292,24 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModul
 
     try:
         with EverySite(names.append):
-            recorded = internals.record(folded, inputs)
-        constants = _constants_to_inputs(recorded)
-        graph = internals.record_functional(recorded, [*inputs, *constants], _DECOMPOSITIONS)
+            graph = internals.record(folded, inputs)
+        if any(map(_is_rewritten, graph.graph.nodes)):
+            constants = _constants_to_inputs(graph)
+            graph = internals.record_functional(graph, [*inputs, *constants], _DECOMPOSITIONS)
+            _inputs_to_constants(graph, constants)
     except Exception as error:
         raise CaptureError(explain(error, names[-1] if names else None)) from error
     for node in graph.graph.nodes:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and node.target not in _RANDOM:
             raise CaptureError(f"its random numbers come from {node.target}, which gives the same to all draws")
-    _inputs_to_constants(graph, constants)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+def _is_rewritten(node: Node) -> bool:
+    """Whether an operation writes in place, or is batched in another form; without any, a second recording is spared."""
+    return node.target in _DECOMPOSITIONS or (internals.is_operator(node.target) and internals.is_mutable(node.target))
 
 
 def _constants_to_inputs(graph: GraphModule) -> list[Tensor]:
