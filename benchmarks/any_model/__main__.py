@@ -2,8 +2,9 @@
 
     python -m benchmarks.any_model reference [NAME ...]
     python -m benchmarks.any_model run [NAME ...]
+    python -m benchmarks.any_model loops
 
-Each command merges its rows into the result files, a model at a time.
+The first two merge their rows into the result files, a model at a time.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from .loops import loops
 from .models import PROBLEMS
 from .records import RESULTS, chosen, merge, read
 from .reference import reference
@@ -37,6 +39,9 @@ def main() -> None:
     running.add_argument("--references", type=Path, default=REFERENCES)
     running.add_argument("--out", type=Path, default=RESULTS / "any_model.json")
     running.set_defaults(command=_run)
+    looping = commands.add_parser("loops", help="measure what it costs to record loops over time")
+    looping.add_argument("--out", type=Path, default=RESULTS / "any_model_loops.json")
+    looping.set_defaults(command=lambda options: loops(options.out))
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.command(options)

@@ -26,7 +26,7 @@ from pyro_flowguides.training.loop import CLIP_FACTOR, LEARNING_RATE, NUM_PARTIC
 from .problem import Problem
 from .reference import SMALLEST_SD
 
-NUM_WARM, NUM_ROUNDS, STEPS_PER_ROUND = 60, 5, 100
+NUM_WARM, NUM_ROUNDS, STEPS_PER_ROUND = 60, 11, 50
 PLAIN_STEPS, PLAIN_RATE, PLAIN_CLIP, NUM_PLAIN_DRAWS = 4000, 0.01, 10.0, 4000
 MAX_MEAN_ERROR, MAX_SD_ERROR = 0.05, 0.05
 
@@ -63,7 +63,9 @@ class Training:
         pyro.set_rng_seed(0)
         self.arguments = arguments
         guide = fg.AutoFlow(model)
-        self.tracer = tracer = start.set_up(ModelCall(model, arguments, {}), guide)
+        call = ModelCall(model, arguments, {})
+        self.tracer = tracer = start.set_up(call, guide)
+        start.whiten(call, guide, "auto", tracer)
         loss = KL(
             NUM_PARTICLES,
             vectorize_particles=tracer.vectorizes,

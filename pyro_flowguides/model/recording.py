@@ -27,8 +27,9 @@ from .. import internals
 
 aten = torch.ops.aten
 
-# Recording takes about a millisecond for each operation, with its gradient: beyond this number, eager steps are done sooner.
-MAX_OPERATIONS = 8_000
+# Recording takes about a millisecond for each operation, gradient included (twice as much where the model writes in place), and
+# capturing the step that again. This many are a loop over some 500 time steps.
+MAX_OPERATIONS = 20_000
 
 
 class CaptureError(RuntimeError):
