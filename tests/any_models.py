@@ -1,10 +1,12 @@
 """Models as their users write them: for one draw, without a thought of batches."""
 
 import pyro
+import pyro.contrib.gp as gp
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.reparam import LocScaleReparam
+from pyro.distributions.transforms import CumulativeDistributionTransform
+from pyro.infer.reparam import LinearHMMReparam, LocScaleReparam, StudentTReparam
 from pyro.nn import PyroModule, PyroSample
 
 torch_state = torch.Generator().manual_seed(20)
@@ -92,6 +94,33 @@ def gaussian_process(x, y):
     pyro.sample("y", dist.MultivariateNormal(torch.zeros(len(x)), cov), obs=y)
 
 
+def gp_regression(x, y):
+    """Pyro's own, which writes in place into the diagonal."""
+    kernel = gp.kernels.RBF(input_dim=1)
+    kernel.lengthscale = PyroSample(dist.LogNormal(torch.zeros(()), 0.5))
+    process = gp.models.GPRegression(x, y, kernel, noise=torch.tensor(0.1, dtype=x.dtype), jitter=1e-4)
+    process.noise = PyroSample(dist.LogNormal(torch.full((), -2.0), 0.5))
+    return process.model()
+
+
+def kalman(y):
+    scale, noise = pyro.sample("scale", dist.LogNormal(0.0, 1.0)), pyro.sample("noise", dist.LogNormal(0.0, 1.0))
+    step = dist.Normal(torch.zeros(2), scale).to_event(1)
+    seen = dist.Normal(torch.zeros(1), noise).to_event(1)
+    start = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    pyro.sample("y", dist.GaussianHMM(start, torch.eye(2), step, torch.ones(2, 1), seen), obs=y.unsqueeze(-1))
+
+
+@poutine.reparam(config={"y": LinearHMMReparam(obs=StudentTReparam())})
+def kalman_with_outliers(y):
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    step = dist.Normal(torch.zeros(1), scale).to_event(1)
+    seen = dist.StudentT(4.0, torch.zeros(1), 0.5).to_event(1)
+    start = dist.Normal(torch.zeros(1), 1.0).to_event(1)
+    hmm = dist.LinearHMM(start, torch.eye(1), step, torch.eye(1), seen, duration=len(y))
+    pyro.sample("y", hmm, obs=y.unsqueeze(-1))
+
+
 def hidden_markov(y):
     step = pyro.sample("step", dist.Dirichlet(torch.ones(2, 2) + 1).to_event(1))
     mean = pyro.sample("mean", dist.Normal(torch.tensor([-1.0, 1.0]), 1.0).to_event(1))
@@ -146,6 +175,32 @@ def overdispersed(counts):
         pyro.sample("counts", dist.GammaPoisson(shape[GROUP], rate), obs=counts)
 
 
+def overdispersed_with_zeros(counts):
+    gate = pyro.sample("gate", dist.Beta(1.0, 1.0))
+    logit = pyro.sample("logit", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+    with pyro.plate("data", len(counts)):
+        pyro.sample("counts", dist.ZeroInflatedNegativeBinomial(3.0, logits=logit[GROUP], gate=gate), obs=counts)
+
+
+def truncated(X, y):
+    """A normal above -3 only, by its inverse distribution function."""
+    beta = pyro.sample("beta", dist.Normal(torch.zeros(3), 0.3).to_event(1))
+    normal = dist.Normal(X @ beta, 1.0)
+    ranks = dist.Uniform(normal.cdf(torch.full((), -3.0)), 1.0)
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.TransformedDistribution(ranks, [CumulativeDistributionTransform(normal).inv]), obs=y)
+
+
+def copula(y):
+    corr = pyro.sample("corr", dist.LKJCholesky(3, 2.0))
+    rate = pyro.sample("rate", dist.LogNormal(torch.zeros(3), 0.3).to_event(1))
+    to_ranks = CumulativeDistributionTransform(dist.Normal(torch.zeros(3), 1.0))
+    from_ranks = CumulativeDistributionTransform(dist.Exponential(rate)).inv
+    normal = dist.MultivariateNormal(torch.zeros(3), scale_tril=corr)
+    for i in pyro.plate("data", 5):
+        pyro.sample(f"y_{i}", dist.TransformedDistribution(normal, [to_ranks, from_ranks]), obs=y[i])
+
+
 def directions(angles):
     loc = pyro.sample("loc", dist.Normal(torch.zeros(4), 1.0).to_event(1))
     concentration = pyro.sample("concentration", dist.HalfNormal(2.0))
@@ -198,6 +253,9 @@ MODELS = {
     "local level": (local_level, (SERIES,)),
     "LKJ": (correlations, (X,)),
     "Gaussian process": (gaussian_process, (X[:15, :1], Y[:15])),
+    "GPRegression": (gp_regression, (X[:10, :1], Y[:10])),
+    "GaussianHMM": (kalman, (SERIES,)),
+    "LinearHMM": (kalman_with_outliers, (SERIES,)),
     "hidden Markov": (hidden_markov, (Y[:20],)),
     "mixture": (mixture, (Y,)),
     "ordinal": (ordinal, (X[:, 0], GROUP)),
@@ -205,6 +263,9 @@ MODELS = {
     "student": (student, (X,)),
     "zero-inflated": (zero_inflated, (COUNTS,)),
     "overdispersed": (overdispersed, (COUNTS,)),
+    "overdispersed, with zeros": (overdispersed_with_zeros, (COUNTS,)),
+    "truncated": (truncated, (X, Y.clamp(min=-2.9))),
+    "copula": (copula, (X[:5].abs() + 0.1,)),
     "directions": (directions, (NOISE.clamp(-3, 3),)),
     "reparameterized": (reparameterized, (GROUP, Y)),
     "one-hot": (one_hot, (GROUP, Y)),

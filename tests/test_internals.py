@@ -117,6 +117,13 @@ def test_functions_are_recorded_below_autograd():
     assert internals.UNSAFE_VIEW in [node.target for node in graph.graph.nodes]
 
 
+def test_a_recording_notes_all_shapes_by_one_mode():
+    graph = internals.record(lambda x: x.sin().cos().tan(), [torch.ones(2)])
+    shapes = [node.meta["val"] for node in graph.graph.nodes if node.op == "call_function"]
+    assert [value.shape for value in shapes] == [(2,)] * 3
+    assert len({id(value.fake_mode) for value in shapes}) == 1
+
+
 def test_recordings_are_written_without_writes_in_place_and_in_other_operations():
     def function(x):
         found = torch.zeros_like(x)

@@ -374,9 +374,14 @@ def _start(slice_backward: Any) -> int:
 def _summands(node: Any) -> list[Any]:
     """What a sum of sums adds up, as far as the partial sums are used nowhere else."""
     parts = []
-    for part in node.args[:2]:
-        nested = isinstance(part, Node) and part.target is aten.add.Tensor and not part.kwargs and len(part.users) == 1
-        parts.extend(_summands(part) if nested else [part])
+    # No recursion: the sum may be that of a loop over hundreds of time steps.
+    left = list(reversed(node.args[:2]))
+    while left:
+        part = left.pop()
+        if isinstance(part, Node) and part.target is aten.add.Tensor and not part.kwargs and len(part.users) == 1:
+            left.extend(reversed(part.args[:2]))
+        else:
+            parts.append(part)
     return parts
 
 

@@ -21,15 +21,16 @@ import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.overrides import TorchFunctionMode
 
 from .. import internals
 
 aten = torch.ops.aten
 
-# Recording takes about a millisecond for each operation, with its gradient: beyond this number, eager steps are done sooner.
-MAX_OPERATIONS = 8_000
+# Recording takes about a millisecond for each operation, gradient included (twice as much where the model writes in place), and
+# capturing the step that again. This many are a loop over some 500 time steps.
+MAX_OPERATIONS = 20_000
 
 
 class CaptureError(RuntimeError):
@@ -142,7 +143,10 @@ class _FoldConstants(internals.TorchDispatchMode):
                 return function(*args, **kwargs)
         written = internals.written_arguments(function, args, kwargs) if internals.is_mutable(function) else []
         if not all(map(self._varies, internals.flatten(written)[0])):
-            raise CaptureError("it writes into a tensor from outside of the model")
+            raise CaptureError(
+                "it writes into a tensor from outside of the model, or into one that it has computed from data alone; write into "
+                "a .clone() of it"
+            )
         result = function(*args, **kwargs)
         self._mark(internals.flatten(result)[0])
         return result
@@ -170,8 +174,21 @@ def _is_whole_number(index: Any) -> bool:
 # --- operations that vmap cannot batch ---------------------------------------------------------------------------------
 
 
+def _memory_order(tensor: Tensor) -> list[int]:
+    """The dimensions of a tensor from the one whose elements lie farthest apart in memory to the nearest."""
+    return sorted(range(tensor.dim()), key=lambda dim: tensor.stride(dim), reverse=True)
+
+
+def _back(order: Sequence[int]) -> list[int]:
+    """The permutation that undoes another one."""
+    return sorted(range(len(order)), key=lambda place: order[place])
+
+
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    return source.to(dtype=target.dtype, device=target.device).expand(target.shape).clone()
+    # As it lies in memory: views by strides may follow.
+    order = _memory_order(target)
+    copied = source.to(dtype=target.dtype, device=target.device).expand(target.shape).permute(order)
+    return copied.clone(memory_format=torch.contiguous_format).permute(_back(order))
 
 
 def _fill(target: Tensor, value: complex) -> Tensor:
@@ -196,26 +213,30 @@ def _places(size: Sequence[int], stride: Sequence[int], offset: int | None, devi
 
 
 def _as_strided(base: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> Any:
-    if not base.is_contiguous() or base.storage_offset():
+    memory = base.permute(_memory_order(base))
+    if not memory.is_contiguous() or base.storage_offset():
         return NotImplemented
-    return base.reshape(-1).index_select(0, _places(size, stride, offset, base.device)).reshape(size)
+    return memory.reshape(-1).index_select(0, _places(size, stride, offset, base.device)).reshape(size)
 
 
 def _as_strided_scatter(
     base: Tensor, source: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None
 ) -> Any:
-    if not base.is_contiguous() or base.storage_offset():
+    order = _memory_order(base)
+    memory = base.permute(order)
+    if not memory.is_contiguous() or base.storage_offset():
         return NotImplemented
     places = _places(size, stride, offset, base.device)
-    return base.reshape(-1).scatter(0, places, source.expand(size).reshape(-1)).reshape(base.shape)
+    written = memory.reshape(-1).scatter(0, places, source.expand(size).reshape(-1))
+    return written.reshape(memory.shape).permute(_back(order))
 
 
 def _slice_scatter(
     target: Tensor, source: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> Any:
-    # vmap's rule takes bounds from the left alone.
+    # vmap's rule takes bounds from the left alone, and none beyond the end.
     size = target.shape[dim]
-    bounds = [bound + size if bound is not None and bound < 0 else bound for bound in (start, end)]
+    bounds = [None if bound is None else min(bound + size if bound < 0 else bound, size) for bound in (start, end)]
     if bounds == [start, end]:
         return NotImplemented
     return aten.slice_scatter.default(target, source, dim, *bounds, step)
@@ -297,8 +318,11 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModul
 
     try:
         with EverySite(names.append):
-            recorded = internals.record(folded, inputs)
-        graph = internals.record_functional(recorded, inputs, _DECOMPOSITIONS)
+            graph = internals.record(folded, inputs)
+        if any(map(_is_rewritten, graph.graph.nodes)):
+            constants = _constants_to_inputs(graph)
+            graph = internals.record_functional(graph, [*inputs, *constants], _DECOMPOSITIONS)
+            _inputs_to_constants(graph, constants)
     except Exception as error:
         raise CaptureError(explain(error, names[-1] if names else None)) from error
     for node in graph.graph.nodes:
@@ -307,6 +331,40 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModul
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+def _is_rewritten(node: Node) -> bool:
+    """Whether an operation writes in place, or is batched in another form; without any, a second recording is spared."""
+    return node.target in _DECOMPOSITIONS or (internals.is_operator(node.target) and internals.is_mutable(node.target))
+
+
+def _constants_to_inputs(graph: GraphModule) -> list[Tensor]:
+    """Makes the constants of a graph its last inputs, and returns their values.
+
+    Only what is computed from inputs can be written in place and taken for a function all the same: ``zeros_like`` of data too.
+    """
+    first = next(node for node in graph.graph.nodes if node.op != "placeholder")
+    constants = graph.graph.find_nodes(op="get_attr")
+    places: dict[str, Node] = {}
+    with graph.graph.inserting_before(first):
+        for name in dict.fromkeys(node.target for node in constants):
+            places[name] = graph.graph.placeholder(name)
+    for node in constants:
+        node.replace_all_uses_with(places[node.target])
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return [getattr(graph, name).detach() for name in places]
+
+
+def _inputs_to_constants(graph: GraphModule, constants: Sequence[Tensor]) -> None:
+    """Makes constants of the last inputs of a graph."""
+    inputs = graph.graph.find_nodes(op="placeholder")
+    for index, (node, value) in enumerate(zip(inputs[len(inputs) - len(constants) :], constants, strict=True)):
+        name = f"_constant_{index}"
+        graph.register_buffer(name, value, persistent=False)
+        with graph.graph.inserting_before(node):
+            node.replace_all_uses_with(graph.graph.get_attr(name))
+        graph.graph.erase_node(node)
 
 
 def batch(graph: GraphModule, varies: Sequence[bool]) -> Callable[..., Any]:

@@ -55,6 +55,19 @@ CASES = {
 }
 
 
+def test_a_sum_over_thousands_of_steps_is_no_recursion():
+    graph = torch.fx.Graph()
+    x = total = graph.placeholder("x")
+    for _ in range(2000):
+        total = graph.call_function(torch.ops.aten.add.Tensor, (total, x))
+    graph.output(total)
+    for node in graph.nodes:
+        node.meta["val"] = DATA
+    module = torch.fx.GraphModule({}, graph)
+    rewrite.simplify(module)
+    torch.testing.assert_close(module(DATA), 2001 * DATA)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_same_numbers_from_fewer_operations(name):
     function, most = CASES[name]

@@ -13,7 +13,12 @@ import torch
 from any_models import GROUP, MODELS, X, Y, linear, one_hot
 from pyro import poutine
 from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
 
 import pyro_flowguides as fg
 from pyro_flowguides.compiled.losses import KL
@@ -98,6 +103,21 @@ def test_loss_and_gradient_are_those_of_the_model_vectorised_by_hand():
     torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-4)
     for ours, theirs in zip(found[2], expected[2], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * (1 + float(theirs.abs().max())))
+
+
+@pytest.mark.parametrize("kind", [AutoNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal, AutoDelta])
+def test_guides_of_pyro_take_the_recording_too(kind):
+    pyro.set_rng_seed(0)
+    guide = kind(by_hand)
+    guide(X, Y)
+    found, expected = (loss_and_gradients(model, guide, 16) for model in (linear, by_hand))
+    assert found[0].batched is not None
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-4)
+    for ours, theirs in zip(found[2], expected[2], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * (1 + float(theirs.abs().max())))
+    fit = fg.fit(linear, kind(linear), X, Y, num_steps=4, num_particles=8, progress=False)
+    # Of a model that runs draw by draw there are fewer.
+    assert len(fit.draws) == 10_000
 
 
 def test_whitening_finds_the_gaussian_by_the_recording():
