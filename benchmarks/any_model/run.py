@@ -18,7 +18,6 @@ from pyro.optim import ClippedAdam
 
 import pyro_flowguides as fg
 from pyro_flowguides.compiled.losses import KL
-from pyro_flowguides.diagnostics.tracer import Tracer
 from pyro_flowguides.model.call import ModelCall
 from pyro_flowguides.training import start
 from pyro_flowguides.training.loop import CLIP_FACTOR, LEARNING_RATE, NUM_PARTICLES
@@ -64,8 +63,9 @@ class Training:
         self.arguments = arguments
         guide = fg.AutoFlow(model)
         call = ModelCall(model, arguments, {})
-        self.tracer = tracer = start.set_up(call, guide)
-        start.whiten(call, guide, "auto", tracer)
+        self.tracer, flow_guides = start.set_up(call, guide)
+        tracer = self.tracer
+        start.whiten(flow_guides, guide, "auto", tracer)
         loss = KL(
             NUM_PARTICLES,
             vectorize_particles=tracer.vectorizes,
@@ -100,14 +100,7 @@ class Training:
         """How many draws are made together."""
         if self.loss.batched is not None:
             return "recorded"
-        return way(self.tracer)
-
-
-def way(tracer: Tracer) -> str:
-    """How a tracer makes many draws."""
-    if tracer.batched is not None:
-        return "recorded"
-    return "broadcast" if tracer.vectorizes else "looped"
+        return self.tracer.vectorization
 
 
 def speed(problem: Problem) -> dict[str, Any]:
