@@ -30,6 +30,7 @@ from .guides import (
     AutoSpline,
     AutoSylvester,
 )
+from .model.log_density import LogDensity
 from .training import Checkpoint, FitResult, fit
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "Estimate",
     "FitResult",
     "IWELBO",
+    "LogDensity",
     "NormalizingFlow",
     "Verdict",
     "VerdictKind",

@@ -34,6 +34,7 @@ from .diagnostics.arviz import Coords, Dims, Group, to_tree
 from .diagnostics.draws import Draws
 from .diagnostics.replay import simulate
 from .diagnostics.summary import scalars
+from .model.call import ModelCall
 from .training.fit import fit
 
 # The histogram of ranks has at least this many simulations in a bin, in expectation, and at most this many bins.
@@ -175,8 +176,9 @@ def check_calibration(
     be, several hundred one that is off by a fifth.
 
     Arguments:
-        model_factory: Makes the model, a function without arguments (``functools.partial`` binds them); its observed sites are
-            simulated, so that only the shapes of its data count. Its priors must be proper. Called once in every process.
+        model_factory: Makes the model, a function without arguments (``functools.partial`` binds them, arrays and frames as for
+            ``fit``); its observed sites are simulated, so that only the shapes of its data count. Its priors must be proper.
+            Called once in every process.
         guide_factory: Makes a guide for a model that observes simulated data; a class such as ``AutoCoupling`` will do.
         num_simulations: How many data sets.
         infer: A function of model, guide and seed that returns :class:`Draws`; by default it fits. With
@@ -261,7 +263,7 @@ def _simulate_and_rank(
     """Ranks, probabilities and names of dimensions of one simulation."""
     pyro.set_rng_seed(seed)
     try:
-        model = model_factory()
+        model = _with_tensors(model_factory())
         # The guides of all simulations have the same names of parameters.
         with pyro.get_param_store().scope():
             true_values, data = simulate(model)
@@ -293,6 +295,14 @@ def _simulate_and_rank(
         {name: numpy(value.double().mean(0)) for name, value in below.items()},
         draws.dims,
     )
+
+
+def _with_tensors(model: Callable) -> Callable:
+    """A model whose arguments are bound by ``functools.partial``, with the tensors that they become."""
+    if not isinstance(model, partial):
+        return model
+    call = ModelCall.given("check_calibration", model.func, model.args, model.keywords)
+    return partial(call.model, *call.args, **call.kwargs)
 
 
 def _finding(not_uniform: bool, not_symmetric: bool, shift: float, width: float) -> str:

@@ -14,10 +14,15 @@ def warn(message: str) -> None:
     """Warns at the innermost line that is not of this package."""
     level = 1
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame.f_back is not None and is_of_package(frame.f_code.co_filename):
         frame = frame.f_back
         level += 1
     warnings.warn(message, stacklevel=level + 1)
+
+
+def is_of_package(filename: str) -> bool:
+    """Whether a file of code is one of this package."""
+    return filename.startswith(_PACKAGE)
 
 
 def check_positive_integer(owner: str, argument: str, value: int) -> int:

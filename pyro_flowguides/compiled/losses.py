@@ -6,24 +6,24 @@ is one scalar tensor, whose value is the loss; its gradient is the one that Pyro
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pyro import poutine
 from pyro.distributions.util import is_identically_zero
-from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoGuideList
+from pyro.infer import JitTrace_ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.elbo import ELBO
 from pyro.infer.util import get_dependent_plate_dims, torch_sum
 from torch import Tensor
 
 from .. import internals
-from ..guides.base import FlowGuide
-from .recorded import BatchedCalls, recorded_loss
+from ..guides.base import LatentDelta, path_gradient
+from ..model.call import ModelCall
+from ..model.sites import is_subsample
+from .recorded import BatchedCalls, find_recording, recorded_loss
 
 
 @runtime_checkable
@@ -80,7 +80,7 @@ class KL:
         )
 
     def loss(self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        with path_gradient(guide):
+        with path_gradient():
             if self.batched is not None:
                 return recorded_loss(self.batched, self.elbo.num_particles, guide, args, kwargs)
             return self.elbo.differentiable_loss(model, guide, *args, **kwargs)
@@ -159,6 +159,8 @@ Adapter = Callable[[Any, Callable, Callable, tuple, dict[str, Any]], Tensor]
 class PyroELBO:
     """An ELBO of Pyro as an objective.
 
+    ``Trace_ELBO`` with vectorised particles takes a recording of a model that does not broadcast, see :meth:`find_recording`.
+
     Arguments:
         elbo: The ELBO: of Pyro, its Jit variants included, or of your own with a method ``differentiable_loss``.
 
@@ -169,9 +171,28 @@ class PyroELBO:
     def __init__(self, elbo: Any) -> None:
         self.elbo = elbo
         self._adapter = _find_adapter(elbo)
+        self._batched: BatchedCalls | None = None
 
     def loss(self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        if self._batched is not None:
+            return recorded_loss(self._batched, self.elbo.num_particles, guide, args, kwargs)
         return self._adapter(self.elbo, model, guide, args, kwargs)
+
+    def find_recording(self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Records the model from now on, where its particles cannot be run together otherwise.
+
+        Arguments:
+            model: The model.
+            guide: The guide.
+            args: The positional arguments of both.
+            kwargs: Their keyword arguments.
+        """
+        if (
+            type(self.elbo) in (Trace_ELBO, JitTrace_ELBO)
+            and self.elbo.vectorize_particles
+            and self.elbo.num_particles > 1
+        ):
+            self._batched = find_recording(ModelCall(model, args, kwargs), guide)
 
 
 class LossFunction:
@@ -214,12 +235,7 @@ def _importance_weighted_loss(
 ) -> Tensor:
     if elbo.gradient == "total":
         return _renyi_loss(elbo, model, guide, args, kwargs)
-    if not has_path_gradient(guide):
-        raise ValueError(
-            f"IWELBO: the doubly reparameterised gradient needs a flow guide, which {type(guide).__name__} is not (or not in "
-            'all of its parts); use gradient="total"'
-        )
-    with path_gradient(guide):
+    with path_gradient():
         return _renyi_loss(elbo, model, guide, args, kwargs, doubly_reparameterized=True)
 
 
@@ -277,6 +293,11 @@ def _samples(trace: poutine.Trace) -> list[Any]:
 def _weigh_gradients(guide_trace: poutine.Trace, weights: Tensor) -> None:
     """Weighs once more what flows back into each draw: the second factor of the doubly reparameterised gradient."""
     for site in _samples(guide_trace):
+        if not (site["infer"].get("is_auxiliary") or is_subsample(site) or isinstance(site["fn"], LatentDelta)):
+            raise ValueError(
+                "IWELBO: the doubly reparameterised gradient needs a flow guide, and site "
+                f"'{site['name']}' comes from another one; use gradient=\"total\""
+            )
         value = site["value"]
         if site["infer"].get("is_auxiliary") and value.requires_grad:
             factor = weights.reshape(*weights.shape, *[1] * (value.dim() - weights.dim()))
@@ -320,32 +341,3 @@ def _find_adapter(elbo: Any) -> Adapter:
 def _overrides(own: Any, inherited: Any) -> bool:
     """Whether a class from outside of Pyro has a method of its own."""
     return own is not inherited and not own.__module__.startswith("pyro.infer")
-
-
-# --- the path gradient -------------------------------------------------------------------------------------------------
-
-
-def flow_guides(guide: Callable) -> list[FlowGuide]:
-    """The flow guides in a guide, which is one of them, a list of guides, or none."""
-    modules = guide.modules() if isinstance(guide, torch.nn.Module) else ()
-    return [module for module in modules if isinstance(module, FlowGuide)]
-
-
-def has_path_gradient(guide: Callable) -> bool:
-    """Whether every part of a guide is a flow guide."""
-    parts = list(guide) if isinstance(guide, AutoGuideList) else [guide]
-    return all(isinstance(part, FlowGuide) for part in parts)
-
-
-@contextlib.contextmanager
-def path_gradient(guide: Callable) -> Iterator[None]:
-    """Lets the flow guides in a guide take the path gradient within."""
-    parts = flow_guides(guide)
-    previous = [part.gradient for part in parts]
-    for part in parts:
-        part.gradient = "path"
-    try:
-        yield
-    finally:
-        for part, gradient in zip(parts, previous, strict=True):
-            part.gradient = gradient

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pyro
+import torch
 from pyro import poutine
 from pyro.distributions.util import is_identically_zero
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from ..diagnostics.tracer import given_by, single_run
+from .. import internals
+from ..diagnostics.tracer import Tracer, given_by, single_run
 from ..model.batched import BatchedModel
 from ..model.call import ModelCall
-from ..model.sites import PLATE_NAME
+from ..model.sites import PLATE_NAME, unchanged_random_state
 from .arguments import Arguments, Key
 
 
@@ -55,6 +58,30 @@ class BatchedCalls:
             prototype = single_run(call, guide_trace, self._prototype)
             self._known[key] = self._first.at(call, prototype), prototype
         return *self._known[key], call
+
+
+def find_recording(call: ModelCall, guide: Callable) -> BatchedCalls | None:
+    """Recordings of a model that does not broadcast; None if it does, or if it cannot be recorded either.
+
+    Nothing is set up or drawn by the search: it has a copy of the guide and a parameter store of its own.
+
+    Arguments:
+        call: The model with its first arguments.
+        guide: The guide.
+    """
+    if isinstance(guide, torch.nn.Module):
+        try:
+            guide = internals.copy_with_models(guide, {})
+        except (TypeError, RuntimeError):
+            # What holds a generator or a graph has no copy.
+            return None
+    with unchanged_random_state(), pyro.get_param_store().scope(), warnings.catch_warnings():
+        # Of a model that can neither broadcast nor be recorded, which the step itself refuses.
+        warnings.simplefilter("ignore")
+        tracer = Tracer(call, guide, differentiable=True)
+    if tracer.batched is None:
+        return None
+    return BatchedCalls(tracer.batched, tracer.model_prototype, tracer.max_plate_nesting, arguments_vary=True)
 
 
 def recorded_loss(

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from pyro import poutine
 from torch import Tensor
 
-from ..model.sites import site_without_density
-from . import capture
 from .snapshot import Snapshot
 
 # A loss is bad if it is above the mean of the last good window by this many of its standard deviations,
@@ -123,13 +120,3 @@ class Watch:
         ]
         self._num_nonfinite_in_a_row = state["num_nonfinite_in_a_row"]
         self._detector.load_state_dict(state["detector"])
-
-
-@torch.no_grad()
-def why_lost(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> str:
-    """A clause about the first site of a fresh draw whose log-probability is not finite."""
-    with capture.no_waiting(), poutine.block():
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-        site = site_without_density(guide_trace, model_trace)
-    return site or "every site's log-probability is finite, its gradient is not"

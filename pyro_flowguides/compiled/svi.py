@@ -15,8 +15,9 @@ from ..checks import warn
 from .binding import Binding, OptimizerFactory, Trained, optimizer_factory
 from .capture import CaptureError
 from .captures import Arguments, CapturedStep, Captures, capture_step
-from .losses import KL, as_function, as_objective
-from .rollback import Watch, why_lost
+from .losses import KL, PyroELBO, as_function, as_objective
+from .lost import why_lost
+from .rollback import Watch
 from .snapshot import Snapshot
 from .update import NUM_SKIPPED, Scalars
 
@@ -36,6 +37,8 @@ class CompiledSVI(SVI):
     Tensor arguments are inputs of the graph: their values may change from step to step. New shapes, dtypes, devices, other
     arguments that are not tensors, and other values of what model and guide close over (numbers, flags such as ``training``,
     attributes of their objects) make a new capture. Give minibatches as arguments, or draw them by a subsampling plate.
+    Where ``Trace_ELBO(vectorize_particles=True)`` meets a model that does not broadcast over particles (``X @ beta``), one run of
+    the model is recorded, and the recording is repeated for all particles.
     Models that branch on the values of tensors (``if x > 0``), draw from numpy's or Python's own random numbers, or loop in
     Python for thousands of operations cannot be captured; they run eagerly, with identical results and one warning.
 
@@ -173,6 +176,8 @@ class CompiledSVI(SVI):
     def _first_step(self, arguments: Arguments, steps_left: int) -> Tensor:
         """Pyro's own step, so that a guide is set up from the same random numbers; when called again, the captured one."""
         if self._trained.binding is None:
+            if isinstance(self.objective, PyroELBO):
+                self.objective.find_recording(self.model, self.guide, arguments.args, arguments.kwargs)
             return self._take_step(arguments, None)
         return self.compile_step(arguments.args, arguments.kwargs, steps_left)()
 

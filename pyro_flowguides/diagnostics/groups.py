@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from ..checks import warn
 from ..model.call import ModelCall
+from ..model.log_density import LogDensity
 from .arviz import Dims, Group
 from .draws import Draws, to_numpy
 from .replay import predict
@@ -105,7 +108,8 @@ def model_groups(
         _, data = _sample(call, values, len(first) * len(chains), "posterior_predictive", "predictive")
         if data:
             groups["posterior_predictive"] = _sampled_group(data, len(chains), first.dims)
-    if prior:
+    # A log density has no prior to draw from: its flat one has draws for the set-up of guides alone.
+    if prior and not isinstance(call.as_written, LogDensity):
         latents, data = _sample(call, {}, len(first), "prior", "prior")
         groups |= {
             name: _sampled_group(sampled, 1, first.dims)
@@ -113,6 +117,47 @@ def model_groups(
             if sampled
         }
     return groups
+
+
+def stack_numbered(groups: Mapping[str, Group]) -> tuple[dict[str, Group], dict[str, list[int]]]:
+    """Groups in which observed sites that are numbered are one variable, as leave-one-out cross-validation takes them.
+
+    ``obs_0``, ``obs_1``, … of one shape, the sites of a loop over data, become ``obs`` with a dimension ``obs_number`` on the
+    left, unless there is an ``obs`` already. This is done in log_likelihood, observed_data and the predictive groups.
+
+    Arguments:
+        groups: The groups by name.
+
+    Returns:
+        The groups, and the numbers along every new dimension.
+    """
+    observed = groups["observed_data"].variables if "observed_data" in groups else {}
+    families: dict[str, dict[int, str]] = {}
+    for name in observed:
+        if match := re.fullmatch(r"(.+)_(\d+)", name):
+            families.setdefault(match[1], {})[int(match[2])] = name
+    taken = {name for group in groups.values() for name in group.variables}
+    families = {
+        base: {number: members[number] for number in sorted(members)}
+        for base, members in families.items()
+        if len(members) > 1 and base not in taken and len({observed[name].shape for name in members.values()}) == 1
+    }
+    result = dict(groups)
+    for group_name in ("observed_data", "log_likelihood", "posterior_predictive", "prior_predictive"):
+        if group_name in groups:
+            result[group_name] = _with_stacked(groups[group_name], families)
+    return result, {f"{base}_number": list(members) for base, members in families.items()}
+
+
+def _with_stacked(group: Group, families: Mapping[str, Mapping[int, str]]) -> Group:
+    variables, dims = dict(group.variables), dict(group.dims)
+    for base, members in families.items():
+        names = list(members.values())
+        if all(name in variables for name in names):
+            axis = len(group.sample_dims)
+            dims[base] = [f"{base}_number", *dims.get(names[0], [])]
+            variables[base] = np.stack([variables.pop(name) for name in names], axis)
+    return replace(group, variables=variables, dims=dims)
 
 
 def constant_data(call: ModelCall, observed: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
@@ -153,7 +198,10 @@ def _sample(
 
 def _sampled_group(values: Mapping[str, Tensor], num_chains: int, dims: Dims) -> Group:
     return Group(
-        {name: to_numpy(value).reshape(num_chains, -1, *value.shape[1:]) for name, value in values.items()},
+        {
+            name: to_numpy(value).reshape(num_chains, len(value) // num_chains, *value.shape[1:])
+            for name, value in values.items()
+        },
         {name: dims[name] for name in values if name in dims},
     )
 

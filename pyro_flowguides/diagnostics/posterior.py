@@ -19,7 +19,7 @@ from ..internals import has_run, mcmc_arguments
 from ..model.call import ModelCall
 from .arviz import Coords, Dims, Group, to_tree
 from .draws import Draws, concatenate
-from .groups import completed_dims, draws_groups, model_groups
+from .groups import completed_dims, draws_groups, model_groups, stack_numbered
 from .replay import draws_at
 from .sampling import draw
 
@@ -86,7 +86,7 @@ def posterior_of(
         return _posterior_of_mcmc(source, model)
     if isinstance(source, AutoGuide):
         model = source.model
-    call = None if model is None else ModelCall(model, args, model_kwargs or {})
+    call = None if model is None else ModelCall.given("draw", model, args, model_kwargs)
     if isinstance(source, Draws):
         return Posterior([source], call)
     if not callable(source):
@@ -94,7 +94,8 @@ def posterior_of(
     if call is None:
         raise ValueError("a guide that is a plain function does not know its model: give it with model=")
     options: dict[str, Any] = {"num_samples": num_samples, "log_likelihood": True, "seed": seed}
-    return Posterior([draw(call.model, source, *args, model_kwargs=model_kwargs, **options)], call)
+    with call.explaining("draw"):
+        return Posterior([draw(call.model, source, *call.args, model_kwargs=call.kwargs, **options)], call)
 
 
 def _posterior_of_mcmc(mcmc: MCMC, model: Callable | None) -> Posterior:
@@ -103,7 +104,7 @@ def _posterior_of_mcmc(mcmc: MCMC, model: Callable | None) -> Posterior:
         raise ValueError("this MCMC has not been run yet")
     if model is None:
         raise ValueError("this MCMC has a potential function and no model: give the model with model=")
-    call = ModelCall(model, *mcmc_arguments(mcmc))
+    call = ModelCall.given("to_arviz", model, *mcmc_arguments(mcmc))
     samples = mcmc.get_samples(group_by_chain=True)
     chains = [
         draws_at(call, {name: values[i] for name, values in samples.items()}, "the draws come from MCMC")
@@ -174,8 +175,9 @@ def to_arviz(
     posterior_predictive, prior, prior_predictive, observed_data, constant_data, and variational_fit for a fit (the ELBO of every
     step, ``num_skipped`` steps, ``num_rolled_back``, ``wall_time`` in seconds, k-hat and final ELBO of every chain). Dimensions
     are named after the plates; none of size 1 is dropped. ``arviz.loo_approximate_posterior`` (1.x) takes ``lp`` and ``log_q``
-    from there. A masked entry has log-likelihood 0; ``arviz.loo`` counts it as an observation without a k-hat, :func:`compare`
-    does not.
+    from there. Observed sites that are numbered, such as ``obs_0``, ``obs_1``, … of a loop over data, are one variable ``obs``
+    with a dimension ``obs_number``. A masked entry has log-likelihood 0; ``arviz.loo`` counts it as an observation without a
+    k-hat, :func:`compare` does not.
 
     Arguments:
         source: A fit (:class:`FitResult`), :class:`Draws`, any Pyro guide, or a ``pyro.infer.MCMC`` that has run.
@@ -205,6 +207,7 @@ def to_arviz(
     if unknown:
         known = ", ".join(chains[0].dims)
         raise ValueError(f"to_arviz: dims names '{min(unknown)}', which is no site; there are {known}")
+    groups, numbers = stack_numbered(groups)
     attrs = {
         "creation_library": "pyro_flowguides",
         "creation_library_version": version(),
@@ -217,4 +220,25 @@ def to_arviz(
         **({"name": call.name} if call else {}),
         **posterior.attrs,
     }
-    return to_tree(groups, coords, attrs)
+    return to_tree(groups, {**numbers, **_column_labels(call, chains[0]), **(coords or {})}, attrs)
+
+
+def _column_labels(call: ModelCall | None, draws: Draws) -> dict[str, tuple[str, ...]]:
+    """The names of the columns of frames among the arguments, for the plates that have an element for each column."""
+    columns = {} if call is None else call.columns
+    values = {name: value.shape[1:] for name, value in {**draws.values, **draws.deterministic}.items()}
+    shapes = {**values, **{name: value.shape for name, value in draws.observed.items()}}
+    sizes = {
+        dim: size
+        for name, shape in shapes.items()
+        for index, (dim, size) in enumerate(zip(draws.dims.get(name, ()), shape, strict=False))
+        if dim != f"{name}_dim_{index}"
+    }
+    # Two frames of as many columns say nothing about which of them a plate is over.
+    lengths = [len(labels) for labels in columns.values()]
+    return {
+        dim: labels
+        for dim, size in sizes.items()
+        for labels in columns.values()
+        if len(labels) == size and lengths.count(size) == 1
+    }

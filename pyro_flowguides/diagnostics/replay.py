@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -103,6 +103,49 @@ def predict(
         {name: value for name, value in together.items() if name not in data},
         {name: value for name, value in together.items() if name in data},
     )
+
+
+def predict_new(
+    call: ModelCall, values: Mapping[str, Tensor], num_samples: int, new_plates: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Everything that a model samples on new arguments, given draws of the latents that it shares with the old ones.
+
+    Latents in a plate of another size than before, and those in ``new_plates``, belong to new elements: they are drawn from their
+    prior given the others.
+
+    Arguments:
+        call: The model with the new arguments.
+        values: Draws of the latents on the old arguments, ``(S,) + shape``.
+        num_samples: The number of draws to make; the values are taken in order, and anew from the first where there are fewer.
+        new_plates: The names of plates that have as many elements as before, and are of other ones.
+
+    Returns:
+        The sites that are drawn anew, data included, by name, ``(num_samples,) + shape``.
+
+    Raises:
+        ValueError: if a plate is not in the model, or a latent outside of new plates has another shape than before.
+    """
+    with quiet_trace():
+        trace = poutine.trace(call.model).get_trace(*call.args, **call.kwargs)
+    nodes: dict[str, Any] = dict(trace.nodes)
+    plates = {name: [frame.name for frame in site["cond_indep_stack"]] for name, site in tensor_sites(trace)}
+    known = {plate for names in plates.values() for plate in names}
+    if unknown := sorted(set(new_plates) - known):
+        raise ValueError(f"predict: the model has no plate '{unknown[0]}'; its plates are {sorted(known)}")
+    kept = {}
+    for name, value in values.items():
+        if name not in plates or set(plates[name]) & set(new_plates):
+            continue
+        shape = tuple(nodes[name]["value"].shape)
+        if shape == tuple(value.shape[1:]):
+            kept[name] = value[torch.arange(num_samples, device=value.device) % len(value)]
+        elif not plates[name]:
+            raise ValueError(
+                f"predict: latent site '{name}' has shape {shape} with these arguments, and had {tuple(value.shape[1:])} before; "
+                "only what is in a plate can be of another size"
+            )
+    latents, data = predict(call, kept, num_samples)
+    return {name: value for name, value in {**latents, **data}.items() if name not in kept}
 
 
 def simulate(model: Callable) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

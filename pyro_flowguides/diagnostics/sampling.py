@@ -69,7 +69,9 @@ def draw(
     for name, number in (("num_samples", num_samples), ("batch_size", batch_size)):
         if number < 1:
             raise ValueError(f"draw: {name} must be at least 1, got {number}")
-    tracer = Tracer(ModelCall(model, args, dict(model_kwargs or {})), guide)
+    call = ModelCall.given("draw", model, args, model_kwargs)
+    with call.explaining("draw"):
+        tracer = Tracer(call, guide)
     if seed is not None:
         # After the tracer, whose runs build a guide that is not set up.
         pyro.set_rng_seed(seed)
@@ -157,7 +159,7 @@ def _weights_error(guide_prototype: Trace, subsampled: str | None, unconstrained
             "log_det='exact' to have them"
         )
     for name, value in unconstrained.items():
-        if len(value) > 1 and bool((value == value[:1]).all()):
+        if len(value) > 1 and value.numel() and bool((value == value[:1]).all()):
             return f"the guide gives site '{name}' a single point, which has no density to weigh"
     if subsampled:
         return (

@@ -12,11 +12,13 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta
 from pyro.poutine import Trace
+from pyro.util import check_site_shape
 from torch import Tensor
 
 from ..checks import warn
 from ..model.batched import BatchedModel, given_names
 from ..model.call import ModelCall
+from ..model.data import check_observed
 from ..model.enumeration import Enumeration
 from ..model.missing import FillMissing
 from ..model.ownership import values_in_place
@@ -30,6 +32,7 @@ from ..model.sites import (
     max_plate_nesting,
     per_draw,
     quiet_trace,
+    tensor_sites,
     unchanged_random_state,
 )
 
@@ -116,10 +119,19 @@ class Tracer:
         with values_in_place(call.model, guide):
             with quiet_trace():
                 self.guide_prototype, self.model_prototype = self._trace_pair()
-            self.max_plate_nesting = max_plate_nesting(self.guide_prototype, self.model_prototype)
+                check_observed(self.model_prototype)
+                self.max_plate_nesting = max_plate_nesting(self.guide_prototype, self.model_prototype)
+                check_plates(self.model_prototype)
             given = self.guide_prototype.nodes
             self.enumeration = Enumeration.of(self.model_prototype, given) if sum_out else None
             self.vectorizes = self._try_to_sum_out() if self.enumeration else self._try_to_vectorize()
+
+    @property
+    def vectorization(self) -> str:
+        """How many draws are run: ``"broadcast"``, ``"recorded"``, or ``"looped"`` for draw by draw."""
+        if not self.vectorizes:
+            return "looped"
+        return "broadcast" if self.batched is None else "recorded"
 
     def traces(self, num_samples: int, first: int = 0) -> Iterator[tuple[Trace, Trace, int]]:
         """Pairs of guide and model trace with the number of draws in each; together ``num_samples``.
@@ -282,6 +294,24 @@ class Tracer:
                 value = per_draw(nodes[name]["value"], site["value"].shape, num_samples)[i]
                 if not torch.allclose(value.double(), site["value"].double(), rtol=1e-3, atol=1e-4, equal_nan=True):
                     raise ValueError(f"deterministic site '{name}' has other values among other draws than alone")
+
+
+def check_plates(trace: Trace) -> None:
+    """Raises a ValueError, Pyro's own where it has one, for a site whose log-probability has not the shape of its plates.
+
+    Observations of shape ``(N, 1)`` in a plate of N elements have a log-probability of shape ``(N, N)``: another posterior, not
+    an error of torch. Sites outside of plates may have batch dimensions, as in Pyro's MCMC.
+    """
+    for name, site in tensor_sites(trace):
+        if site["cond_indep_stack"]:
+            own, value = site["fn"].batch_shape, site["value"].shape
+            value = value[: len(value) - site["fn"].event_dim]
+            try:
+                shape = torch.broadcast_shapes(own, value)
+            except RuntimeError as error:
+                raise ValueError(f"site '{name}' has batch shape {tuple(own)}, and its value {tuple(value)}") from error
+            with_shape: Any = {**site, "log_prob": torch.empty(()).expand(shape)}
+            check_site_shape(with_shape, len(shape))
 
 
 def check_vectorized(trace: Trace, prototype: Trace, num_samples: int, nesting: int) -> None:

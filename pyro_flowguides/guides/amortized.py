@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from .. import transforms as T
 from ..checks import warn
 from ..distributions import NormalizingFlow
+from ..model.call import ModelCall
 from ..model.latents import Latents
 from ..model.sites import latent_sites, quiet_trace
 from .base import FlowGuide
@@ -266,12 +267,13 @@ class AmortizedFlow(FlowGuide):
         """
         if self._latents is None:
             self.setup(*args, **kwargs)
-        return self._posterior(self._encode(self.latents, args, kwargs))
+        call = ModelCall.given("AmortizedFlow", self.model, args, kwargs)
+        return self._posterior(self._encode(self.latents, call.args, dict(call.kwargs)))
 
     def _posterior(self, context: Tensor) -> NormalizingFlow:
         missing = self.latents.nesting + 1 - context.dim()
         context = context.reshape(*[1] * missing, *context.shape)
-        return NormalizingFlow(self.base(), self.flow, gradient=self.gradient).condition(context)
+        return NormalizingFlow(self.base(), self.flow, gradient=self.gradient_now).condition(context)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Samples every local site in its plates, with the same arguments as the model; returns the values by name."""

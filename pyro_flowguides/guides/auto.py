@@ -12,7 +12,8 @@ Gaussian.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -26,7 +27,7 @@ from torch.distributions import biject_to
 
 from .. import transforms as T
 from ..distributions import NormalizingFlow
-from ..model import plates
+from ..model import plates, supports
 from ..model.batched import BatchedModel
 from ..model.call import ModelCall
 from ..model.latents import WAYS_OUT, Latents, LatentSite
@@ -132,11 +133,13 @@ class AutoFlow(FlowGuide, AutoContinuous):
     # --- set-up --------------------------------------------------------------------------------------------------------
 
     def setup(self, *args: Any, **kwargs: Any) -> AutoFlow:
-        super().setup(*args, **kwargs)
-        if self.master is None:
-            # NeuTraReparam needs them before the first call. A part of an AutoGuideList gets its plates from there.
-            with poutine.block():
-                self._create_plates(*args, **kwargs)
+        call = ModelCall.given(type(self).__name__, self.model, args, kwargs)
+        with call.explaining(type(self).__name__):
+            super().setup(*call.args, **call.kwargs)
+            if self.master is None:
+                # NeuTraReparam needs them before the first call. A part of an AutoGuideList gets its plates from there.
+                with poutine.block():
+                    self._create_plates(*call.args, **call.kwargs)
         return self
 
     def _build(self, args: tuple, kwargs: dict[str, Any]) -> Latents:
@@ -148,6 +151,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
                     "for a guide that makes the plates alone"
                 )
             return latents
+        latents = supports.mark_varying(latents, ModelCall(self.model, args, kwargs), self.prototype_trace)
         self._check_given_indices(latents, args, kwargs)
         dim, loc = latents.dim, latents.init_loc
         parts = [self._make_body(dim)]
@@ -228,11 +232,14 @@ class AutoFlow(FlowGuide, AutoContinuous):
             return {}
         latent = self.sample_latent(*args, **kwargs)
         made = self._create_plates(*args, **kwargs)
-        return self._sample_sites(self._unpack_at(plates.plate_indices(made), latent), made)
+        unconstrained = self._latents_at(latent, args, kwargs).unpack(latent)
+        return self._sample_sites(self._at_indices(unconstrained, plates.plate_indices(made)), made)
 
-    def _unpack_at(self, indices: Mapping[str, Tensor], latent: Tensor) -> Iterator[tuple[LatentSite, Tensor]]:
+    def _at_indices(
+        self, unconstrained: Iterable[tuple[LatentSite, Tensor]], indices: Mapping[str, Tensor]
+    ) -> Iterator[tuple[LatentSite, Tensor]]:
         """The unconstrained values at the current elements of the plates."""
-        for site, point in self.latents.unpack(latent):
+        for site, point in unconstrained:
             yield site, plates.select(point, site.frames, indices, len(site.event_shape))
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
@@ -252,6 +259,11 @@ class AutoFlow(FlowGuide, AutoContinuous):
         Raises:
             ValueError: if its log-determinant is a random estimate. ``guide.flow`` is the same map.
         """
+        if names := [site.name for site in self.latents.sites if site.varies]:
+            raise ValueError(
+                f"{type(self).__name__}: the support of site '{names[0]}' depends on other latents, which NeuTra cannot follow; "
+                "give the site a common support, such as Uniform(0, 1), and map its value to the element's own in the model"
+            )
         if self.flow.stochastic_log_det:
             raise ValueError(
                 f"{type(self).__name__}: the log-determinant of its flow is a random estimate, with which an MCMC sampler "
@@ -262,7 +274,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> NormalizingFlow:
         """The approximate posterior of the flat unconstrained latent, a fresh distribution at every call."""
-        return NormalizingFlow(self.get_base_dist(), self.flow, gradient=self.gradient)
+        return NormalizingFlow(self.get_base_dist(), self.flow, gradient=self.gradient_now)
 
     def _fixed_draws(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         latents = self.latents
@@ -298,7 +310,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
                 ``"pathfinder"`` for the best on a quasi-Newton path from there; ``"init"`` to leave map and damping as they
                 start; ``"auto"`` for the one of start, path, and batch and match from either with the highest ELBO. Above 200
                 latent dimensions the map is diagonal, and ``"auto"`` chooses among the start and diagonal batch and match from
-                the start and from the mode.
+                the start and from the mode. Where every
+                draw is a run of the model, ``"auto"`` does with some 2,500 runs.
             model_kwargs: The keyword arguments of the model.
             model: The whole model, where the guide is for ``poutine.block`` of it, which hides the data too.
             vectorize: Whether the model can be run on many latents at once.
@@ -315,8 +328,9 @@ class AutoFlow(FlowGuide, AutoContinuous):
         minibatch, minibatches that cover the plate take its place, at a run of the model for each.
         """
         whitening.check_method(method)
-        kwargs = dict(model_kwargs or {})
-        self.setup(*args, **kwargs)
+        call = ModelCall.given("whiten", self.model, args, model_kwargs)
+        with call.explaining("whiten"):
+            self.setup(*call.args, **call.kwargs)
         if self.is_trained():
             raise ValueError(
                 f"whiten: this {type(self).__name__} has been trained, and its fixed map is part of what it learnt; make a "
@@ -324,7 +338,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
             )
         if method == "init":
             return self
-        call = ModelCall(model or self.model, args, kwargs)
+        call = replace(call, model=model or call.model)
         target = Target(call, self.latents, vectorize=vectorize, batched=batched)
         start = self.fixed_map.loc.double(), self.fixed_map.scale.double()
         loc, scale = whitening.whiten(target, start, method)

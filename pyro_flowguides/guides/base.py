@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pyro
 import pyro.distributions as dist
@@ -20,9 +21,10 @@ from pyro.nn.module import to_pyro_module_
 from torch import Tensor, nn
 from torch.distributions import register_kl
 
-from .. import bases, flows
+from .. import bases, flows, internals
 from .. import transforms as T
-from ..model import plates
+from ..model import plates, supports
+from ..model.call import ModelCall
 from ..model.enumeration import is_summed_out
 from ..model.latents import Latents, LatentSite
 from ..transforms import coupling
@@ -33,8 +35,32 @@ BASES: dict[str, Callable[[int], bases.Base]] = {
     "student_t": functools.partial(bases.StudentT, unit_variance=True),
 }
 GRADIENTS = ("total", "path")
+# See path_gradient and calls_of_flow_guides.
+_forced_gradients: list[str] = []
+_listeners: list[list[Call]] = []
 
 Guide = TypeVar("Guide", bound="FlowGuide")
+
+
+@contextlib.contextmanager
+def path_gradient() -> Iterator[None]:
+    """Lets every flow guide take the path gradient within, whatever it is wrapped in."""
+    _forced_gradients.append("path")
+    try:
+        yield
+    finally:
+        _forced_gradients.pop()
+
+
+@contextlib.contextmanager
+def calls_of_flow_guides() -> Iterator[list[Call]]:
+    """Every call of a flow guide within, wherever it is inside of a guide: a lambda, one of Pyro's handlers, an object."""
+    calls: list[Call] = []
+    _listeners.append(calls)
+    try:
+        yield calls
+    finally:
+        _listeners.remove(calls)
 
 
 class LatentDelta(dist.Delta):
@@ -55,6 +81,14 @@ class LatentDelta(dist.Delta):
 @register_kl(LatentDelta, dist.Distribution)  # type: ignore[untyped-decorator]
 def _kl_latent_delta(p: LatentDelta, q: dist.Distribution) -> Tensor:
     return p.log_density - q.log_prob(p.v)
+
+
+class Call(NamedTuple):
+    """A call of a flow guide with its arguments."""
+
+    guide: FlowGuide
+    args: tuple
+    kwargs: dict[str, Any]
 
 
 class FlowGuide(AutoGuide):
@@ -116,6 +150,16 @@ class FlowGuide(AutoGuide):
         self._initial = torch.zeros(0)
         self._frames_at: dict[Any, dict[str, Any]] = {}
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for calls in _listeners:
+            calls.append(Call(self, args, kwargs))
+        return super().__call__(*args, **kwargs)
+
+    @property
+    def gradient_now(self) -> str:
+        """The gradient of a draw: the guide's own, or the path gradient within :func:`path_gradient`."""
+        return _forced_gradients[-1] if _forced_gradients else self.gradient
+
     # --- set-up --------------------------------------------------------------------------------------------------------
 
     def setup(self: Guide, *args: Any, **kwargs: Any) -> Guide:
@@ -129,8 +173,9 @@ class FlowGuide(AutoGuide):
                 f"{type(self).__name__}: this guide is part of an AutoGuideList, whose plates it uses; call the list once "
                 "instead, which sets up all of its parts"
             )
-        with self._pyro_context:
-            self._update_plates(args, kwargs)
+        call = ModelCall.given(type(self).__name__, self.model, args, kwargs)
+        with call.explaining(type(self).__name__), self._pyro_context:
+            self._update_plates(call.args, dict(call.kwargs))
         return self
 
     @property
@@ -256,7 +301,8 @@ class FlowGuide(AutoGuide):
     def _follow_param_store(self) -> None:
         """Joins the store anew after it was cleared or loaded, which replaces all of its values: one tells for all."""
         first = next(self.named_parameters(), None)
-        if first is None or pyro.settings.get("module_local_params"):
+        # A recording puts other tensors into the store, and sees to the module itself.
+        if first is None or pyro.settings.get("module_local_params") or internals.is_recording():
             return
         name, parameter = self._pyro_get_fullname(first[0]), first[1]
         store = pyro.get_param_store()
@@ -313,6 +359,10 @@ class FlowGuide(AutoGuide):
 
     # --- the sites -----------------------------------------------------------------------------------------------------
 
+    def _latents_at(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Latents:
+        """The latents with the supports that they have at these points."""
+        return supports.at(self.latents, ModelCall(self.model, args, kwargs), x)
+
     def _sample_sites(
         self, unconstrained: Iterable[tuple[LatentSite, Tensor]], made: Mapping[str, pyro.plate]
     ) -> dict[str, Tensor]:
@@ -347,7 +397,8 @@ class FlowGuide(AutoGuide):
         of a simplex need not add up to 1.
         """
         medians = self._fixed_draws(args, kwargs).median(0).values
-        return {site.name: site.transform(point) for site, point in self.latents.unpack(medians, leading=0)}
+        latents = self._latents_at(medians, args, kwargs)
+        return {site.name: site.without_padding(site.transform(point), 0) for site, point in latents.unpack(medians)}
 
     @torch.no_grad()
     def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -355,7 +406,8 @@ class FlowGuide(AutoGuide):
 
         Arguments:
             quantiles: Numbers between 0 and 1.
-            args: The positional arguments of the model; only a guide with an encoder reads them.
+            args: The positional arguments of the model; they are read by a guide with an encoder, and where supports depend on
+                other latents.
             kwargs: The keyword arguments of the model; likewise.
 
         Returns:
@@ -369,9 +421,9 @@ class FlowGuide(AutoGuide):
         position = torch.as_tensor(quantiles, dtype=draws.dtype, device=draws.device).reshape(-1) * (len(draws) - 1)
         below = position.floor().long().clamp(0, len(draws) - 2)
         result = {}
-        for site, point in self.latents.unpack(draws, leading=1):
+        for site, point in self._latents_at(draws, args, kwargs).unpack(draws):
             # In the site's own space: the map to a simplex, for example, is not increasing coordinate by coordinate.
-            value = site.transform(point).sort(0).values
+            value = site.without_padding(site.transform(point), 1).sort(0).values
             weight = (position - below).reshape(-1, *[1] * (value.dim() - 1))
             result[site.name] = torch.lerp(value[below], value[below + 1], weight)
         return result

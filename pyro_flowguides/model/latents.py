@@ -48,6 +48,7 @@ class LatentSite:
         kept: Where some of the elements alone are in the vector, which ones, of the flattened part; the others have 0. These are
             the data that are missing (``obs_mask=``) and have to be inferred.
         missing: The same as a mask over the batch shape.
+        varies: Whether the support depends on other latents; ``transform`` holds for one run then (:func:`supports.at`).
     """
 
     name: str
@@ -62,6 +63,7 @@ class LatentSite:
     transform: Transform = field(compare=False)
     kept: Tensor | None = field(compare=False, default=None)
     missing: Tensor | None = field(compare=False, default=None)
+    varies: bool = False
 
     @property
     def size(self) -> int:
@@ -79,6 +81,16 @@ class LatentSite:
     def packed_shape(self) -> tuple[int, ...]:
         """The shape of the part before it is flattened: inner batch dimensions, then event dimensions."""
         return (*[size for _, size in self.inner], *self.event_shape)
+
+    def without_padding(self, value: Tensor, leading: int) -> Tensor:
+        """A value without the dimensions of plates that this site is not in.
+
+        Arguments:
+            value: The value with the batch dimensions of :meth:`Latents.unpack`.
+            leading: The number of batch dimensions to the left of the plates' dimensions.
+        """
+        own = value.dim() - self.batch_dims - self.event_dim
+        return value.reshape([*value.shape[:leading], *value.shape[own:]])
 
     def place(self, part: Tensor) -> Tensor:
         """The unconstrained value, with every inner batch dimension where the model has it.
@@ -245,6 +257,15 @@ class Latents:
                 value = value.reshape([*value.shape[:leading], *value.shape[own:]])
             yield site, value
             position += site.size
+
+    def pack(self, trace: Trace) -> Tensor:
+        """The vector of the unconstrained values in a trace of the model over whole plates."""
+        parts = []
+        for site in self.sites:
+            node: Any = trace.nodes[site.name]
+            part = biject_to(node["fn"].support).inv(node["value"]).reshape(-1)
+            parts.append(part if site.kept is None else part[site.kept])
+        return torch.cat(parts)
 
     def frames_in(self, trace: Trace, owner: str) -> dict[str, Any]:
         """The plates of these latents in another trace of the model, by name.

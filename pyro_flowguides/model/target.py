@@ -10,9 +10,10 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
-from . import plates
+from . import plates, supports
 from .batched import BatchedModel
 from .call import ModelCall
+from .data import check_observed
 from .enumeration import Enumeration
 from .latents import Latents
 from .missing import FillMissing
@@ -44,6 +45,7 @@ class Target:
         with quiet_trace():
             # All of the model: observed sites have plates too.
             trace = poutine.trace(call).get_trace()
+        check_observed(trace)
         self._nesting = max_plate_nesting(trace)
         self._minibatches = self._fixed_minibatches(trace)
         # Every latent has a value from here on; one drawn beside it is wasted, and fails where a trial point is wild.
@@ -73,17 +75,20 @@ class Target:
             A dict of site name to a tensor of shape ``(draws,) + site shape``, over whole plates.
         """
         x = x.reshape(len(x), *[1] * self.latents.nesting, self.latents.dim)
-        return {site.name: site.transform(value) for site, value in self.latents.unpack(x, leading=1)}
+        latents = supports.at(self.latents, self._bare, x)
+        return {site.name: site.without_padding(site.transform(point), 1) for site, point in latents.unpack(x)}
 
     def _log_prob(self, rows: Tensor) -> Tensor:
         count = len(rows)
-        nesting = self.latents.nesting if self.batched is not None else self._nesting
+        # A recording takes batch dimensions without a plate too.
+        nesting = max(self._nesting, self.latents.nesting) if self.batched is not None else self._nesting
         x = rows.reshape(count, *[1] * nesting, self.latents.dim) if self.vectorize else rows.squeeze(0)
         values, log_det = {}, rows.new_zeros(count)
-        for site, unconstrained in self.latents.unpack(x, leading=None if self.batched is None else 1):
-            values[site.name] = site.transform(unconstrained)
-            log_jacobian = site.log_jacobian(unconstrained, values[site.name])
+        for site, unconstrained in supports.at(self.latents, self._bare, x).unpack(x):
+            value = site.transform(unconstrained)
+            log_jacobian = site.log_jacobian(unconstrained, value)
             log_det = log_det + log_jacobian.reshape(count, -1).sum(-1)
+            values[site.name] = value if self.batched is None else site.without_padding(value, 1)
         log_p = [self._log_joint(values, indices, count) for indices in self._minibatches]
         return log_det + sum(log_p) / len(log_p)
 

@@ -32,6 +32,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import biject_to
 
+from ..model.call import ModelCall
 from ..model.sites import is_subsample, latent_sites, max_plate_nesting, tensor_sites, unchanged_random_state
 
 # The number of values of a loss that are compared, and the number of draws in each, without and with vectorized particles.
@@ -64,6 +65,8 @@ def check_guide(guide: Any, model: Callable, *args: Any, **kwargs: Any) -> None:
         ...     pyro.sample("x", dist.LogNormal(0.0, 1.0))
         >>> check_guide(AutoPlanar(model, num_layers=2), model)
     """
+    call = ModelCall.given("check_guide", model, args, kwargs)
+    args, kwargs = call.args, dict(call.kwargs)
     with unchanged_random_state():
         guide(*args, **kwargs)
         with moved_parameters(guide):
@@ -298,11 +301,18 @@ def check_estimates(guide: Any, model: Callable, *args: Any, **kwargs: Any) -> N
     median, again = guide.median(*args, **kwargs), guide.median(*args, **kwargs)
     quantiles = guide.quantiles(LEVELS, *args, **kwargs)
     draw = guide(*args, **kwargs)
+    # A support may depend on other latents.
+    shapes = {name: site["value"].shape for name, site in latent_sites(_run_alone(model, args, kwargs))}
+    whole = {name: median[name] for name, shape in shapes.items() if name in median and median[name].shape == shape}
+    at_median = poutine.condition(model, data=whole)
+    supports = {
+        name: site["fn"].support for name, site in tensor_sites(_run_alone(at_median, args, kwargs)) if name in median
+    }
     for name, site in latent_sites(_run_alone(model, args, kwargs)):
         if name not in draw:
             continue
         _require(name in median and name in quantiles, f'median and quantiles lack site "{name}"')
-        support, event_dim = site["fn"].support, site["fn"].event_dim
+        support, event_dim = supports[name], site["fn"].event_dim
         _require(torch.equal(median[name], again[name]), f'the median of site "{name}" differs from call to call')
         _require(
             quantiles[name].shape == (len(LEVELS), *median[name].shape),

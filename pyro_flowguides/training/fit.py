@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyro
 import torch
 from pyro.infer import ELBO
@@ -67,8 +68,9 @@ def fit(
     Arguments:
         model: A Pyro model.
         guide: A guide of this library, or any other Pyro guide, which is not whitened and keeps its own gradient.
-        args: The positional arguments of both.
-        model_kwargs: The keyword arguments of both.
+        args: The positional arguments of both: tensors, numpy arrays, pandas series and frames, lists and numbers, which become
+            tensors by the rule of docs/how_to/data.md.
+        model_kwargs: The keyword arguments of both, likewise.
         num_steps: The number of steps, in one round. By default rounds as described above; one round of 3000 steps where the
             draws have no weights that could end a round (subsampled data, a random log-density), where the model cannot be
             vectorised, and with ``loss``, ``batches`` or a Pyro optimiser.
@@ -110,9 +112,9 @@ def fit(
 
     Raises:
         TypeError: if the guide is a class, or an argument has a wrong type.
-        ValueError: if an argument is wrong, the data hold NaN, the model has no finite log-probability at the start, or the
-            guide leaves out a discrete site that cannot be summed out; the message names the site. Also if a checkpoint is
-            damaged, or of another model.
+        ValueError: if an argument is wrong or cannot become a tensor, the data hold NaN, the model has no finite log-probability
+            at the start, or the guide leaves out a discrete site that cannot be summed out; the message names the argument
+            or the site. Also if a checkpoint is damaged, or of another model.
         FileExistsError: if the checkpoint exists already and does not say ``resume=True``.
         RuntimeError: if ``max_nonfinite_steps`` steps in a row had no finite loss or gradient.
     """
@@ -149,13 +151,17 @@ def fit(
         callbacks=callbacks,
         progress=progress,
     )
+    if isinstance(batches, pd.DataFrame):
+        raise TypeError(
+            "fit: batches is a frame, which is iterated over by the names of its columns; give a list of frames"
+        )
     kwargs = dict(model_kwargs or {})
     if batches is not None and not args and not kwargs:
         if seed is not None:
             # A loader that shuffles draws.
             pyro.set_rng_seed(seed)
         args, kwargs = arguments(next(iter(batches)))
-    call = ModelCall(model, args, kwargs)
+    call = ModelCall.given("fit", model, args, kwargs)
     if num_restarts > 1:
         return fit_repeatedly(call, guide, options, num_restarts)
     with private_store(model, guide) as (model, guide):

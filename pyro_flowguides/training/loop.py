@@ -30,6 +30,7 @@ from ..model.sites import unchanged_random_state
 from . import start
 from .batches import Batches, warn_of_plate_of_the_batch
 from .checkpoint import Checkpoint, random_state, set_random_state
+from .first_draws import check_gradients, check_start
 from .result import FitResult
 from .schedules import Round, RoundScore, doubling_rounds, got_worse, is_worth_another, needs_loss
 
@@ -98,14 +99,18 @@ class Loop:
         if self.options.seed is not None:
             pyro.set_rng_seed(self.options.seed)
         saved = self.options.checkpoint.load() if self.options.checkpoint else None
-        self.tracer = start.set_up(self.call, self.guide)
-        start.check_start(self.tracer)
+        self.tracer, flow_guides = start.set_up(self.call, self.guide)
+        check_start(self.tracer, flow_guides)
+        self.largest = start.largest_result(self.tracer)
         if start.has_missing(self.tracer):
             self.call = replace(self.call, model=FillMissing()(self.call.model))
+        if self.options.loss is None:
+            check_gradients(self.tracer)
         if saved is not None:
             self._load_modules(saved["modules"])
         else:
-            start.whiten(self.call, self.guide, self.options.whiten, self.tracer)
+            with start.threads_for(self.largest * NUM_PARTICLES):
+                start.whiten(flow_guides, self.guide, self.options.whiten, self.tracer)
         self.batched = start.batched_calls(self.tracer, arguments_vary=self.options.batches is not None)
         self.rounds = self._choose_rounds()
         if saved is not None:
@@ -124,7 +129,9 @@ class Loop:
             num_skipped=self.num_skipped,
             num_rolled_back=self.num_rolled_back,
             wall_time=time.perf_counter() - began,
+            vectorization=self.tracer.vectorization,
             draws=draws,
+            columns=self.call.columns,
         )
 
     def _train_and_judge(self, saved: dict[str, Any] | None) -> Draws:
@@ -168,7 +175,8 @@ class Loop:
 
     def _train(self, steps: Steps) -> bool:
         """Takes the steps of a round; returns whether a callback or an interrupt has ended the training."""
-        stopped = steps.run()
+        with start.threads_for(self.largest * steps.round.num_particles):
+            stopped = steps.run()
         self.losses += steps.losses
         self.num_skipped += steps.svi.num_skipped
         self.num_rolled_back += steps.svi.num_rolled_back
@@ -321,11 +329,10 @@ class Steps:
     def _next_arguments(self) -> tuple[tuple, dict[str, Any]]:
         if self.batches is None:
             return self.loop.call.args, dict(self.loop.call.kwargs)
-        args, kwargs = next(self.batches)
+        call = ModelCall.given("fit", self.loop.call.model, *next(self.batches))
         if not self.losses and not self.pending:
-            batch = replace(self.loop.call, args=args, kwargs=kwargs)
-            warn_of_plate_of_the_batch(batch, self.batches.batches, self.loop.tracer.model_prototype)
-        return args, kwargs
+            warn_of_plate_of_the_batch(call, self.batches.batches, self.loop.tracer.model_prototype)
+        return call.args, dict(call.kwargs)
 
     def _collect(self, bar: tqdm) -> None:
         """Waits for the losses of the last steps."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +15,17 @@ from ..diagnostics.arviz import Coords, Dims, Group
 from ..diagnostics.draws import Draws
 from ..diagnostics.importance import Estimate, Verdict
 from ..diagnostics.posterior import Posterior, to_arviz
+from ..diagnostics.replay import predict_new
 from ..diagnostics.sampling import draw
 from ..model.call import ModelCall
 
 # The names of parameters that a printed fit shows.
 NUM_SHOWN = 4
+HOW_IT_RAN = {
+    "broadcast": "",
+    "recorded": "the model was recorded once, and repeated for all draws; ",
+    "looped": "the model was run draw by draw; ",
+}
 
 
 @dataclass(repr=False)
@@ -38,9 +44,12 @@ class FitResult:
         num_skipped: The number of steps that were skipped because loss or gradient were not finite.
         num_rolled_back: The number of times that the training exploded and was taken back.
         wall_time: The seconds that the fit took, final draws included.
+        vectorization: How the model was run for many draws: ``"broadcast"`` with an extra batch dimension, ``"recorded"`` once
+            and repeated for all draws, or ``"looped"`` draw by draw.
         draws: Draws from the fitted guide with their densities, 10,000 (1000 for a model that cannot be vectorised).
         parameters: The trained parameters of the model (``pyro.param``, ``pyro.module``, ``PyroModule``) by name, in their own
             (constrained) space.
+        columns: The names of the columns of each argument that was given as a frame, by its name; they are labels in ArviZ.
         restarts: Draws of every independent fit, log-likelihoods included, in the order of their seeds; empty where there was
             only one. Everything else here is of the best of them by ELBO.
     """
@@ -53,8 +62,10 @@ class FitResult:
     num_skipped: int
     num_rolled_back: int
     wall_time: float
+    vectorization: str
     draws: Draws
     parameters: dict[str, Tensor] = field(default_factory=dict)
+    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     restarts: tuple[Draws, ...] = ()
 
     def __repr__(self) -> str:
@@ -63,7 +74,8 @@ class FitResult:
         shown = ", ".join(names[:NUM_SHOWN]) + (f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else "")
         owns = f"owns the parameters {shown} of the model; " if names else ""
         summed = f"discrete sites summed out: {len(self.draws.summed_out)}; " if self.draws.summed_out else ""
-        return f"FitResult of {name_of(self.guide)}: ELBO {self.elbo} after {steps}; {owns}{summed}{self.verdict}"
+        told = f"{HOW_IT_RAN[self.vectorization]}{owns}{summed}{self.verdict}"
+        return f"FitResult of {name_of(self.guide)}: ELBO {self.elbo} after {steps}; {told}"
 
     @property
     def elbo(self) -> Estimate:
@@ -100,9 +112,41 @@ class FitResult:
         """One row per scalar: mean, sd and quantiles, diagnostics, or both; see :meth:`pyro_flowguides.Draws.summary`."""
         return self.draws.summary(kind=kind, quantiles=quantiles, weighted=weighted, coords=coords, dims=dims)
 
+    def predict(
+        self,
+        *args: Any,
+        model_kwargs: Mapping[str, Any] | None = None,
+        num_samples: int = 1000,
+        new_plates: Collection[str] = (),
+        seed: int | None = None,
+    ) -> dict[str, Tensor]:
+        """New data, and whatever else the model samples, on new arguments: new rows, new groups.
+
+        The latents that the model shares with the fit are draws of the posterior. Latents in a plate of another size than before,
+        such as the effects of new groups, are drawn from their prior given the others; so are those in ``new_plates``.
+
+        Arguments:
+            args: The positional arguments of the model, with None for data where the model takes it.
+            model_kwargs: The keyword arguments of the model.
+            num_samples: The number of draws.
+            new_plates: The names of plates that have as many elements as before, and are of other ones.
+            seed: Seeds Pyro first, if given.
+
+        Returns:
+            The sites that are drawn, by name, ``(num_samples,) + shape``.
+
+        Raises:
+            ValueError: if a plate is not in the model, or a latent outside of new plates has another shape than before.
+        """
+        if seed is not None:
+            pyro.set_rng_seed(seed)
+        call = ModelCall.given("predict", self.model, args, model_kwargs)
+        with call.explaining("predict"):
+            return predict_new(call, self.draws.values, num_samples, new_plates)
+
     def to_posterior(self, num_samples: int = 4000) -> Posterior:
         """The fit as chains with log-likelihoods: ``num_samples`` fresh draws, or with restarts up to as many of each."""
-        call = ModelCall(self.model, self.args, self.model_kwargs)
+        call = ModelCall(self.model, self.args, self.model_kwargs, self.columns)
         if self.restarts:
             number = min(num_samples, *map(len, self.restarts))
             chains = [draws[:number] for draws in self.restarts]

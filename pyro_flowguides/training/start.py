@@ -2,45 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 
+from .. import internals
 from ..compiled.recorded import BatchedCalls
 from ..diagnostics.tracer import Tracer
 from ..guides.auto import AutoFlow
-from ..guides.base import FlowGuide
+from ..guides.base import Call, calls_of_flow_guides
 from ..model.call import ModelCall
-from ..model.missing import as_given, num_nan
-from ..model.sites import observed_sites, site_without_density
+from ..model.missing import as_given
+from ..model.sites import latent_sites, log_prob_per_draw, observed_sites, unchanged_random_state
 
-NUM_START_DRAWS = 10
-
-
-def set_up(call: ModelCall, guide: Callable) -> Tracer:
-    """Builds a guide that is not built yet; returns what traces it with its model."""
-    if isinstance(guide, AutoFlow):
-        guide.setup(*call.args, **call.kwargs)
-    return Tracer(call, guide, differentiable=True)
+# The number of elements of a tensor from which on a second thread pays.
+WORTH_THREADS = 2**20
 
 
-def check_start(tracer: Tracer) -> None:
-    """An error that names the site, if the data hold NaN or no draw at the start has a density."""
-    for name, site in observed_sites(tracer.model_prototype):
-        if missing := num_nan(site):
+def set_up(call: ModelCall, guide: Callable) -> tuple[Tracer, list[Call]]:
+    """Builds a guide that is not built yet; returns what traces it with its model, and the calls of flow guides in one run."""
+    with call.explaining("fit"), calls_of_flow_guides() as calls:
+        try:
+            if isinstance(guide, AutoFlow):
+                guide.setup(*call.args, **call.kwargs)
+            tracer = Tracer(call, guide, differentiable=True)
+        except ZeroDivisionError as error:
+            if "size cannot be zero" not in str(error):
+                raise
             raise ValueError(
-                f"fit: observed site '{name}' holds {missing} NaN among its {site['value'].numel()} values; remove them, or "
-                "say which are seen, pyro.sample(..., obs=y, obs_mask=seen): the others are inferred with the latents"
-            )
-    # Some draws may have no density, in a guide that has been trained too; the steps leave them out.
-    for _ in range(NUM_START_DRAWS):
-        message = _first_site_without_density(tracer)
-        if message is None:
-            return
-    raise ValueError(f"fit: the ELBO is not finite at the start: {message}")
+                "fit: a plate of the model has size 0, which Pyro has not; leave the plate out where it has no elements"
+            ) from error
+    return tracer, list({id(each.guide): each for each in calls}.values())
 
 
 def has_missing(tracer: Tracer) -> bool:
@@ -50,15 +46,6 @@ def has_missing(tracer: Tracer) -> bool:
         for _, site in observed_sites(tracer.model_prototype)
         if as_given(site).is_floating_point()
     )
-
-
-@torch.no_grad()
-def _first_site_without_density(tracer: Tracer) -> str | None:
-    """A sentence about the first site of a fresh draw whose log-probability is not finite."""
-    with poutine.block(), pyro.validation_enabled(False):
-        for guide_trace, model_trace, _ in tracer.traces(1):
-            return site_without_density(guide_trace, model_trace)
-    return None
 
 
 def batched_calls(tracer: Tracer, *, arguments_vary: bool) -> BatchedCalls | None:
@@ -77,16 +64,81 @@ def record(tracer: Tracer) -> BatchedCalls | None:
     return BatchedCalls(batched, tracer.model_prototype, nesting, arguments_vary=False)
 
 
-def whiten(call: ModelCall, guide: Callable, method: str | None, tracer: Tracer) -> None:
-    """Whitens a flow guide by this method; ``"auto"`` leaves a trained guide, and any other guide, as it is."""
-    if not isinstance(guide, AutoFlow):
+def whiten(calls: Sequence[Call], guide: Callable, method: str | None, tracer: Tracer) -> None:
+    """Whitens the flow guide that draws all latents by this method; ``"auto"`` leaves every other guide as it is.
+
+    A trained guide is left as it is, too.
+
+    Arguments:
+        calls: The calls of flow guides in a run of the guide.
+        guide: The guide, which is a flow guide or has one inside.
+        method: The method.
+        tracer: What traces the guide with its model.
+    """
+    alone = [
+        each for each in calls if isinstance(each.guide, AutoFlow) and (each.guide is guide or _is_alone(each, tracer))
+    ]
+    if not alone:
         if method not in ("auto", None):
             raise ValueError(
                 f"fit: whiten={method!r} needs a guide of this library; {type(guide).__name__} has no fixed map"
             )
-    elif method is not None and not (method == "auto" and guide.is_trained()):
-        options: dict[str, Any] = {"model_kwargs": call.kwargs, "model": call.model, "vectorize": tracer.vectorizes}
-        guide.whiten(*call.args, method=method, batched=tracer.batched, **options)
-    for part in guide.modules() if isinstance(guide, torch.nn.Module) else ():
-        if isinstance(part, FlowGuide) and part.prototype_trace is not None:
-            part.undamp()
+    elif method is not None and not (method == "auto" and alone[0].guide.is_trained()):
+        flow_guide, args, kwargs = alone[0]
+        options: dict[str, Any] = {"model_kwargs": kwargs, "vectorize": tracer.vectorizes}
+        if list(map(id, args)) == list(map(id, tracer.call.args)):
+            # The guide may be of a part of the model only.
+            options["model"] = tracer.call.model
+        flow_guide.whiten(*args, method=method, batched=tracer.batched, **options)
+    for each in calls:
+        each.guide.undamp()
+
+
+def _is_alone(call: Call, tracer: Tracer) -> bool:
+    """Whether one flow guide inside of another guide draws all latents that are not discrete."""
+    latents = {name for name, site in latent_sites(tracer.model_prototype) if not site["fn"].support.is_discrete}
+    return call.guide.master is None and {site.name for site in call.guide.latents.sites} >= latents
+
+
+# --- threads -------------------------------------------------------------------------------------------------------------
+
+
+class _LargestResult(internals.TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that is computed within."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in internals.flatten(result)[0] if isinstance(leaf, torch.Tensor)]
+        self.num_elements = max([self.num_elements, *sizes])
+        return result
+
+
+def largest_result(tracer: Tracer) -> int:
+    """The number of elements of the largest tensor that one draw of guide and model computes."""
+    largest = _LargestResult()
+    with torch.no_grad(), poutine.block(), pyro.validation_enabled(False), unchanged_random_state(), largest:
+        for guide_trace, model_trace, _ in tracer.traces(1):
+            log_prob_per_draw(guide_trace, 1)
+            log_prob_per_draw(model_trace, 1)
+    return largest.num_elements
+
+
+@contextlib.contextmanager
+def threads_for(num_elements: int) -> Iterator[None]:
+    """One thread within, where no tensor is large enough to be worth a second one.
+
+    Threads that wait for one another make a small step many times slower on a machine that does other work as well. The choice is
+    by size, so that it is the same in every run.
+
+    Arguments:
+        num_elements: The number of elements of the largest tensor.
+    """
+    before = torch.get_num_threads()
+    if num_elements < WORTH_THREADS:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,5 +1,6 @@
 """Models as people write them: reparametrised sites, bounds that are tensors, draws without a density."""
 
+import arviz as az
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -97,3 +98,40 @@ def test_a_few_draws_are_exported_without_smoothed_weights():
     assert {"lp", "log_q"} <= set(statistics.data_vars) and "log_weight" not in statistics
     assert "log_weight" in fit.to_arviz(30)["sample_stats"]
     assert "log_weight" not in fit.draws[:10].to_dataframe()
+
+
+def test_numbered_observations_are_one_variable_for_leave_one_out():
+    def looped(y):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        for i in pyro.plate("data", len(y)):
+            pyro.sample(f"obs_{i}", dist.Normal(loc, 1.0), obs=y[i])
+
+    def at_once(y):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("obs", dist.Normal(loc, 1.0), obs=y)
+
+    y = torch.linspace(-1, 2, 12)
+    guide = fg.AutoPlanar(at_once, num_layers=1, init_scale=0.3)
+    trees = []
+    for model in (at_once, looped):
+        draws = fg.draw(model, guide, y, num_samples=400, log_likelihood=True, seed=0)
+        trees.append(fg.to_arviz(draws, y, model=model, prior=False))
+    assert trees[1]["observed_data"]["obs"].dims == ("obs_number",)
+    assert list(trees[1]["posterior_predictive"]["obs"].dims) == ["chain", "draw", "obs_number"]
+    assert trees[1]["log_likelihood"]["obs_number"].values.tolist() == list(range(12))
+    results = [az.loo(tree, pointwise=True) for tree in trees]
+    np.testing.assert_allclose(results[1].elpd_loo, results[0].elpd_loo, rtol=1e-5)
+
+
+def test_numbered_sites_of_other_shapes_or_beside_one_without_a_number_stay():
+    def model(y):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        pyro.sample("a_0", dist.Normal(loc, 1.0), obs=y[0])
+        pyro.sample("a_1", dist.Normal(loc, 1.0).expand([2]).to_event(1), obs=y[:2])
+        pyro.sample("b", dist.Normal(loc, 1.0), obs=y[0])
+        pyro.sample("b_1", dist.Normal(loc, 1.0), obs=y[0])
+        pyro.sample("b_2", dist.Normal(loc, 1.0), obs=y[0])
+
+    tree = fg.to_arviz(fg.AutoPlanar(model, num_layers=1), torch.ones(2), num_samples=30, prior=False)
+    assert set(tree["observed_data"].data_vars) == {"a_0", "a_1", "b", "b_1", "b_2"}

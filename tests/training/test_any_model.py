@@ -10,6 +10,8 @@ import pytest
 import torch
 from any_models import GROUP, MODELS, X, Y, linear, one_hot
 from pyro import poutine
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
 
 import pyro_flowguides as fg
 from pyro_flowguides.compiled.losses import KL
@@ -29,6 +31,7 @@ def test_it_is_fitted_as_it_is_written(name):
     pyro.set_rng_seed(0)
     fit = fg.fit(model, fg.AutoCoupling(model), *args, num_steps=4, num_particles=8, whiten="init", progress=False)
     assert np.isfinite(fit.losses).all()
+    assert fit.vectorization == ("broadcast" if "broadcasts" in name else "recorded")
     # Of a model that runs draw by draw there are fewer.
     assert len(fit.draws) == 10_000
 
@@ -143,3 +146,16 @@ def test_a_look_at_a_latent_runs_draw_by_draw_after_a_warning_that_quotes_the_li
     loc = draws.values["loc"]
     expected = dist.Normal(0.0, 1.0).log_prob(loc) + dist.Normal(loc.abs(), 1.0).log_prob(torch.tensor(0.3))
     torch.testing.assert_close(draws.log_p, expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "replay"])
+def test_vectorized_particles_of_an_elbo_of_pyro(backend):
+    """The steps are those of the model vectorised by hand, of which Pyro takes the first."""
+    found = []
+    for model in (linear, by_hand):
+        pyro.set_rng_seed(0)
+        pyro.clear_param_store()
+        elbo = Trace_ELBO(num_particles=16, vectorize_particles=True, max_plate_nesting=1)
+        svi = fg.CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.01}), elbo, backend=backend)
+        found.append(torch.cat([svi.run(3, X, Y), svi.run(2, X[:20], Y[:20])]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-3)

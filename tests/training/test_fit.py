@@ -74,7 +74,7 @@ def test_the_path_gradient_is_for_the_default_loss_alone(options, expected):
     seen = []
 
     def watched(y):
-        seen.append(guide.gradient)
+        seen.append(guide.gradient_now)
         conjugate(y)
 
     guide = fg.AutoCoupling(watched)

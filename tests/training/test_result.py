@@ -2,6 +2,8 @@
 
 import time
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from fits import Y, quick
@@ -48,3 +50,57 @@ def test_summary_is_that_of_the_draws():
     weighted = fit.summary(weighted=True)
     assert weighted.loc["mu", "mean"] == pytest.approx(float(fit.draws.mean()["mu"]), rel=1e-6)
     assert weighted.loc["mu", "mean"] != summary.loc["mu", "mean"]
+
+
+# --- predictions on new arguments -------------------------------------------------------------------------------------
+
+
+def grouped(x, group, num_groups, y=None):
+    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+    loc, scale = pyro.sample("loc", dist.Normal(0.0, 5.0)), pyro.sample("scale", dist.HalfNormal(1.0))
+    with pyro.plate("groups", num_groups):
+        effect = pyro.sample("effect", dist.Normal(loc, scale))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.Normal(effect[group] + slope * x, 0.1), obs=y)
+
+
+@pytest.fixture(scope="module")
+def grouped_fit():
+    pyro.set_rng_seed(0)
+    x, group = torch.linspace(-1, 1, 60), torch.arange(60) % 5
+    y = torch.tensor([2.0, 3.0, 4.0, 5.0, 6.0])[group] + x
+    return fg.fit(grouped, fg.AutoFlow(grouped), x, group, 5, y, num_steps=300, progress=False, seed=0)
+
+
+def test_new_rows_of_known_groups(grouped_fit):
+    new = grouped_fit.predict(torch.tensor([0.5, -0.5]), torch.tensor([4, 0]), 5, num_samples=2000, seed=0)
+    assert set(new) == {"y"}
+    assert new["y"].shape == (2000, 2)
+    torch.testing.assert_close(new["y"].mean(0), torch.tensor([6.5, 1.5]), rtol=0, atol=0.1)
+    assert float(new["y"].std(0).max()) < 0.2
+
+
+@pytest.mark.parametrize(("num_groups", "options"), [(2, {}), (5, {"new_plates": ["groups"]})])
+def test_new_groups_have_effects_of_their_own(grouped_fit, num_groups, options):
+    group = torch.zeros(3, dtype=torch.long)
+    new = grouped_fit.predict(torch.zeros(3), group, num_groups, num_samples=3000, seed=0, **options)
+    assert new["effect"].shape == (3000, num_groups)
+    draws = grouped_fit.draws.values
+    sd = float((draws["scale"].square().mean() + draws["loc"].var()).sqrt())
+    assert float(new["effect"].std()) == pytest.approx(sd, rel=0.1)
+    # Rows of one group share its effect.
+    torch.testing.assert_close(new["y"][:, 0], new["y"][:, 1], rtol=0, atol=1.0)
+
+
+def test_what_predictions_cannot_be_made_of(grouped_fit):
+    rows = torch.zeros(2), torch.zeros(2, dtype=torch.long), 5
+    with pytest.raises(ValueError, match="no plate 'group'; its plates are"):
+        grouped_fit.predict(*rows, new_plates=["group"])
+
+    def vector(size):
+        beta = pyro.sample("beta", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(beta.sum(-1), 1.0), obs=torch.tensor(0.0))
+
+    fit = fg.fit(vector, fg.AutoFlow(vector), 3, num_steps=2, progress=False, whiten="init")
+    with pytest.raises(ValueError, match=r"'beta' has shape \(4,\) with these arguments, and had \(3,\)"):
+        fit.predict(4)

@@ -1,5 +1,7 @@
 """The start of a fit: what is whitened, and the error where training could not even begin."""
 
+import functools
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -8,8 +10,11 @@ from fits import Y, quick
 from models import conjugate, correlated
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_value
+from pyro.nn import PyroModule
 
 import pyro_flowguides as fg
+from pyro_flowguides.model.call import ModelCall
+from pyro_flowguides.training import start
 
 
 def infinite(y):
@@ -117,3 +122,96 @@ def test_a_fit_switches_off_damping_in_every_flow_guide():
     couplings = [part for part in fitted.modules() if isinstance(part, fg.transforms.Coupling)]
     assert couplings
     assert not any(coupling.damped for coupling in couplings)
+
+
+def test_a_shape_error_comes_at_once_in_the_words_of_pyro(recwarn, monkeypatch):
+    """A column of observations has one log-probability for every pair of elements, and another posterior."""
+
+    def column(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    monkeypatch.setattr(fg.AutoFlow, "whiten", lambda *args, **kwargs: pytest.fail("whitened first"))
+    with pytest.raises(ValueError, match=r'at site "y", invalid log_prob shape\s+Expected \[5\], actual \[5, 5\]'):
+        quick(column, fg.AutoFlow(column), torch.ones(5, 1))
+    assert not recwarn.list
+
+
+def test_a_wrong_size_comes_at_once(recwarn):
+    def sizes(x, y):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match=r"site 'y' has batch shape \(5,\), and its value \(3,\)"):
+        quick(sizes, fg.AutoFlow(sizes), torch.ones(5), torch.ones(3))
+    assert not recwarn.list
+
+
+class Wrapper:
+    def __init__(self, guide):
+        self.guide = guide
+
+    def __call__(self, *args):
+        return self.guide(*args)
+
+
+class Module(PyroModule):
+    def __init__(self, guide):
+        super().__init__()
+        self.inner = guide
+
+    def forward(self, *args):
+        return self.inner(*args)
+
+
+WRAPPINGS = {
+    "lambda": lambda guide: lambda *args: guide(*args),
+    "partial": lambda guide: functools.partial(guide),
+    "scale": lambda guide: poutine.scale(guide, scale=1.0),
+    "mask": lambda guide: poutine.mask(guide, mask=True),
+    "block": lambda guide: poutine.block(guide, hide=["nothing"]),
+    "object": Wrapper,
+    "PyroModule": Module,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPINGS.values(), ids=WRAPPINGS)
+def test_a_flow_guide_inside_of_another_guide_is_whitened_and_captured(wrap):
+    """A step that is not captured would warn, and warnings are errors here."""
+    x = torch.linspace(-1, 1, 20, dtype=torch.float64)
+    y = 500 + 30 * x
+    guide = fg.AutoFlow(badly_scaled)
+    fit = fg.fit(badly_scaled, wrap(guide), x, y, num_steps=4, num_particles=8, seed=0, progress=False)
+    evidence = dist.MultivariateNormal(
+        torch.zeros(20, dtype=torch.float64), 0.25 * torch.eye(20) + 100.0**2 + 100 * torch.outer(x, x)
+    ).log_prob(y)
+    assert float(fit.elbo) == pytest.approx(float(evidence), abs=0.01)
+    assert float(fit.losses[0]) == pytest.approx(-float(evidence), abs=0.1)
+
+
+@pytest.mark.parametrize(("worth", "inside"), [(10**9, 1), (10, 2)])
+def test_small_steps_take_one_thread(worth, inside, monkeypatch):
+    """The autouse fixture sets one thread again."""
+    monkeypatch.setattr(start, "WORTH_THREADS", worth)
+    torch.set_num_threads(2)
+    seen = []
+    quick(
+        conjugate,
+        fg.AutoFlow(conjugate),
+        torch.tensor(Y),
+        num_steps=3,
+        callbacks=[lambda *_: seen.append(torch.get_num_threads())],
+    )
+    assert seen == [inside] * 3
+    assert torch.get_num_threads() == 2
+
+
+def test_the_largest_tensor_counts():
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal((x.unsqueeze(-1) * torch.ones(50)).sum(), 1.0), obs=torch.tensor(0.0))
+
+    tracer, _ = start.set_up(ModelCall(model), AutoNormal(model))
+    assert start.largest_result(tracer) == 150
