@@ -338,7 +338,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
             )
         if method == "init":
             return self
-        target = Target(replace(call, model=model or self.model), self.latents, vectorize=vectorize, batched=batched)
+        target = Target(replace(call, model=model or call.model), self.latents, vectorize=vectorize, batched=batched)
         start = self.fixed_map.loc.double(), self.fixed_map.scale.double()
         loc, scale = whitening.whiten(target, start, method)
         with torch.no_grad():

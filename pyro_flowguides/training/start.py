@@ -84,9 +84,12 @@ def whiten(calls: Sequence[Call], guide: Callable, method: str | None, tracer: T
                 f"fit: whiten={method!r} needs a guide of this library; {type(guide).__name__} has no fixed map"
             )
     elif method is not None and not (method == "auto" and alone[0].guide.is_trained()):
-        call = tracer.call
-        options: dict[str, Any] = {"model_kwargs": call.kwargs, "model": call.model, "vectorize": tracer.vectorizes}
-        alone[0].guide.whiten(*call.args, method=method, batched=tracer.batched, **options)
+        flow_guide, args, kwargs = alone[0]
+        options: dict[str, Any] = {"model_kwargs": kwargs, "vectorize": tracer.vectorizes}
+        if list(map(id, args)) == list(map(id, tracer.call.args)):
+            # The guide may be of a part of the model only.
+            options["model"] = tracer.call.model
+        flow_guide.whiten(*args, method=method, batched=tracer.batched, **options)
     for each in calls:
         each.guide.undamp()
 
