@@ -141,6 +141,18 @@ def record_functional(
         return make_fx(functional, decomposition_table=dict(decompositions))(*inputs)
 
 
+def jit_function(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """A function of tensors that returns some, traced by torch.jit, in a compilation unit of its own.
+
+    What ``torch.jit.trace`` makes is held by torch for good, several megabytes for each captured step.
+    """
+    graph, _ = torch._C._create_graph_by_tracing(
+        lambda *tensors: tuple(function(*tensors)), tuple(inputs), lambda value: "", True, False
+    )
+    traced: Callable[..., Any] = torch._C._create_function_from_graph("replay", graph)
+    return traced
+
+
 @contextmanager
 def _shared_fake_mode() -> Iterator[None]:
     """``make_fx`` takes one mode for the shapes of all results; making one for each takes half of the time of a recording."""

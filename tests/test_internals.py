@@ -4,6 +4,7 @@ And the package uses such names in ``internals`` alone.
 """
 
 import ast
+import resource
 import warnings
 from pathlib import Path
 
@@ -142,6 +143,25 @@ def test_draws_of_a_gamma_and_a_dirichlet_distribution_are_these_operations():
         graph = internals.record(lambda x: (dist.Gamma(x, 1.0).sample(), dist.Dirichlet(x).sample()), [torch.ones(3)])
     operators = {node.target for node in graph.graph.nodes if node.op == "call_function"}
     assert {internals.STANDARD_GAMMA, internals.SAMPLE_DIRICHLET} <= operators
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory of the process as Linux tells it")
+def test_a_jit_function_is_the_function_and_leaves_nothing_behind():
+    def memory():
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize() / 2**20
+
+    function = internals.jit_function(lambda x: [x.sin(), x.sum()], [torch.ones(3)])
+    x = torch.randn(3)
+    torch.testing.assert_close(list(function(x)), [x.sin(), x.sum()])
+    before = memory()
+    for _ in range(20):
+        # 8 MB each.
+        constant = torch.ones(2**21)
+        function = internals.jit_function(lambda x, constant=constant: [x * constant.clone()], [torch.ones(())])
+        function(torch.ones(()))
+    del function, constant
+    assert memory() - before < 80
 
 
 def test_what_runs_without_recording_is_a_constant():

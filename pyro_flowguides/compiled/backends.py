@@ -23,9 +23,7 @@ def replay(module: GraphModule, example_inputs: Sequence[Tensor]) -> Run:
         # Deprecated, and still the fastest; where it goes, or refuses an operation, the graph runs itself.
         warnings.simplefilter("ignore")
         try:
-            run: Run = torch.jit.trace(  # type: ignore[no-untyped-call]
-                _with_outputs(module, drawn), tuple(example_inputs), check_trace=False
-            )
+            run: Run = internals.jit_function(_with_outputs(module, drawn), example_inputs)
         except (RuntimeError, AttributeError):
             return module
     return (lambda *tensors: run(*tensors)[: -len(drawn)]) if drawn else run
