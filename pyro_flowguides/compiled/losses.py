@@ -20,7 +20,8 @@ from pyro.infer.util import get_dependent_plate_dims, torch_sum
 from torch import Tensor
 
 from .. import internals
-from ..guides.base import LatentDelta, path_gradient
+from ..guides.base import path_gradient
+from ..guides.delta import LatentDelta
 from ..model.call import ModelCall
 from ..model.sites import is_subsample
 from .recorded import BatchedCalls, find_recording, recorded_loss

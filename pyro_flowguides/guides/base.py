@@ -12,14 +12,12 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple, TypeVar
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide.guides import AutoGuide
 from pyro.nn.module import to_pyro_module_
 from torch import Tensor, nn
-from torch.distributions import register_kl
 
 from .. import bases, flows, internals
 from .. import transforms as T
@@ -28,6 +26,7 @@ from ..model.call import ModelCall
 from ..model.enumeration import is_summed_out
 from ..model.latents import Latents, LatentSite
 from ..transforms import coupling
+from .delta import LatentDelta
 
 BASES: dict[str, Callable[[int], bases.Base]] = {
     "normal": bases.StandardNormal,
@@ -61,26 +60,6 @@ def calls_of_flow_guides() -> Iterator[list[Call]]:
         yield calls
     finally:
         _listeners.remove(calls)
-
-
-class LatentDelta(dist.Delta):
-    """The Delta of a latent site, whose log-density is the Jacobian of the site's map from unconstrained space.
-
-    Pyro's divergence of a Delta leaves this density out, so that ``TraceMeanField_ELBO`` is wrong by the Jacobian for every
-    constrained site of Pyro's own autoguides; with the divergence registered below it is right.
-    """
-
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        return super().rsample(sample_shape) if sample_shape else self.v
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        # Every ELBO asks for the point itself, which need not be compared with itself.
-        return self.log_density if x is self.v else super().log_prob(x)
-
-
-@register_kl(LatentDelta, dist.Distribution)  # type: ignore[untyped-decorator]
-def _kl_latent_delta(p: LatentDelta, q: dist.Distribution) -> Tensor:
-    return p.log_density - q.log_prob(p.v)
 
 
 class Call(NamedTuple):
@@ -278,7 +257,7 @@ class FlowGuide(AutoGuide):
                     setattr(module, name, module._parameters.pop(name))
         if not pyro.settings.get("module_local_params"):
             store = pyro.get_param_store()
-            names = {name: self._pyro_get_fullname(f"flow.{name}") for name in self._buffers_of_flow()}
+            names = {name: self._pyro_get_fullname(f"flow.{name}") for name in _floating_buffers(self.flow)}
             known = {name: store[full_name].detach() for name, full_name in names.items() if full_name in store}
             self.flow.load_state_dict(known, strict=False)
             self._share_buffers()
@@ -309,20 +288,11 @@ class FlowGuide(AutoGuide):
         if name not in store or store[name] is not parameter:
             self._join_param_store()
 
-    def _buffers_of_flow(self) -> dict[str, Tensor]:
-        """The floating-point buffers in the state dict of the flow, by name."""
-        state = self.flow.state_dict(keep_vars=True)
-        return {
-            name: value
-            for name, value in state.items()
-            if not isinstance(value, nn.Parameter) and value.is_floating_point()
-        }
-
     def _share_buffers(self) -> None:
         """Puts the buffers of the flow into the store, which sees every later change of them in place."""
         if not pyro.settings.get("module_local_params"):
             with self._pyro_context:
-                for name, buffer in self._buffers_of_flow().items():
+                for name, buffer in _floating_buffers(self.flow).items():
                     pyro.get_param_store()[self._pyro_get_fullname(f"flow.{name}")] = buffer.detach()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -445,6 +415,16 @@ class FlowGuide(AutoGuide):
         new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         new._model, new._recipe = self._model, self._recipe
         return new
+
+
+def _floating_buffers(flow: nn.Module) -> dict[str, Tensor]:
+    """The floating-point buffers in the state dict of a flow, by name."""
+    state = flow.state_dict(keep_vars=True)
+    return {
+        name: value
+        for name, value in state.items()
+        if not isinstance(value, nn.Parameter) and value.is_floating_point()
+    }
 
 
 def _signature(args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_value
 from torch import nn
 
 import pyro_flowguides as fg
-from pyro_flowguides.guides.base import LatentDelta
+from pyro_flowguides.guides.delta import LatentDelta
 from pyro_flowguides.testing import check_guide
 from pyro_flowguides.testing.guides import (
     check_copies,
