@@ -24,6 +24,11 @@ from .result import FitResult
 
 def fit_repeatedly(call: ModelCall, guide: Callable, options: Options, num_restarts: int) -> FitResult:
     """The best of several fits by its ELBO, whose parameters the guide and the modules of the model have in the end."""
+    with options.checkpoint.reserved() if options.checkpoint else nullcontext():
+        return _fit_repeatedly(call, guide, options, num_restarts)
+
+
+def _fit_repeatedly(call: ModelCall, guide: Callable, options: Options, num_restarts: int) -> FitResult:
     if options.seed is not None:
         pyro.set_rng_seed(options.seed)
     # A guide that is not built yet has new weights each time.
