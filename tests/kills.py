@@ -73,8 +73,16 @@ def kill_until_done(case, folder, moments, longest):
     path, result = folder / "fit.pt", folder / "result.npy"
     kills = halves = 0
     while True:
+        before = path.stat().st_mtime_ns if path.exists() else 0
         pid = child(case, path, result)
-        time.sleep(moments.uniform(0.0, longest))
+        # Some die before their first write.
+        patience = moments.uniform(0.0, longest) if moments.random() < 0.2 else 60.0
+        began = time.monotonic()
+        while (path.stat().st_mtime_ns if path.exists() else 0) == before and time.monotonic() - began < patience:
+            time.sleep(0.001)
+            if result.exists():
+                break
+        time.sleep(moments.uniform(0.0, 0.1))
         if os.waitpid(pid, os.WNOHANG)[0] == pid:
             break
         os.kill(pid, signal.SIGKILL)

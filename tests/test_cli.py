@@ -218,7 +218,10 @@ def wrong(tmp_path, name, content):
         (lambda m, d, t: [f"{m}:model", "--data", wrong(t, "a.csv", "x\na\n")], "values that are not numbers"),
         (lambda m, d, t: [f"{m}:model", "--data", wrong(t, "a.txt", "")], "data files are .json, .npz or .csv"),
         (lambda m, d, t: [f"{m}:model", "--data", wrong(t, "a.npz", "no")], "cannot be read"),
-        (lambda m, d, t: [wrong(t, "bad.py", "1 / 0") + ":model"], "cannot be run: ZeroDivisionError"),
+        (
+            lambda m, d, t: [wrong(t, "bad.py", "1 / 0") + ":model"],
+            "bad.py, line 1: ZeroDivisionError: division by zero",
+        ),
         (lambda m, d, t: [f"{m}:shapes", "--data", d], "size|shape|broadcast"),
         (
             lambda m, d, t: [f"{m}:no_latents", "--data", wrong(t, "a.json", '{"x": [1.0]}')],

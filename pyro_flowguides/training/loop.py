@@ -136,6 +136,7 @@ class Loop:
             num_rolled_back=self.num_rolled_back,
             wall_time=time.perf_counter() - began,
             draws=draws,
+            interrupted=self.interrupted,
         )
 
     def _train_and_judge(self, saved: dict[str, Any] | None) -> Draws:
@@ -144,7 +145,14 @@ class Loop:
             steps = Steps(self, round, saved)
             saved = None
             stopped = self._train(steps)
-            draws = self._judge()
+            try:
+                draws = self._judge()
+            except KeyboardInterrupt:
+                if round is self.rounds[-1]:
+                    raise
+                # Instead of the next round; another interrupt ends the fit.
+                stopped = self.interrupted = True
+                draws = self._judge()
             if self.best is not None and got_worse(self.scores):
                 # Taken back.
                 steps.svi.restore(self.best, *self.call.args, **self.call.kwargs)

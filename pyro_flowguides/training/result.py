@@ -37,6 +37,7 @@ class FitResult:
         num_skipped: The number of steps that were skipped because loss or gradient were not finite.
         num_rolled_back: The number of times that the training exploded and was taken back.
         wall_time: The seconds that the fit took, final draws included.
+        interrupted: Whether an interrupt from the keyboard has ended the training before its end.
         draws: Draws from the fitted guide with their densities, 10,000 (1000 for a model that cannot be vectorised).
         parameters: The trained parameters of the model (``pyro.param``, ``pyro.module``, ``PyroModule``) by name, in their own
             (constrained) space.
@@ -55,9 +56,11 @@ class FitResult:
     draws: Draws
     parameters: dict[str, Tensor] = field(default_factory=dict)
     restarts: tuple[Draws, ...] = ()
+    interrupted: bool = False
 
     def __repr__(self) -> str:
         steps = f"{len(self.losses)} steps, {self.wall_time:.1f} s"
+        steps += ", interrupted" if self.interrupted else ""
         names = list(self.parameters)
         shown = ", ".join(names[:NUM_SHOWN]) + (f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else "")
         owns = f"owns the parameters {shown} of the model; " if names else ""
@@ -111,7 +114,8 @@ class FitResult:
             chains,
             call,
             groups={"variational_fit": self._variational_fit()},
-            attrs={"guide": name_of(self.guide)},
+            # netCDF has no truth values.
+            attrs={"guide": name_of(self.guide), "interrupted": int(self.interrupted)},
             seconds=self.wall_time,
         )
 
