@@ -222,7 +222,7 @@ def wrong(tmp_path, name, content):
             lambda m, d, t: [wrong(t, "bad.py", "1 / 0") + ":model"],
             "bad.py, line 1: ZeroDivisionError: division by zero",
         ),
-        (lambda m, d, t: [f"{m}:shapes", "--data", d], "size|shape|broadcast"),
+        (lambda m, d, t: [f"{m}:shapes", "--data", d], "my_model.py, line 18: ValueError: Shape mismatch"),
         (
             lambda m, d, t: [f"{m}:no_latents", "--data", wrong(t, "a.json", '{"x": [1.0]}')],
             "found no latent variables",
