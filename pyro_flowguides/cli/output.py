@@ -17,7 +17,7 @@ from ..diagnostics.summary import scalars
 from ..examples.example import Example
 from ..training.files import check_writable, locked, write_whole
 from ..training.result import FitResult
-from .errors import OutputError, UserError, reason_of
+from .errors import OutputError, UserError, line_of, reason_of
 
 NUM_ARVIZ_DRAWS = 4000
 MAX_PLOTTED = 12
@@ -59,9 +59,14 @@ class Output:
 
     def write_fit(self, name: str, result: FitResult, example: Example) -> Path:
         """One fit as a netCDF file."""
-        with quiet_arviz():
-            tree = result.to_arviz(NUM_ARVIZ_DRAWS, coords=example.coords)
-        return _write(self.fits[name], netcdf(tree))
+        path = self.fits[name]
+        try:
+            with quiet_arviz():
+                content = netcdf(result.to_arviz(NUM_ARVIZ_DRAWS, coords=example.coords))
+        # The names of a user's sites may clash, for example.
+        except Exception as error:
+            raise OutputError(f"{path} could not be written: {line_of(error)}") from error
+        return _write(path, content)
 
     def write_picture(
         self,
