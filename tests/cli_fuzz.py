@@ -151,7 +151,7 @@ class Case:
             return ["--data", rng.choice([str(self.folder), "/dev/null", "no.json", str(self.folder / "a.txt")])]
         path = self.folder / f"data.{'npz' if kind == 'npy' else kind}"
         if kind == "json":
-            path.write_text(rng.choice(['{"x": [1.0, 2.0]}', *JSON]))
+            path.write_text(rng.choice(['{"x": [1.0, 2.0]}'] * 15 + JSON))
         elif kind == "csv":
             path.write_text(rng.choice(CSV))
         elif kind == "npy":
@@ -160,8 +160,8 @@ class Case:
         else:
             with open(path, "wb") as file:
                 save = rng.choice([np.savez, np.savez_compressed])
-                save(file, **{rng.choice(["x"] * 9 + ["a/b", "y"]): rng.choice([ARRAYS[0], *ARRAYS])})
-        if rng.random() < 0.3:
+                save(file, **{rng.choice(["x"] * 9 + ["a/b", "y"]): rng.choice(ARRAYS[:1] * 10 + ARRAYS)})
+        if rng.random() < 0.25:
             self.damage(path)
         return ["--data", str(path)]
 
@@ -181,12 +181,12 @@ class Case:
 
     def options(self):
         rng, found = self.rng, []
-        numbers = ["1", "7", "0", "-1", "x", "1.5", "99999999999999999999999", "", "9" * 5000]
+        numbers = ["1", "7", "3", "5", "2", "9", "11", "0", "-1", "x", "1.5", "99999999999999999999999", "", "9" * 5000]
         for option in ("--num-steps", "--num-particles", "--seed"):
-            if rng.random() < 0.3:
+            if rng.random() < 0.2:
                 found += [option, rng.choice(["1", "2", *numbers])]
         if rng.random() < 0.3:
-            found += ["--guide", rng.choice(["normal", "planar", "copula", ""])]
+            found += ["--guide", rng.choice(["normal", "planar", "normal", "planar", "copula", ""])]
         if rng.random() < 0.2:
             found += ["--compare", *rng.choices(["normal", "planar", "copula"], k=rng.randint(0, 2))]
         if rng.random() < 0.4:
@@ -196,7 +196,7 @@ class Case:
                 ["out", "out", "out/deep", "file", "file/out", "taken", "x" * 300, "/proc/out", "/dev/null/out"]
             )
             found += ["--out", str(self.folder / out)]
-        return [*found, *rng.choice([[], ["--no-progress"], ["--unknown"]])]
+        return [*found, *rng.choice([[], [], [], ["--no-progress"], ["--no-progress"], ["--unknown"]])]
 
     def netcdf(self, index):
         rng, path = self.rng, self.folder / f"a{index}.nc"

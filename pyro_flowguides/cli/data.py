@@ -50,12 +50,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
-    archive = np.load(path, allow_pickle=False)
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise UserError(
-            f"{path} is one array, not an archive of arrays by name; write it with numpy.savez(file, name=array)"
-        )
-    with archive:
+    # numpy leaves a file open that it cannot read.
+    with open(path, "rb") as file:
+        archive = np.load(file, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise UserError(
+                f"{path} is one array, not an archive of arrays by name; write it with numpy.savez(file, name=array)"
+            )
         return {name: _read_member(path, archive, name) for name in archive.files}
 
 
