@@ -188,7 +188,8 @@ def _sample(
     try:
         with pyro.validation_enabled(False):
             return predict(call, values, num_samples)
-    except (NotImplementedError, RuntimeError, ValueError) as error:
+    # A model may raise anything at a draw of its prior; the fit is none the worse for it.
+    except (Exception, SystemExit) as error:
         warn(
             f"to_arviz: there is no group {group}, since a site of the model cannot be sampled; {option}=False leaves it out "
             f"without a warning. The error was {type(error).__name__}: {' '.join(str(error).split())[:200]}"

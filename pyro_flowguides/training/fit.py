@@ -114,8 +114,9 @@ def fit(
         TypeError: if the guide is a class, or an argument has a wrong type.
         ValueError: if an argument is wrong or cannot become a tensor, the data hold NaN, the model has no finite log-probability
             at the start, or the guide leaves out a discrete site that cannot be summed out; the message names the argument or
-            the site. Also if a checkpoint is damaged, or of another model.
+            the site. Also if a checkpoint is damaged, of another fit (the first difference is named), or cannot be written.
         FileExistsError: if the checkpoint exists already and does not say ``resume=True``.
+        BlockingIOError: if another fit that is running writes to the checkpoint.
         RuntimeError: if ``max_nonfinite_steps`` steps in a row had no finite loss or gradient.
     """
     if isinstance(guide, type) or not callable(guide):
@@ -137,10 +138,13 @@ def fit(
         if number is not None:
             check_positive_integer("fit", name, number)
     check_positive_integer("fit", "max_nonfinite_steps", max_nonfinite_steps)
+    kwargs = dict(model_kwargs or {})
+    args_are_a_batch = batches is not None and not args and not kwargs
     options = Options(
         num_steps=num_steps,
         num_particles=num_particles,
         batches=batches,
+        args_are_a_batch=args_are_a_batch,
         loss=None if loss is None else as_objective(loss),
         optim=optim,
         schedule=None if isinstance(optim, PyroOptim) else find_schedule(schedule),
@@ -155,8 +159,7 @@ def fit(
         raise TypeError(
             "fit: batches is a frame, which is iterated over by the names of its columns; give a list of frames"
         )
-    kwargs = dict(model_kwargs or {})
-    if batches is not None and not args and not kwargs:
+    if batches is not None and args_are_a_batch:
         if seed is not None:
             # A loader that shuffles draws.
             pyro.set_rng_seed(seed)

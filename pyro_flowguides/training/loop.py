@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,6 +31,7 @@ from ..model.sites import unchanged_random_state
 from . import start
 from .batches import Batches, warn_of_plate_of_the_batch
 from .checkpoint import Checkpoint, random_state, set_random_state
+from .fingerprint import density_difference, describe, difference, fingerprint, log_densities
 from .first_draws import check_gradients, check_start
 from .result import FitResult
 from .schedules import Round, RoundScore, doubling_rounds, got_worse, is_worth_another, needs_loss
@@ -37,7 +39,7 @@ from .schedules import Round, RoundScore, doubling_rounds, got_worse, is_worth_a
 # Where the number of steps is fixed beforehand.
 NUM_STEPS = 3000
 NUM_PARTICLES = 256
-LEARNING_RATE = 1e-2
+DEFAULT_OPTIMIZER = functools.partial(torch.optim.Adam, lr=1e-2)
 # Gradients are clipped at this multiple of the running mean of their norm.
 CLIP_FACTOR = 2.0
 NUM_FINAL_DRAWS = 10_000
@@ -55,6 +57,8 @@ class Options:
     num_steps: int | None
     num_particles: int | None
     batches: Iterable[Any] | None
+    # Whether the arguments are the first of the batches.
+    args_are_a_batch: bool
     # What a step is.
     loss: Any
     optim: PyroOptim | OptimizerFactory | None
@@ -95,10 +99,15 @@ class Loop:
 
     def run(self) -> FitResult:
         """Fits the guide, whose parameters must be in a store of their own."""
+        with self.options.checkpoint.reserved() if self.options.checkpoint else contextlib.nullcontext():
+            return self._run()
+
+    def _run(self) -> FitResult:
         began = time.perf_counter()
         if self.options.seed is not None:
             pyro.set_rng_seed(self.options.seed)
-        saved = self.options.checkpoint.load() if self.options.checkpoint else None
+        checkpoint = self.options.checkpoint
+        saved = None if checkpoint is None else checkpoint.load()
         self.tracer, flow_guides = start.set_up(self.call, self.guide)
         check_start(self.tracer, flow_guides)
         self.largest = start.largest_result(self.tracer)
@@ -106,16 +115,20 @@ class Loop:
             self.call = replace(self.call, model=FillMissing()(self.call.model))
         if self.options.loss is None:
             check_gradients(self.tracer)
-        if saved is not None:
-            self._load_modules(saved["modules"])
+        if checkpoint is not None:
+            self.fingerprint = self._find_fingerprint()
+        if checkpoint is not None and saved is not None:
+            with checkpoint.used():
+                self._load_modules(saved)
         else:
             with start.threads_for(self.largest * NUM_PARTICLES):
                 start.whiten(flow_guides, self.guide, self.options.whiten, self.tracer)
         self.batched = start.batched_calls(self.tracer, arguments_vary=self.options.batches is not None)
         self.rounds = self._choose_rounds()
-        if saved is not None:
-            self._load(saved)
-        draws = self._train_and_judge(saved and saved["training"])
+        if checkpoint is not None and saved is not None:
+            with checkpoint.used():
+                self._load(saved)
+        draws = self._train_and_judge(saved)
         model, guide, parameters = owned(self.call.model, self.guide)
         return FitResult(
             model,
@@ -132,6 +145,7 @@ class Loop:
             vectorization=self.tracer.vectorization,
             draws=draws,
             columns=self.call.columns,
+            interrupted=self.interrupted,
         )
 
     def _train_and_judge(self, saved: dict[str, Any] | None) -> Draws:
@@ -140,7 +154,14 @@ class Loop:
             steps = Steps(self, round, saved)
             saved = None
             stopped = self._train(steps)
-            draws = self._judge()
+            try:
+                draws = self._judge()
+            except KeyboardInterrupt:
+                if round is self.rounds[-1]:
+                    raise
+                # Instead of the next round; another interrupt ends the fit.
+                stopped = self.interrupted = True
+                draws = self._judge()
             if self.best is not None and got_worse(self.scores):
                 # Taken back.
                 steps.svi.restore(self.best, *self.call.args, **self.call.kwargs)
@@ -198,8 +219,10 @@ class Loop:
     def save(self, steps: Steps) -> None:
         """Writes the checkpoint in the middle of a round, or at its end."""
         assert self.options.checkpoint is not None
-        self.options.checkpoint.save(
+        self.options.checkpoint.try_to_save(
             {
+                "fingerprint": self.fingerprint,
+                "log_densities": log_densities(self.tracer),
                 "modules": {name: module.state_dict() for name, module in self._modules().items()},
                 "num_steps": [round.num_steps for round in self.rounds],
                 "losses": self.losses,
@@ -211,36 +234,66 @@ class Loop:
             }
         )
 
+    def _find_fingerprint(self) -> dict[str, Any]:
+        """What the numbers of this fit depend on."""
+        options = self.options
+        call = ModelCall(self.call.model) if options.args_are_a_batch else self.call
+        named = {
+            "batches": options.batches,
+            "loss": options.loss,
+            "optim": options.optim or DEFAULT_OPTIMIZER,
+            "schedule": options.schedule,
+            "num_particles": options.num_particles,
+            "whiten": options.whiten,
+            "ema_decay": options.svi["ema_decay"],
+            "seed": options.seed,
+        }
+        # Of what may be shuffled the log-densities are compared only where it is the same.
+        arguments = describe([self.call.args, self.call.kwargs])
+        return {"belongs_to": fingerprint(call, self.guide, self.tracer, named), "arguments": arguments}
+
     def _load(self, saved: dict[str, Any]) -> None:
-        assert self.options.checkpoint is not None
-        num_steps = [round.num_steps for round in self.rounds]
-        if saved["num_steps"] != num_steps:
-            then, now = (" + ".join(map(str, numbers)) for numbers in (saved["num_steps"], num_steps))
-            raise ValueError(
-                f"fit: checkpoint '{self.options.checkpoint.path}' is of a fit with num_steps = {then}, here it is {now}: the "
-                "schedule would not be the same"
-            )
-        self.losses, self.num_skipped, self.num_rolled_back = (
-            saved[name] for name in ("losses", "num_skipped", "num_rolled_back")
-        )
-        self.scores = [RoundScore(*score) for score in saved["scores"]]
+        self._check_num_steps(saved)
+        self.losses = [float(loss) for loss in saved["losses"]]
+        self.scores = [RoundScore(*map(float, score)) for score in saved["scores"]]
+        self.num_skipped, self.num_rolled_back = int(saved["num_skipped"]), int(saved["num_rolled_back"])
         self.best = saved["best"] and Snapshot.from_state_dict(saved["best"])
+
+    def check_densities(self, saved: dict[str, Any]) -> None:
+        """Raises ValueError unless model and guide, with the parameters as they are, have the log-densities of a checkpoint."""
+        if saved["fingerprint"]["arguments"] == self.fingerprint["arguments"]:
+            different = density_difference(saved["log_densities"], log_densities(self.tracer))
+            if different:
+                raise ValueError(different)
+
+    def _check_num_steps(self, saved: dict[str, Any]) -> None:
+        """More steps in the last round are no other fit, if those that were taken would have been the same."""
+        then, now = saved["num_steps"], [round.num_steps for round in self.rounds]
+        if then == now:
+            return
+        taken, schedule = len(saved["training"]["losses"]), self.options.schedule
+        same_rounds = then[:-1] == now[:-1] and len(saved["scores"]) == len(now) - 1 and taken <= now[-1]
+        if same_rounds and (
+            schedule is None or all(schedule(step / then[-1]) == schedule(step / now[-1]) for step in range(taken))
+        ):
+            return
+        before, after = (" + ".join(map(str, numbers)) for numbers in (then, now))
+        raise ValueError(
+            f"it is of a fit with num_steps = {before}, here it is {after}: the steps that were taken would not have been the "
+            "same; more steps in the last round are possible where the learning rate does not depend on their number, as with "
+            "schedule='constant'"
+        )
 
     def _modules(self) -> dict[str, torch.nn.Module]:
         functions = {"model": self.call.model, "guide": self.guide}
         return {name: function for name, function in functions.items() if isinstance(function, torch.nn.Module)}
 
     def _load_modules(self, saved: Mapping[str, Any]) -> None:
-        """What steps do not change, such as the fixed map of a flow guide; and whether these are the same modules at all."""
-        modules = self._modules()
-        if other := saved.keys() ^ modules.keys():
-            raise ValueError(f"fit: the checkpoint is of another {min(other)}")
-        for name, module in modules.items():
-            try:
-                module.load_state_dict(saved[name])
-            except RuntimeError as error:
-                reason = " ".join(str(error).split())[:300]
-                raise ValueError(f"fit: the checkpoint is of another {name}: {reason}") from error
+        """What steps do not change, such as the fixed map of a flow guide, once it is sure that this is the same fit."""
+        if different := difference(saved["fingerprint"]["belongs_to"], self.fingerprint["belongs_to"]):
+            raise ValueError(different)
+        for name, module in self._modules().items():
+            module.load_state_dict(saved["modules"][name])
 
 
 class Steps:
@@ -249,7 +302,7 @@ class Steps:
     Arguments:
         loop: The fit that they are of.
         round: How many they are, with how many particles.
-        saved: The :meth:`state_dict` to continue from, if any.
+        saved: The content of the checkpoint to continue from, if any.
     """
 
     def __init__(self, loop: Loop, round: Round, saved: dict[str, Any] | None) -> None:
@@ -258,7 +311,7 @@ class Steps:
         self.svi = CompiledSVI(
             loop.call.model,
             loop.guide,
-            options.optim or functools.partial(torch.optim.Adam, lr=LEARNING_RATE),
+            options.optim or DEFAULT_OPTIMIZER,
             options.loss or self._default_loss(),
             schedule=schedule and (lambda step: schedule(step / round.num_steps)),
             clip_factor=CLIP_FACTOR,
@@ -269,7 +322,10 @@ class Steps:
         # Losses that have not been waited for.
         self.pending: list[Tensor] = []
         if saved is not None:
-            self._load(saved)
+            assert options.checkpoint is not None
+            with options.checkpoint.used():
+                self._load(saved["training"])
+                loop.check_densities(saved)
 
     def _default_loss(self) -> KL:
         return KL(
@@ -360,13 +416,9 @@ class Steps:
         }
 
     def _load(self, state: dict[str, Any]) -> None:
-        call, checkpoint = self.loop.call, self.loop.options.checkpoint
-        assert checkpoint is not None
-        try:
-            self.svi.load_state_dict(state["svi"], *call.args, **call.kwargs)
-        except ValueError as error:
-            raise ValueError(f"fit: checkpoint '{checkpoint.path}' does not fit: {error}") from error
-        self.losses = list(state["losses"])
-        if self.batches is not None and state["batches"] is not None:
+        call = self.loop.call
+        self.svi.load_state_dict(state["svi"], *call.args, **call.kwargs)
+        self.losses = [float(loss) for loss in state["losses"]]
+        if self.batches is not None:
             self.batches.load_state_dict(state["batches"])
         set_random_state(state["random"])

@@ -24,6 +24,11 @@ from .result import FitResult
 
 def fit_repeatedly(call: ModelCall, guide: Callable, options: Options, num_restarts: int) -> FitResult:
     """The best of several fits by its ELBO, whose parameters the guide and the modules of the model have in the end."""
+    with options.checkpoint.reserved() if options.checkpoint else nullcontext():
+        return _fit_repeatedly(call, guide, options, num_restarts)
+
+
+def _fit_repeatedly(call: ModelCall, guide: Callable, options: Options, num_restarts: int) -> FitResult:
     if options.seed is not None:
         pyro.set_rng_seed(options.seed)
     # A guide that is not built yet has new weights each time.
@@ -31,6 +36,7 @@ def fit_repeatedly(call: ModelCall, guide: Callable, options: Options, num_resta
     first_model, first_guide = _before_training(call, guide, starts_anew)
     fits: list[FitResult] = []
     errors: list[Exception] = []
+    interrupted = False
     for index in range(num_restarts):
         one = replace(
             options,
@@ -45,13 +51,24 @@ def fit_repeatedly(call: ModelCall, guide: Callable, options: Options, num_resta
             except RuntimeError as error:
                 warn(f"fit: restart {index} of {num_restarts} failed: {error}")
                 errors.append(error)
-        if loop.interrupted:
+            except KeyboardInterrupt:
+                # Before or after the training of this one: the others are whole.
+                if not fits:
+                    raise
+                interrupted = True
+        interrupted |= loop.interrupted
+        if interrupted:
             break
     if not fits:
         raise errors[0]
     best = max(fits, key=lambda fit: -math.inf if math.isnan(fit.elbo.value) else fit.elbo.value)
     _take_over(call, guide, best)
-    return replace(best, restarts=tuple(fit.draws for fit in fits), wall_time=sum(fit.wall_time for fit in fits))
+    return replace(
+        best,
+        restarts=tuple(fit.draws for fit in fits),
+        wall_time=sum(fit.wall_time for fit in fits),
+        interrupted=interrupted,
+    )
 
 
 def _before_training(call: ModelCall, guide: Callable, starts_anew: bool) -> tuple[Callable, Callable]:

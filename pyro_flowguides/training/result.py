@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import pickle
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyro
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..diagnostics.arviz import Coords, Dims, Group
 from ..diagnostics.draws import Draws
@@ -18,7 +22,10 @@ from ..diagnostics.posterior import Posterior, to_arviz
 from ..diagnostics.replay import predict_new
 from ..diagnostics.sampling import draw
 from ..model.call import ModelCall
+from . import saving
 
+# The number of draws with log-likelihoods that a saved fit can export without its model.
+NUM_EXPORTED = 4000
 # The names of parameters that a printed fit shows.
 NUM_SHOWN = 4
 HOW_IT_RAN = {
@@ -46,6 +53,7 @@ class FitResult:
         wall_time: The seconds that the fit took, final draws included.
         vectorization: How the model was run for many draws: ``"broadcast"`` with an extra batch dimension, ``"recorded"`` once
             and repeated for all draws, or ``"looped"`` draw by draw.
+        interrupted: Whether an interrupt from the keyboard has ended the training before its end.
         draws: Draws from the fitted guide with their densities, 10,000 (1000 for a model that cannot be vectorised).
         parameters: The trained parameters of the model (``pyro.param``, ``pyro.module``, ``PyroModule``) by name, in their own
             (constrained) space.
@@ -67,9 +75,13 @@ class FitResult:
     parameters: dict[str, Tensor] = field(default_factory=dict)
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     restarts: tuple[Draws, ...] = ()
+    interrupted: bool = False
+    # What a fit exports that was loaded without its guide.
+    exported: tuple[Draws, ...] = field(default=(), repr=False)
 
     def __repr__(self) -> str:
         steps = f"{len(self.losses)} steps, {self.wall_time:.1f} s"
+        steps += ", interrupted" if self.interrupted else ""
         names = list(self.parameters)
         shown = ", ".join(names[:NUM_SHOWN]) + (f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else "")
         owns = f"owns the parameters {shown} of the model; " if names else ""
@@ -146,10 +158,12 @@ class FitResult:
 
     def to_posterior(self, num_samples: int = 4000) -> Posterior:
         """The fit as chains with log-likelihoods: ``num_samples`` fresh draws, or with restarts up to as many of each."""
-        call = ModelCall(self.model, self.args, self.model_kwargs, self.columns)
-        if self.restarts:
-            number = min(num_samples, *map(len, self.restarts))
-            chains = [draws[:number] for draws in self.restarts]
+        call = None
+        if not isinstance(self.model, saving.Missing):
+            call = ModelCall(self.model, self.args, self.model_kwargs, self.columns)
+        if kept := self.restarts or self.exported:
+            number = min(num_samples, *map(len, kept))
+            chains = [draws[:number] for draws in kept]
         else:
             options: dict[str, Any] = {"num_samples": num_samples, "log_likelihood": True}
             # As for the draws that were judged: a poor fit is exported, too.
@@ -159,7 +173,8 @@ class FitResult:
             chains,
             call,
             groups={"variational_fit": self._variational_fit()},
-            attrs={"guide": name_of(self.guide)},
+            # netCDF has no truth values.
+            attrs={"guide": name_of(self.guide), "interrupted": int(self.interrupted)},
             seconds=self.wall_time,
         )
 
@@ -184,6 +199,87 @@ class FitResult:
             seed=seed,
         )
 
+    def save(self, path: str | Path) -> None:
+        """Writes the fit to a file that needs neither its model nor a pickle to be read; see :meth:`load`.
+
+        The file holds the draws, up to 4000 draws with log-likelihoods for the export, the losses, the arguments, and the values
+        of guide and model. It is a NumPy archive (``.npz``) with a description in JSON.
+
+        Arguments:
+            path: The file; an existing one is replaced.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        arguments = {"args": self.args, "model_kwargs": self.model_kwargs}
+        content = {
+            **{name: getattr(self, name) for name in _PLAIN_FIELDS},
+            "exported": () if self.restarts else tuple(self.to_posterior(NUM_EXPORTED).chains),
+            "arguments": arguments if saving.can_be_written(arguments) else None,
+            "guide": name_of(self.guide),
+            "model": name_of(self.model),
+            "state": dict(self.guide.state_dict()) if isinstance(self.guide, nn.Module) else None,
+        }
+        saving.write(Path(path), content)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Callable | None = None, guide: Callable | None = None) -> FitResult:
+        """Reads a fit that :meth:`save` has written. Nothing in the file is executed.
+
+        The file alone gives estimates, verdict, summary, draws, and the export without the groups that need the model
+        (posterior_predictive, prior, prior_predictive, constant_data).
+
+        Arguments:
+            path: The file.
+            model: The model, for these groups.
+            guide: A new guide of the same class and options, which gets the fitted values: ``fit.guide`` makes fresh draws then.
+                A guide that knows its model brings it along.
+
+        Raises:
+            OSError: if the file cannot be read.
+            ValueError: if it is damaged or no saved fit; if model or guide are others than those that were fitted, or the fit
+                had arguments that cannot be saved, such as objects of your own classes.
+        """
+        content = saving.read(Path(path))
+        try:
+            fields = {name: content[name] for name in (*_PLAIN_FIELDS, "exported")}
+            names = {kind: saving.Missing(kind, content[kind]) for kind in ("model", "guide")}
+            arguments, state = content["arguments"], content["state"]
+        except KeyError as error:
+            raise ValueError(f"FitResult.load: '{path}' is no saved fit: it lacks {error}") from error
+        fitted: dict[str, Any] = {**names, "args": (), "model_kwargs": {}, **(arguments or {})}
+        model = model or getattr(guide, "model", None)
+        if model is None and guide is not None:
+            raise ValueError(
+                "FitResult.load: a guide that is a plain function does not know its model: give it with model="
+            )
+        if model is not None:
+            if arguments is None:
+                raise ValueError(
+                    "FitResult.load: the arguments of the model were no arrays or plain values, and are not saved"
+                )
+            call = ModelCall(model, fitted["args"], fitted["model_kwargs"], fields["columns"])
+            fitted["model"], loaded = saving.with_values(call, guide, fields["parameters"], state)
+            if loaded is not None:
+                fitted["guide"], fields["exported"] = loaded, ()
+        return cls(**fields, **fitted)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        functions = (ModelCall(function).as_written for function in (self.model, self.guide))
+        in_script = [name_of(each) for each in functions if getattr(each, "__module__", None) == "__main__"]
+        if in_script:
+            try:
+                # By itself, so that a process without the script can say what is missing.
+                return _unpickled, (pickle.dumps(fields), in_script[0])
+            except (pickle.PicklingError, AttributeError, TypeError):
+                # A pickler that knows more than this one may go on.
+                pass
+        return _made, (fields,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FitResult:
+        return _made({each.name: copy.deepcopy(getattr(self, each.name), memo) for each in dataclasses.fields(self)})
+
     def _variational_fit(self) -> Group:
         # The draws that were judged, not those that are exported: they are more.
         judged = self.restarts or (self.draws,)
@@ -207,6 +303,35 @@ class FitResult:
             {"elbo": ["step"], **{name: ["chain"] for name in ("khat", "khat_se", "final_elbo", "final_elbo_se")}},
             (),
         )
+
+
+_PLAIN_FIELDS = (
+    "losses",
+    "num_skipped",
+    "num_rolled_back",
+    "wall_time",
+    "vectorization",
+    "draws",
+    "parameters",
+    "columns",
+    "restarts",
+    "interrupted",
+)
+
+
+def _made(fields: dict[str, Any]) -> FitResult:
+    return FitResult(**fields)
+
+
+def _unpickled(content: bytes, name: str) -> FitResult:
+    """The fit in a pickle of its own, whose model was defined in the script that wrote it."""
+    try:
+        return _made(pickle.loads(content))
+    except AttributeError as error:
+        raise pickle.UnpicklingError(
+            f"this fit needs '{name}', which was defined in the script that pickled it (__main__): define it in this one before "
+            "loading, or import it from a module in both; fit.save(path) writes a file that FitResult.load reads without it"
+        ) from error
 
 
 def name_of(guide: Callable) -> str:

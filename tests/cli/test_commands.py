@@ -10,48 +10,11 @@ import pandas as pd
 import pyro.distributions as dist
 import pytest
 import torch
+from cli_cases import FAST, wrong
 
 import pyro_flowguides as fg
 from pyro_flowguides.cli import main, read_data
 from pyro_flowguides.diagnostics.arviz import Group, to_tree
-
-FAST = ["--num-steps", "5", "--num-particles", "4", "--no-progress"]
-MODEL = """
-import pyro
-import pyro.distributions as dist
-import torch
-from helper import SCALE
-
-def model(x, y=None):
-    slope = pyro.sample("slope", dist.Normal(0.0, SCALE))
-    with pyro.plate("data", x.shape[0]):
-        pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
-
-def no_latents(x):
-    pyro.sample("y", dist.Normal(0.0, 1.0), obs=x[0])
-
-def shapes(x, y):
-    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", 7):
-        pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
-
-number = 3
-"""
-
-
-@pytest.fixture
-def model_file(tmp_path):
-    (tmp_path / "helper.py").write_text("SCALE = 10.0\n")
-    path = tmp_path / "my_model.py"
-    path.write_text(MODEL)
-    return path
-
-
-@pytest.fixture
-def data_file(tmp_path):
-    path = tmp_path / "data.json"
-    path.write_text(json.dumps({"x": [0.0, 1.0, 2.0], "y": [0.1, 2.2, 3.9]}))
-    return path
 
 
 def test_list(capsys):
@@ -181,12 +144,6 @@ def test_data_become_tensors_in_the_default_dtype(tmp_path):
     assert data["name"] == "a"
 
 
-def wrong(tmp_path, name, content):
-    path = tmp_path / name
-    path.write_text(content)
-    return str(path)
-
-
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -218,8 +175,11 @@ def wrong(tmp_path, name, content):
         (lambda m, d, t: [f"{m}:model", "--data", wrong(t, "a.csv", "x\na\n")], "values that are not numbers"),
         (lambda m, d, t: [f"{m}:model", "--data", wrong(t, "a.txt", "")], "data files are .json, .npz or .csv"),
         (lambda m, d, t: [f"{m}:model", "--data", wrong(t, "a.npz", "no")], "cannot be read"),
-        (lambda m, d, t: [wrong(t, "bad.py", "1 / 0") + ":model"], "cannot be run: ZeroDivisionError"),
-        (lambda m, d, t: [f"{m}:shapes", "--data", d], "size|shape|broadcast"),
+        (
+            lambda m, d, t: [wrong(t, "bad.py", "1 / 0") + ":model"],
+            "bad.py, line 1: ZeroDivisionError: division by zero",
+        ),
+        (lambda m, d, t: [f"{m}:shapes", "--data", d], "my_model.py, line 18: ValueError: Shape mismatch"),
         (
             lambda m, d, t: [f"{m}:no_latents", "--data", wrong(t, "a.json", '{"x": [1.0]}')],
             "found no latent variables",
