@@ -28,9 +28,12 @@ REFERENCES = RESULTS / "any_model_reference.json"
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.any_model", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    referring = commands.add_parser("reference", help="find the exact means and standard deviations")
+    referring = commands.add_parser("reference", help="find the means and standard deviations")
     referring.add_argument("names", nargs="*", help="models; by default all")
     referring.add_argument("--missing", action="store_true", help="only models without a reference")
+    referring.add_argument(
+        "--nuts", action="store_true", help="by Pyro's NUTS above five dimensions, which takes hours"
+    )
     referring.add_argument("--out", type=Path, default=REFERENCES)
     referring.set_defaults(command=_reference)
     running = commands.add_parser("run", help="measure speeds, and errors of fits")
@@ -53,7 +56,7 @@ def _reference(options: argparse.Namespace) -> None:
         if options.missing and name in read(options.out):
             continue
         try:
-            row = reference(PROBLEMS[name])
+            row = reference(PROBLEMS[name], options.nuts)
         except Exception:
             print(name, "failed", flush=True)
             traceback.print_exc()

@@ -22,8 +22,8 @@ from pyro_flowguides.model.call import ModelCall
 from pyro_flowguides.training import start
 from pyro_flowguides.training.loop import CLIP_FACTOR, LEARNING_RATE, NUM_PARTICLES
 
+from .density import SMALLEST_SD
 from .problem import Problem
-from .reference import SMALLEST_SD
 
 NUM_WARM, NUM_ROUNDS, STEPS_PER_ROUND = 60, 11, 50
 PLAIN_STEPS, PLAIN_RATE, PLAIN_CLIP, NUM_PLAIN_DRAWS = 4000, 0.01, 10.0, 4000
