@@ -112,7 +112,7 @@ class Chains:
 
     def whiten(self, draws: Tensor) -> None:
         """Makes the covariance of the draws the inverse mass matrix."""
-        self._scale = torch.linalg.cholesky(draws.T.cov())
+        self._scale = torch.linalg.cholesky(torch.atleast_2d(draws.T.cov()))
         self.step = draws.shape[-1] ** -0.25
 
     def warm_up(self, number: int) -> Tensor:

@@ -37,8 +37,8 @@ def report(rows: dict[str, dict[str, Any]]) -> str:
             "median of their ratios. Then one `fit(model, AutoFlow(model), …)` with its defaults, and `AutoNormal` with "
             f"{PLAIN_STEPS} steps of Pyro's SVI (ClippedAdam, 0.01), of the model as written. Errors: the largest among all "
             "scalars, of a mean in sd, and of an sd relative to it. "
-            f"The limits are {MAX_MEAN_ERROR} and {MAX_SD_ERROR:.0%}; the references are exact to about 0.015 and 1 % (NUTS), or "
-            "far better (quadrature).",
+            f"The limits are {MAX_MEAN_ERROR} and {MAX_SD_ERROR:.0%}; the references are exact to about 0.015 and 1 % "
+            "(HMC, NUTS), or far better (quadrature).",
             _summary(list(rows.values())),
             markdown_table(_HEADER, lines),
             _environments(rows),
