@@ -19,6 +19,9 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import numpy as np
 import torch
+
+# Before the forks: the first optimiser of a process imports it, which takes seconds.
+import torch._dynamo
 from fits import Y, scale_only
 from models import conjugate
 
@@ -82,7 +85,7 @@ def kill_until_done(case, folder, moments, longest):
             time.sleep(0.001)
             if result.exists():
                 break
-        time.sleep(moments.uniform(0.0, 0.1))
+        time.sleep(moments.uniform(0.0, longest))
         if os.waitpid(pid, os.WNOHANG)[0] == pid:
             break
         os.kill(pid, signal.SIGKILL)

@@ -39,7 +39,7 @@ from .schedules import Round, RoundScore, doubling_rounds, got_worse, is_worth_a
 # Where the number of steps is fixed beforehand.
 NUM_STEPS = 3000
 NUM_PARTICLES = 256
-DEFAULT_OPTIMIZER = functools.partial(torch.optim.Adam, lr=1e-2)
+LEARNING_RATE = 1e-2
 # Gradients are clipped at this multiple of the running mean of their norm.
 CLIP_FACTOR = 2.0
 NUM_FINAL_DRAWS = 10_000
@@ -47,6 +47,11 @@ NUM_FINAL_DRAWS = 10_000
 NUM_LOOPED_PARTICLES, NUM_LOOPED_DRAWS = 8, 1000
 
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+def default_optimizer() -> OptimizerFactory:
+    """Adam at the default learning rate."""
+    return functools.partial(torch.optim.Adam, lr=LEARNING_RATE)
 
 
 @dataclass(frozen=True)
@@ -241,7 +246,7 @@ class Loop:
         named = {
             "batches": options.batches,
             "loss": options.loss,
-            "optim": options.optim or DEFAULT_OPTIMIZER,
+            "optim": options.optim or default_optimizer(),
             "schedule": options.schedule,
             "num_particles": options.num_particles,
             "whiten": options.whiten,
@@ -311,7 +316,7 @@ class Steps:
         self.svi = CompiledSVI(
             loop.call.model,
             loop.guide,
-            options.optim or DEFAULT_OPTIMIZER,
+            options.optim or default_optimizer(),
             options.loss or self._default_loss(),
             schedule=schedule and (lambda step: schedule(step / round.num_steps)),
             clip_factor=CLIP_FACTOR,
