@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from .. import internals
+from ..model.recording import constants_to_inputs
 from .nodes import is_random
 from .rewrite import Run
 
@@ -19,20 +20,22 @@ from .rewrite import Run
 def replay(module: GraphModule, example_inputs: Sequence[Tensor]) -> Run:
     """Runs a graph operation by operation, with the least overhead that there is without a compiler."""
     drawn = [node for node in module.graph.nodes if is_random(node) and not node.users]
+    whole = _with_outputs(module, drawn)
+    # As inputs: torch.jit computes with constants once, and some of these are tensors that others write to.
+    constants = constants_to_inputs(whole)
     with torch.no_grad(), warnings.catch_warnings():
         # Deprecated, and still the fastest; where it goes, or refuses an operation, the graph runs itself.
         warnings.simplefilter("ignore")
         try:
-            run: Run = internals.jit_function(_with_outputs(module, drawn), example_inputs)
+            run = internals.jit_function(whole, [*example_inputs, *constants])
         except (RuntimeError, AttributeError):
             return module
-    return (lambda *tensors: run(*tensors)[: -len(drawn)]) if drawn else run
+    end = -len(drawn) or None
+    return lambda *tensors: run(*tensors, *constants)[:end]
 
 
 def _with_outputs(module: GraphModule, nodes: Sequence[Node]) -> GraphModule:
     """The same graph, which returns these nodes, too: torch.jit drops even random numbers that nobody uses."""
-    if not nodes:
-        return module
     copied: dict[Node, Node] = {}
     graph = Graph()
     outputs: Any = graph.graph_copy(module.graph, copied)

@@ -320,7 +320,7 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModul
         with EverySite(names.append):
             graph = internals.record(folded, inputs)
         if any(map(_is_rewritten, graph.graph.nodes)):
-            constants = _constants_to_inputs(graph)
+            constants = constants_to_inputs(graph)
             graph = internals.record_functional(graph, [*inputs, *constants], _DECOMPOSITIONS)
             _inputs_to_constants(graph, constants)
     except Exception as error:
@@ -338,7 +338,7 @@ def _is_rewritten(node: Node) -> bool:
     return node.target in _DECOMPOSITIONS or (internals.is_operator(node.target) and internals.is_mutable(node.target))
 
 
-def _constants_to_inputs(graph: GraphModule) -> list[Tensor]:
+def constants_to_inputs(graph: GraphModule) -> list[Tensor]:
     """Makes the constants of a graph its last inputs, and returns their values.
 
     Only what is computed from inputs can be written in place and taken for a function all the same: ``zeros_like`` of data too.

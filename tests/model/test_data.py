@@ -224,7 +224,8 @@ def test_a_fit_keeps_the_tensors_and_pickles(tmp_path):
     fit = quick(regression, guide(), *WAYS["series"], num_steps=4, checkpoint=path)
     again = pickle.loads(pickle.dumps(fit))
     assert torch.equal(again.args[1], torch.tensor(Y)) and again.args[1].dtype == torch.float32
-    resumed = quick(regression, guide(), *WAYS["lists"], num_steps=4, checkpoint=fg.Checkpoint(path, resume=True))
+    tensors = torch.tensor(X), torch.tensor(Y)
+    resumed = quick(regression, guide(), *tensors, num_steps=4, checkpoint=fg.Checkpoint(path, resume=True))
     assert resumed.losses.tolist() == fit.losses.tolist()
 
 
