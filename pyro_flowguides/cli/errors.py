@@ -59,6 +59,7 @@ def line_with_place(file: Path | None, error: BaseException) -> str | None:
     """A line about an error in a user's file; None if it does not come from there."""
     place = None if file is None else place_in(file, error)
     if place is None:
-        return None
+        # What explains an error of the user's file was raised by it.
+        return None if error.__cause__ is None else line_with_place(file, error.__cause__)
     text, name = text_of(error), type(error).__name__
     return f"{place}: {name}: {text}" if text else f"{place}: {name}"

@@ -11,6 +11,7 @@ from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 
 from ..diagnostics.draws import Draws
+from ..diagnostics.importance import Estimate
 
 Schedule = Callable[[float], float]
 
@@ -86,23 +87,35 @@ def log_weight_sd(log_weights: Tensor) -> float:
     return float(kept.std())
 
 
+# The part of the draws that may lose their density in a round that does no harm.
+MAX_MORE_LOST = 0.01
+
+
 class RoundScore(NamedTuple):
     """How good the guide is after a round, judged by its draws.
 
     Attributes:
-        elbo: The ELBO.
+        elbo: The ELBO, of the draws that have a density.
         elbo_se: Its standard error.
         log_weight_sd: The :func:`log_weight_sd` of the draws.
+        lost: The part of the draws that have no density.
     """
 
     elbo: float
     elbo_se: float
     log_weight_sd: float
+    lost: float = 0.0
 
     @classmethod
     def of(cls, draws: Draws) -> RoundScore:
         """The score of these draws."""
-        return cls(draws.elbo.value, draws.elbo.se, log_weight_sd(draws.log_weights))
+        log_weights, elbo = draws.log_weights.double(), draws.elbo
+        finite = log_weights[log_weights.isfinite()]
+        lost = 1 - len(finite) / len(log_weights)
+        # One draw among thousands that overflows makes the ELBO infinite, and tells nothing of the others.
+        if 0 < lost < 0.5:
+            elbo = Estimate(float(finite.mean()), float(finite.std()) / math.sqrt(len(finite)))
+        return cls(elbo.value, elbo.se, log_weight_sd(log_weights), lost)
 
 
 def needs_loss(scheduler: PyroLRScheduler) -> bool:
@@ -126,7 +139,7 @@ def is_worth_another(scores: Sequence[RoundScore]) -> bool:
 
 
 def got_worse(scores: Sequence[RoundScore]) -> bool:
-    """Whether the last round did harm: the ELBO fell by more than noise, or is no longer finite.
+    """Whether the last round did harm: the ELBO fell by more than noise, is no longer finite, or more draws have no density.
 
     Arguments:
         scores: After each round so far.
@@ -134,4 +147,6 @@ def got_worse(scores: Sequence[RoundScore]) -> bool:
     if len(scores) == 1 or not math.isfinite(scores[-2].elbo):
         return False
     now, before = scores[-1], scores[-2]
+    if now.lost > before.lost + MAX_MORE_LOST:
+        return True
     return not now.elbo >= before.elbo - 2 * math.hypot(now.elbo_se, before.elbo_se)
