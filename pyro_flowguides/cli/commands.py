@@ -28,7 +28,7 @@ from ..guides.named import AutoCoupling, AutoIAF, AutoPlanar, AutoRadial, AutoRe
 from ..training.fit import fit
 from ..training.result import FitResult
 from .data import not_arrays
-from .errors import OutputError, UserError, line_of, line_with_place, reason_of, text_of
+from .errors import OutputError, UserError, line_of, line_with_place, printable, reason_of, text_of
 from .models import find_model
 from .output import Output, quiet_arviz
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             interrupted = True
             print("flowguides: interrupted", file=sys.stderr)
         except (UserError, OutputError) as error:
-            print(f"flowguides: {error}", file=sys.stderr)
+            print(f"flowguides: {printable(str(error))}", file=sys.stderr)
             return 2 if isinstance(error, UserError) else 1
     return 128 + (received[0] if received else signal.SIGINT) if interrupted else 0
 

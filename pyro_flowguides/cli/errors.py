@@ -19,6 +19,11 @@ class OutputError(Exception):
     """What was computed cannot be written; the message is one line."""
 
 
+def printable(text: str) -> str:
+    """A text with control characters, such as those in the name of a column, as escapes: they would break the line."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
 def text_of(error: BaseException) -> str:
     """The message of any error as one line; empty if it has none."""
     try:

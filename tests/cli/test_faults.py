@@ -315,3 +315,11 @@ def test_the_seed_decides_the_numbers(model_file, data_file, capsys):
         )
         tables.append(capsys.readouterr().out)
     assert tables[0] == tables[1] != tables[2]
+
+
+def test_control_characters_do_not_break_the_line(model_file, tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("x\x1b5\x0b\n")
+    assert main(["fit", f"{model_file}:model", "--data", str(tmp_path / "a.csv"), *FAST]) == 2
+    printed = capsys.readouterr().err
+    assert len(printed.splitlines()) == 1
+    assert r"x\x1b5" in printed
