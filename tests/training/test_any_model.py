@@ -38,7 +38,7 @@ def test_it_is_fitted_as_it_is_written(name):
     pyro.set_rng_seed(0)
     fit = fg.fit(model, fg.AutoCoupling(model), *args, num_steps=4, num_particles=8, whiten="init", progress=False)
     assert np.isfinite(fit.losses).all()
-    assert fit.vectorization == ("broadcast" if "broadcasts" in name else "recorded")
+    assert fit.vectorization != "looped"
     # Of a model that runs draw by draw there are fewer.
     assert len(fit.draws) == 10_000
 
