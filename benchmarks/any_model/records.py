@@ -24,7 +24,8 @@ def merge(path: Path, name: str, row: dict[str, Any]) -> None:
     rows = {**read(path), name: {**row, "commit": commit(), "environment": environment("pyro-ppl", "pyro-flowguides")}}
     path.parent.mkdir(parents=True, exist_ok=True)
     ordered = {each: rows[each] for each in PROBLEMS if each in rows}
-    path.write_text(json.dumps({"models": ordered}, indent=1) + "\n")
+    # The place of the checkout, which the messages of errors hold, says nothing to others.
+    path.write_text(json.dumps({"models": ordered}, indent=1).replace(f"{RESULTS.parents[1]}/", "") + "\n")
 
 
 def commit() -> str:
