@@ -35,7 +35,7 @@ from ..model.sites import (
     tensor_sites,
     unchanged_random_state,
 )
-from ..model.target import ERRORS_OF_MODELS
+from ..model.target import ERRORS_OF_MODELS, draw_by_draw
 
 
 class GivenValues:
@@ -196,15 +196,7 @@ class Tracer:
             self.batched, self.max_plate_nesting = self._record()
             return True
         except ERRORS_OF_MODELS as error:
-            # Pyro appends a table of all sites to an error within a model.
-            reason, recorded = (" ".join(str(each).split("Trace Shapes:")[0].split()) for each in (first_error, error))
-            warn(
-                "The model cannot be vectorised over draws, so that every draw is a run of its own, which is slow. It neither "
-                f"carries extra batch dimensions on the left of its latents ({reason[:300] or type(first_error).__name__}), nor "
-                f"can one run be recorded and repeated for many draws ({recorded[:400] or type(error).__name__}). Write "
-                "torch.where(latent > 0, ..., ...) for an if on a latent, and torch's functions for float(), .item() and numpy; "
-                "see docs/how_to/vectorise.md"
-            )
+            warn(draw_by_draw(first_error, error))
             return False
 
     def _try_to_sum_out(self) -> bool:

@@ -310,7 +310,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
                 ``"pathfinder"`` for the best on a quasi-Newton path from there; ``"init"`` to leave map and damping as they
                 start; ``"auto"`` for the one of start, path, and batch and match from either with the highest ELBO. Above 200
                 latent dimensions the map is diagonal, and ``"auto"`` chooses among the start and diagonal batch and match from
-                the start and from the mode. Where every draw is a run of the model, ``"auto"`` does with some 2,500 runs.
+                the start and from the mode. Where every draw is a run of the model, ``"auto"`` does with some 2,200 runs.
             model_kwargs: The keyword arguments of the model.
             model: The whole model, where the guide is for ``poutine.block`` of it, which hides the data too.
             vectorize: Whether the model can be run on many latents at once; by default this is found out, and a model that

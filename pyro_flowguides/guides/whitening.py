@@ -13,10 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..model.target import Target
-
-# log p at each row of a batch of points, in float64, differentiable.
-LogDensity = Callable[[Tensor], Tensor]
+from ..model.target import LogProb, Target, value_and_score
 
 NUM_UPDATES = 150
 DIAGONAL_BATCH_SIZE = 32
@@ -32,7 +29,7 @@ MAX_FULL_RANK_DIM = 200
 
 
 def batch_and_match(
-    log_density: LogDensity, loc: Tensor, scale_tril: Tensor, num_updates: int = NUM_UPDATES
+    log_density: LogProb, loc: Tensor, scale_tril: Tensor, num_updates: int = NUM_UPDATES
 ) -> tuple[Tensor, Tensor]:
     r"""The Gaussian whose scores match the scores of the target, by closed-form updates without a learning rate.
 
@@ -95,7 +92,7 @@ def batch_and_match(
 
 
 def quasi_newton_path(
-    log_density: LogDensity, loc: Tensor, scale_tril: Tensor, max_steps: int = MAX_PATH_STEPS
+    log_density: LogProb, loc: Tensor, scale_tril: Tensor, max_steps: int = MAX_PATH_STEPS
 ) -> tuple[Tensor, Tensor]:
     r"""The Gaussian of highest ELBO on the path of a quasi-Newton optimiser to the mode.
 
@@ -151,7 +148,7 @@ def quasi_newton_path(
 
 
 def diagonal_batch_and_match(
-    log_density: LogDensity, loc: Tensor, scale: Tensor, num_updates: int = NUM_UPDATES
+    log_density: LogProb, loc: Tensor, scale: Tensor, num_updates: int = NUM_UPDATES
 ) -> tuple[Tensor, Tensor]:
     r"""Batch and match with a diagonal covariance, for many dimensions.
 
@@ -190,7 +187,7 @@ def diagonal_batch_and_match(
     return loc, scale
 
 
-def mode(log_density: LogDensity, loc: Tensor, max_steps: int = MAX_PATH_STEPS) -> Tensor:
+def mode(log_density: LogProb, loc: Tensor, max_steps: int = MAX_PATH_STEPS) -> Tensor:
     """A maximum of log p by L-BFGS; where it leaves the range of finite numbers, the best point that it has seen."""
     point = loc.clone().requires_grad_()
     best, best_value = loc, -math.inf
@@ -217,7 +214,7 @@ def mode(log_density: LogDensity, loc: Tensor, max_steps: int = MAX_PATH_STEPS) 
     return found if bool(found.isfinite().all()) else best
 
 
-def best_gaussian(log_density: LogDensity, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
+def best_gaussian(log_density: LogProb, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
     """The Gaussian of highest ELBO among the start, the quasi-Newton path, and batch and match from either.
 
     Batch and match from the start fails where the posterior is far away or much narrower in some directions; the path fails
@@ -233,14 +230,14 @@ def best_gaussian(log_density: LogDensity, loc: Tensor, scale_tril: Tensor) -> t
     return best_of_matched(log_density, loc, scale_tril)
 
 
-def best_of_matched(log_density: LogDensity, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
+def best_of_matched(log_density: LogProb, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`best_gaussian`."""
     starts = [(loc, scale_tril), quasi_newton_path(log_density, loc, scale_tril)]
     matched = [batch_and_match(log_density, *start) for start in starts]
     return max([*starts, *matched], key=lambda gaussian: gaussian_elbo(log_density, *gaussian))
 
 
-def coordinate_scales(log_density: LogDensity, loc: Tensor) -> Tensor:
+def coordinate_scales(log_density: LogProb, loc: Tensor) -> Tensor:
     """How far each coordinate can go alone until the slope of log p has changed by as much as matters, to a power of a hundred.
 
     For a normal law this is the conditional standard deviation: the length t for which t times the change of the slope is 1.
@@ -257,15 +254,15 @@ def coordinate_scales(log_density: LogDensity, loc: Tensor) -> Tensor:
     return scales
 
 
-def best_diagonal_gaussian(log_density: LogDensity, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def best_diagonal_gaussian(log_density: LogProb, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """The Gaussian of highest ELBO among the start, and diagonal batch and match from it and from the mode."""
     starts = [(loc, scale), (mode(log_density, loc), scale)]
     matched = [diagonal_batch_and_match(log_density, *start) for start in starts]
     return max([starts[0], *matched], key=lambda gaussian: gaussian_elbo(log_density, *gaussian))
 
 
-def best_gaussian_of_few_runs(log_density: LogDensity, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`best_gaussian`, where every point is a run of the model: some 2,500 runs, a tenth of a fit's.
+def best_gaussian_of_few_runs(log_density: LogProb, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`best_gaussian`, where every point is a run of the model: some 2,200 runs, a tenth of a fit's.
 
     The path is that of L-BFGS, which needs a point or two for each step, and the updates are as many as the points allow.
     """
@@ -278,7 +275,7 @@ def best_gaussian_of_few_runs(log_density: LogDensity, loc: Tensor, scale: Tenso
 
 
 @torch.no_grad()
-def gaussian_elbo(log_density: LogDensity, loc: Tensor, scale: Tensor, num_draws: int = NUM_ELBO_DRAWS) -> float:
+def gaussian_elbo(log_density: LogProb, loc: Tensor, scale: Tensor, num_draws: int = NUM_ELBO_DRAWS) -> float:
     """The ELBO of a Gaussian, estimated from draws; −inf where a draw has no density.
 
     The scale is a Cholesky factor, shape (D, D), or standard deviations, shape (D,).
@@ -293,22 +290,13 @@ def gaussian_elbo(log_density: LogDensity, loc: Tensor, scale: Tensor, num_draws
     return -math.inf if math.isnan(elbo) else elbo
 
 
-def value_and_score(log_density: LogDensity, points: Tensor) -> tuple[Tensor, Tensor]:
-    """log p and its gradient at each row of a batch of points, detached."""
-    with torch.enable_grad():
-        points = points.detach().requires_grad_()
-        value = log_density(points)
-        (score,) = torch.autograd.grad(value.sum(), points)
-    return value.detach(), score
-
-
 # For the covariance as a whole, and for its diagonal above MAX_FULL_RANK_DIM.
-METHODS: dict[str, Callable[[LogDensity, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+METHODS: dict[str, Callable[[LogProb, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "auto": best_gaussian,
     "batch_and_match": batch_and_match,
     "pathfinder": quasi_newton_path,
 }
-DIAGONAL_METHODS: dict[str, Callable[[LogDensity, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+DIAGONAL_METHODS: dict[str, Callable[[LogProb, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "auto": best_diagonal_gaussian,
     "batch_and_match": diagonal_batch_and_match,
 }
@@ -348,7 +336,7 @@ def whiten(target: Target, start: tuple[Tensor, Tensor], method: str) -> tuple[T
     return found_by(without_errors(target.log_prob), *start)
 
 
-def without_errors(log_density: LogDensity) -> LogDensity:
+def without_errors(log_density: LogProb) -> LogProb:
     """The same density, NaN at points where it raises: far from the posterior a covariance may have no Cholesky factor."""
 
     def tried(points: Tensor) -> Tensor:

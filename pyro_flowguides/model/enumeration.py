@@ -23,6 +23,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from .. import internals
+from .recording import LargestTensor, TooLargeError
 from .sites import (
     is_deterministic,
     latent_sites,
@@ -130,34 +131,6 @@ class _Mark(Messenger):
             msg["fn"] = fn
 
 
-class _LargestTensor(internals.TorchDispatchMode):
-    """Finds the largest tensor that is computed; ends with an error above a limit, before it is made where that can be told."""
-
-    def __init__(self, limit: float = torch.inf) -> None:
-        super().__init__()
-        self.limit = limit
-        self.largest = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.pointwise in getattr(function, "tags", ()):
-            shapes = [leaf.shape for leaf in internals.flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-            self._see(torch.broadcast_shapes(*shapes).numel())
-        result = function(*args, **(kwargs or {}))
-        for leaf in internals.flatten(result)[0]:
-            if isinstance(leaf, Tensor):
-                self._see(leaf.numel())
-        return result
-
-    def _see(self, size: int) -> None:
-        self.largest = max(self.largest, size)
-        if size > self.limit:
-            raise _TooLargeError
-
-
-class _TooLargeError(Exception):
-    """A tensor is larger than the limit."""
-
-
 class Enumeration:
     """The discrete latents of a model that are summed out.
 
@@ -236,14 +209,14 @@ class Enumeration:
                 then than for single values, or if there are too many combinations.
         """
         with quiet_trace():
-            with _LargestTensor() as plain:
+            with LargestTensor() as plain:
                 poutine.trace(model).get_trace().compute_log_prob()
             sites = self._describe()
             try:
-                with _LargestTensor(max(MAX_ELEMENTS, MAX_GROWTH * plain.largest)) as enumerated:
+                with LargestTensor(max(MAX_ELEMENTS, MAX_GROWTH * plain.largest)) as enumerated:
                     factors = self._factors(model)
                     factors.log_joint()
-            except _TooLargeError:
+            except TooLargeError:
                 raise ValueError(
                     f"the values of {sites} have too many combinations to sum over: a tensor has {enumerated.largest:,} numbers "
                     "for each draw. Ways out: pyro.markov around the steps of a chain; a pyro.plate for sites that are "

@@ -49,6 +49,38 @@ class _CountOperations(internals.TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class TooLargeError(Exception):
+    """A tensor is larger than the limit."""
+
+
+class LargestTensor(internals.TorchDispatchMode):
+    """Finds the largest tensor that is computed within; above a limit an error, before the tensor is made where that can be told.
+
+    Attributes:
+        largest: Its number of elements.
+    """
+
+    def __init__(self, limit: float = math.inf) -> None:
+        super().__init__()
+        self.limit = limit
+        self.largest = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.pointwise in getattr(function, "tags", ()):
+            shapes = [leaf.shape for leaf in internals.flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+            self._see(torch.broadcast_shapes(*shapes).numel())
+        result = function(*args, **(kwargs or {}))
+        for leaf in internals.flatten(result)[0]:
+            if isinstance(leaf, Tensor):
+                self._see(leaf.numel())
+        return result
+
+    def _see(self, size: int) -> None:
+        self.largest = max(self.largest, size)
+        if size > self.limit:
+            raise TooLargeError
+
+
 class EverySite(Messenger):
     """Calls a function with the name of every sample site."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pyro
@@ -11,6 +12,7 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
+from ..checks import warn
 from . import plates, supports
 from .batched import BatchedModel
 from .call import ModelCall
@@ -21,8 +23,39 @@ from .missing import FillMissing
 from .recording import CaptureError
 from .sites import PLATE_NAME, log_prob_per_draw, max_plate_nesting, quiet_trace, unchanged_random_state
 
+# log p at each row of a batch of points, in float64, differentiable.
+LogProb = Callable[[Tensor], Tensor]
 # What a model raises that does not carry batch dimensions through, or cannot be recorded.
 ERRORS_OF_MODELS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, NotImplementedError)
+
+
+def value_and_score(log_density: LogProb, points: Tensor) -> tuple[Tensor, Tensor]:
+    """log p and its gradient at each row of a batch of points, detached."""
+    with torch.enable_grad():
+        points = points.detach().requires_grad_()
+        value = log_density(points)
+        (score,) = torch.autograd.grad(value.sum(), points)
+    return value.detach(), score
+
+
+def draw_by_draw(not_broadcast: BaseException, not_recorded: BaseException) -> str:
+    """The warning of a model for which every draw is a run of its own.
+
+    Arguments:
+        not_broadcast: Why it does not carry extra batch dimensions.
+        not_recorded: Why it cannot be recorded and repeated.
+    """
+    # Pyro appends a table of all sites to an error within a model.
+    reasons = [
+        " ".join(str(each).split("Trace Shapes:")[0].split())[:400] or type(each).__name__
+        for each in (not_broadcast, not_recorded)
+    ]
+    return (
+        "The model cannot be vectorised over draws, so that every draw is a run of its own, which is slow. It neither carries "
+        f"extra batch dimensions on the left of its latents ({reasons[0]}), nor can one run be recorded and repeated for many "
+        f"draws ({reasons[1]}). Write torch.where(latent > 0, ..., ...) for an if on a latent, and torch's functions for "
+        "float(), .item() and numpy; see docs/how_to/vectorise.md"
+    )
 
 
 class Target:
@@ -133,19 +166,25 @@ class Target:
             return unrecorded
 
     def _find_out(self, trace: Trace) -> None:
-        """Decides how draws are run together, by the values at two points."""
+        """Decides how draws are run together, by values and gradients at two points; draw by draw after a warning."""
         points = torch.stack([self.latents.init_loc, self.latents.init_loc + 0.1])
-        with torch.no_grad(), warnings.catch_warnings(), unchanged_random_state():
+        reasons: list[BaseException] = []
+        with warnings.catch_warnings(), unchanged_random_state():
             warnings.simplefilter("ignore")
-            alone = self.log_prob(points)
-            for batched in (None, BatchedModel(self._bare, trace, [site.name for site in self.latents.sites])):
-                self.vectorize, self.batched = True, batched
+            alone = value_and_score(self.log_prob, points)
+            for is_recorded in (False, True):
                 try:
-                    if torch.allclose(self.log_prob(points), alone, rtol=1e-4, atol=1e-3, equal_nan=True):
-                        return
-                except ERRORS_OF_MODELS:
-                    continue
+                    names = [site.name for site in self.latents.sites]
+                    self.batched = BatchedModel(self._bare, trace, names) if is_recorded else None
+                    self.vectorize = True
+                    torch.testing.assert_close(
+                        value_and_score(self.log_prob, points), alone, rtol=1e-3, atol=1e-3, equal_nan=True
+                    )
+                    return
+                except ERRORS_OF_MODELS as error:
+                    reasons.append(error)
         self.vectorize, self.batched = False, None
+        warn(draw_by_draw(*reasons))
 
     def _fixed_minibatches(self, trace: Trace) -> list[dict[str, Tensor]]:
         sites, local = plates.subsample_sites(trace), self.latents.subsampled_plates

@@ -110,18 +110,27 @@ def check_gradients(tracer: Tracer) -> None:
             return
         with torch.enable_grad():
             suspects = list(_unreached(tracer, base, points))
+        # All of them at once: most models have none that matters.
+        if not suspects or not _moves(tracer, base, nodes, suspects):
+            return
         for name in suspects:
-            rests = [_rest(_run(tracer, base, {name: each[name]["value"]}), name) for each in nodes if name in each]
-            values = torch.stack([rest.detach() for rest in rests])
-            # A wall, beyond which there is no density, is none of these steps.
-            values = values[values.isfinite()]
-            if not bool(torch.isclose(values, values[:1], rtol=1e-6, atol=1e-6).all()):
+            if _moves(tracer, base, nodes, [name]):
                 warn(
                     f"fit: latent site '{name}' moves the log density by steps alone: its gradient is zero almost everywhere, so "
                     "that the training does not see it. Write a smooth switch, torch.sigmoid((index - point) / width) for "
                     "torch.where(index > point, ...), or make it a discrete site over the positions, which fit sums out"
                 )
                 return
+
+
+def _moves(tracer: Tracer, base: Trace, nodes: Sequence[Mapping[str, Any]], names: Sequence[str]) -> bool:
+    """Whether log p, without the priors of some latents, differs between their values in some draws."""
+    others = [{name: each[name]["value"] for name in names} for each in nodes if all(name in each for name in names)]
+    rests = [_rest(_run(tracer, base, values), names) for values in others]
+    values = torch.stack([rest.detach() for rest in rests])
+    # A wall, beyond which there is no density, is none of these steps.
+    values = values[values.isfinite()]
+    return not bool(torch.isclose(values, values[:1], rtol=1e-6, atol=1e-6).all())
 
 
 def _unreached(tracer: Tracer, base: Trace, points: Mapping[str, Tensor]) -> Iterator[str]:
@@ -158,6 +167,7 @@ def _run(tracer: Tracer, base: Trace, values: Mapping[str, Tensor]) -> Trace:
     return trace
 
 
-def _rest(trace: Trace, name: str) -> Tensor:
-    """log p without the prior of one latent."""
-    return torch.as_tensor(trace.log_prob_sum() - trace.nodes[name]["log_prob_sum"])
+def _rest(trace: Trace, names: Sequence[str]) -> Tensor:
+    """log p without the priors of some latents."""
+    nodes: dict[str, Any] = dict(trace.nodes)
+    return torch.as_tensor(trace.log_prob_sum() - sum(nodes[name]["log_prob_sum"] for name in names))

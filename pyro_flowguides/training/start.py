@@ -10,13 +10,13 @@ import pyro
 import torch
 from pyro import poutine
 
-from .. import internals
 from ..compiled.recorded import BatchedCalls
 from ..diagnostics.tracer import Tracer
 from ..guides.auto import AutoFlow
 from ..guides.base import Call, calls_of_flow_guides
 from ..model.call import ModelCall
 from ..model.missing import as_given
+from ..model.recording import LargestTensor
 from ..model.sites import latent_sites, log_prob_per_draw, observed_sites, unchanged_random_state
 
 # The number of elements of a tensor from which on a second thread pays.
@@ -103,26 +103,14 @@ def _is_alone(call: Call, tracer: Tracer) -> bool:
 # --- threads -------------------------------------------------------------------------------------------------------------
 
 
-class _LargestResult(internals.TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that is computed within."""
-
-    num_elements = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in internals.flatten(result)[0] if isinstance(leaf, torch.Tensor)]
-        self.num_elements = max([self.num_elements, *sizes])
-        return result
-
-
 def largest_result(tracer: Tracer) -> int:
     """The number of elements of the largest tensor that one draw of guide and model computes."""
-    largest = _LargestResult()
+    largest = LargestTensor()
     with torch.no_grad(), poutine.block(), pyro.validation_enabled(False), unchanged_random_state(), largest:
         for guide_trace, model_trace, _ in tracer.traces(1):
             log_prob_per_draw(guide_trace, 1)
             log_prob_per_draw(model_trace, 1)
-    return largest.num_elements
+    return largest.largest
 
 
 @contextlib.contextmanager

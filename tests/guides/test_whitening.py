@@ -84,6 +84,19 @@ def test_scales_that_differ_by_sixteen_powers_of_ten():
     assert gaussian_elbo(target, found_loc, found_tril) == pytest.approx(0.0, abs=1e-3)
 
 
+def test_a_model_that_looks_at_a_latent_is_whitened_draw_by_draw_after_a_warning():
+    def model():
+        x = pyro.sample("x", dist.Normal(3.0, 1.0))
+        sign = 1.0 if x > -50 else -1.0
+        pyro.sample("y", dist.Normal(sign * x, 1.0), obs=torch.tensor(5.0))
+
+    with pytest.warns(UserWarning, match=r"every draw is a run of its own.*sign = 1.0 if x > -50"):
+        guide = fg.AutoFlow(model).whiten()
+    torch.testing.assert_close(
+        guide.fixed_map.loc.double(), torch.tensor([4.0], dtype=torch.float64), rtol=0.0, atol=0.01
+    )
+
+
 def test_the_path_alone_finds_a_normal_posterior():
     loc = torch.linspace(-2, 3, 3, dtype=torch.float64)
     target = gaussian_target(loc, COVARIANCE.to(loc.device))
