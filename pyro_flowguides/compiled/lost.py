@@ -30,23 +30,26 @@ def why_lost(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, An
         args: The positional arguments of both.
         kwargs: Their keyword arguments.
     """
-    reason = "every site's log-probability is finite, its gradient is not"
     with capture.no_waiting(), poutine.block(), unchanged_random_state():
         for _ in range(NUM_DRAWS):
-            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-            without_density = site_without_density(guide_trace, model_trace)
-            if without_density:
-                return without_density
-            values = {
-                name: site["value"].detach().clone()
-                for name, site in latent_sites(model_trace)
-                if site["value"].is_floating_point()
-            }
-            found = _without_gradient(model, values, args, kwargs)
+            try:
+                found = _at_a_draw(model, guide, args, kwargs)
+            except RuntimeError as error:
+                return f"a draw raises {' '.join(str(error).split())[:300]}"
             if found:
                 return found
-    return reason
+    return "every site's log-probability is finite, its gradient is not"
+
+
+def _at_a_draw(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> str | None:
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    values = {
+        name: site["value"].detach().clone()
+        for name, site in latent_sites(model_trace)
+        if site["value"].is_floating_point()
+    }
+    return site_without_density(guide_trace, model_trace) or _without_gradient(model, values, args, kwargs)
 
 
 def _without_gradient(model: Callable, values: dict[str, Tensor], args: tuple, kwargs: dict[str, Any]) -> str | None:

@@ -12,6 +12,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from ..checks import warn
+from ..model.call import ModelCall
 from .binding import Binding, OptimizerFactory, Trained, optimizer_factory
 from .capture import CaptureError
 from .captures import Arguments, CapturedStep, Captures, capture_step
@@ -195,7 +196,19 @@ class CompiledSVI(SVI):
         return result.loss
 
     def _outputs(self, arguments: Arguments, captured: CapturedStep | None) -> Sequence[Tensor]:
-        """What a step computes: by the captured one, else eagerly."""
+        """What a step computes; a matrix without a factorisation makes it a step that is not finite."""
+        try:
+            return self._computed(arguments, captured)
+        except RuntimeError as error:
+            if self._trained.binding is None or not _has_no_factorization(error):
+                raise
+        binding = self._trained.bound
+        with torch.inference_mode():
+            state, rate, values = binding.unpack(binding.tensors(self._learning_rate(binding)))
+            return binding.pack(state, rate.new_full((), torch.nan), [value * 0 for value in values], rate)
+
+    def _computed(self, arguments: Arguments, captured: CapturedStep | None) -> Sequence[Tensor]:
+        """By the captured step, else eagerly."""
         if captured is not None:
             with torch.inference_mode():
                 return captured(self._inputs(arguments))
@@ -238,12 +251,18 @@ class CompiledSVI(SVI):
             if captured is None:
                 captured = self._capture(arguments)
                 self.captures.add(key, captured)
-        except CaptureError as error:
+        except RuntimeError as error:
+            if _has_no_factorization(error):
+                # At one of the draws of the recording: these steps are eager, and the next ones captured.
+                return None
+            if not isinstance(error, CaptureError):
+                raise
             if isinstance(self.objective, KL) and self.objective.take_recording():
                 return self._captured(arguments, steps_left)
             self.backend = "eager"
-            name = getattr(self.model, "__name__", type(self.model).__name__)
-            warn(f"CompiledSVI cannot capture {name}, and runs it eagerly, many times slower: {error}")
+            warn(
+                f"CompiledSVI cannot capture {ModelCall(self.model).name}, and runs it eagerly, many times slower: {error}"
+            )
             return None
         self._trained.bound.adopt_moved_values()
         captured.choose_backend(self.backend, lambda: self._inputs(arguments), steps_left)
@@ -378,3 +397,13 @@ def _check_options(backend: str, optim: Any, schedule: Any, ema_decay: float | N
             "CompiledSVI: a Pyro optimiser with arguments for each parameter, or with clipping, takes no schedule; use Pyro's "
             "own, such as pyro.optim.ExponentialLR"
         )
+
+
+def _has_no_factorization(error: BaseException | None) -> bool:
+    """Whether a matrix without a factorisation or an inverse is the cause of an error."""
+    while error is not None:
+        # By the text: torch.jit hides the class, and cholesky_inverse raises a plain RuntimeError.
+        if "could not be completed because the input" in str(error):
+            return True
+        error = error.__cause__
+    return False

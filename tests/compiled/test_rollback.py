@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import conjugate
 from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoNormal, init_to_value
 from svi_cases import OPTIMIZERS, compiled, observations, per_parameter
 
 import pyro_flowguides as fg
@@ -138,3 +138,23 @@ def test_explosions():
 
 def test_losses_that_are_constant_up_to_rounding_do_not_explode():
     assert judged([[100.0] * 50, [100.001] * 50]) == ["good", "good"]
+
+
+@pytest.mark.parametrize("backend", ["eager", "replay"])
+def test_a_matrix_without_a_factorisation_makes_a_step_that_is_not_finite(backend):
+    """Far from 0 the matrix is not positive definite; a draw of several may lie there."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        matrix = torch.eye(2) * (4.0 - x.square().sum(-1))[..., None, None]
+        pyro.factor("volume", torch.linalg.cholesky(matrix).diagonal(dim1=-1, dim2=-2).log().sum(-1))
+
+    pyro.set_rng_seed(0)
+    guide = AutoNormal(model, init_scale=0.7, init_loc_fn=init_to_value(values={"x": torch.zeros(2)}))
+    elbo = Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=0)
+    svi = fg.CompiledSVI(model, guide, pyro.optim.Adam({"lr": 0.001}), elbo, backend=backend)
+    losses = svi.run(150)
+    assert 5 < int(losses.isnan().sum()) < 100
+    assert svi.num_skipped == int(losses.isnan().sum())
+    assert all(parameter.isfinite().all() for parameter in guide.parameters())
+    assert len(svi.captures) == (backend == "replay")
