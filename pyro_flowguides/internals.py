@@ -41,6 +41,11 @@ def is_functorch_tensor(value: Tensor) -> bool:
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(value))
 
 
+def is_in_functorch() -> bool:
+    """Whether what runs now is within ``torch.func`` (vmap, vjp, grad, …)."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def version(tensor: Tensor) -> int:
     """The number of times that a tensor, or another one with the same memory, has been written to."""
     return tensor._version

@@ -35,6 +35,14 @@ def test_a_tensor_within_vmap_is_one_of_torch_func():
     assert not internals.is_functorch_tensor(torch.zeros(3))
 
 
+def test_what_runs_within_torch_func_is_noticed():
+    seen = []
+    torch.func.vmap(lambda row: seen.append(internals.is_in_functorch()) or row)(torch.zeros(2, 3))
+    torch.func.vjp(lambda x: seen.append(internals.is_in_functorch()) or x, torch.zeros(2))
+    assert seen == [True, True]
+    assert not internals.is_in_functorch()
+
+
 def test_versions_count_writes():
     tensor = torch.zeros(3)
     before = internals.version(tensor)

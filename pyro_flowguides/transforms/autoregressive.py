@@ -59,6 +59,10 @@ class Autoregressive(FlowTransform):
         self.univariate = univariate
         self.conditioner = MaskedMLP(dim, univariate.num_parameters, hidden_dims, activation, context_dim)
 
+    @property
+    def closed_inverse(self) -> bool:
+        return False
+
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, log_derivative = self.univariate.forward(z, self.conditioner(z, context))
         return x, log_derivative.expand_as(x).sum(-1)

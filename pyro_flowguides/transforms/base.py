@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions.torch_transform import TransformModule
@@ -22,41 +21,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ..checks import check_positive_integer
-from ..internals import is_functorch_tensor, is_recording
+from .nan import is_detecting_nan, refuse_nan
 from .numerics import linearize, solve_newton, sum_tensors, value_and_pull_back
-
-_detecting_nan = False
-
-
-@contextmanager
-def detect_nan(enabled: bool = True) -> Iterator[None]:
-    """Within it transforms raise an error at the first NaN, which names the transform.
-
-    A transform refuses an input or a context that holds NaN, and a :class:`Compose` checks what each of its parts returns,
-    so that the error names the part that made the first NaN. It is off by default, whatever the validation settings of
-    Pyro, because every check waits for the device. Values that cannot be read (under ``torch.vmap``, ``make_fx``,
-    ``torch.compile``, ``torch.jit.trace``, while a CUDA graph is captured, on the meta device) are not checked. The switch is
-    one for all threads.
-
-    Arguments:
-        enabled: Whether to check; False switches an outer ``detect_nan()`` off.
-
-    Example:
-        >>> from pyro_flowguides.transforms import Planar
-        >>> planar = Planar(2)
-        >>> with detect_nan():
-        ...     planar(torch.tensor([0.0, torch.nan]))
-        Traceback (most recent call last):
-            ...
-        ValueError: Planar: 1 of the 2 numbers of its input is NaN
-    """
-    global _detecting_nan
-    previous, _detecting_nan = _detecting_nan, enabled
-    try:
-        yield
-    finally:
-        _detecting_nan = previous
-
 
 def _checked_forward(method: Callable) -> Callable:
     @functools.wraps(method)
@@ -91,6 +57,22 @@ _CHECKED: dict[str, Callable[[Callable], Callable]] = {
     "inverse_and_log_det": _checked_inverse,
     "forward_with_score": _checked_score,
 }
+
+
+class Recomputed(NamedTuple):
+    """What :meth:`FlowTransform.recompute` returns.
+
+    Attributes:
+        pieces: The point in pieces, leaves of a graph.
+        join: Makes a point of pieces, or a gradient of gradients to the pieces.
+        result: The image of the point, with the graph.
+        log_det: The log-determinant, likewise.
+    """
+
+    pieces: tuple[Tensor, ...]
+    join: Callable[..., Tensor]
+    result: Tensor
+    log_det: Tensor
 
 
 class FlowTransform(TransformModule):
@@ -193,6 +175,26 @@ class FlowTransform(TransformModule):
             score = torch.linalg.solve(jacobian.mT, (score - log_det_gradient).unsqueeze(-1)).squeeze(-1)
         return x, log_det, score.detach()
 
+    def recompute(self, result: Tensor, context: Tensor | None = None, *, inverse: bool = False) -> Recomputed:
+        """Finds a point again from its image, and maps it once more, now with a graph.
+
+        This is what :class:`Reversible` does in its backward pass. The default is a call of both directions; a family that can
+        share work between the two overrides it.
+
+        Arguments:
+            result: What forward has returned for the point.
+            context: As in :meth:`forward_and_log_det`.
+            inverse: Whether it is the inverse that has returned it.
+        """
+        there, back = self.forward_and_log_det, self.inverse_and_log_det
+        if inverse:
+            there, back = back, there
+        with torch.no_grad():
+            point, _ = back(result, context)
+        with torch.enable_grad():
+            point = point.detach().requires_grad_()
+            return Recomputed((point,), lambda point: point, *there(point, context))
+
     # --- derived -------------------------------------------------------------------------------------------------------
 
     def condition(self, context: Tensor) -> FlowTransform:
@@ -203,6 +205,14 @@ class FlowTransform(TransformModule):
     def stochastic_log_det(self) -> bool:
         """Whether log_det is a random estimate, whose noise is right on average in a gradient, never in importance weights."""
         return False
+
+    @property
+    def closed_inverse(self) -> bool:
+        """Whether the inverse is a formula, exact to rounding at about the cost of forward, and no iteration.
+
+        A transform that solves for its inverse in :meth:`inverse_and_log_det` overrides this with False.
+        """
+        return type(self).inverse_and_log_det is not FlowTransform.inverse_and_log_det
 
     @property
     def inv(self) -> FlowTransform:
@@ -249,8 +259,8 @@ class FlowTransform(TransformModule):
             raise ValueError(
                 f"{name}: the last dimension of its input must be dim = {self.dim}, got shape {tuple(value.shape)}"
             )
-        if _detecting_nan:
-            _refuse_nan(name, {"its input": value, "its context": context})
+        if is_detecting_nan():
+            refuse_nan(name, {"its input": value, "its context": context})
         if self.context_dim == 0:
             if context is not None:
                 raise ValueError(f"{name} has no context (context_dim = 0), but was given one")
@@ -313,14 +323,18 @@ class Compose(FlowTransform):
     def stochastic_log_det(self) -> bool:
         return any(transform.stochastic_log_det for transform in self.transforms)
 
+    @property
+    def closed_inverse(self) -> bool:
+        return all(transform.closed_inverse for transform in self.transforms)
+
     def _context_of(self, transform: Any, context: Tensor | None) -> Tensor | None:
         return context if transform.context_dim else None
 
     def _check_part(self, index: int, results: dict[str, Tensor | None]) -> None:
         """Within :func:`detect_nan`, an error for NaN that a part has returned: its input had none."""
-        if _detecting_nan:
+        if is_detecting_nan():
             part = f"{type(self.transforms[index]).__name__}, part {index} of {type(self).__name__}"
-            _refuse_nan(part, {f"the {name} it returned": value for name, value in results.items()})
+            refuse_nan(part, {f"the {name} it returned": value for name, value in results.items()})
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, log_dets = z, []
@@ -381,6 +395,11 @@ class Inverse(FlowTransform):
         return self.transform.stochastic_log_det
 
     @property
+    def closed_inverse(self) -> bool:
+        # Forward of every family is a formula; that of an inverse is what the inverse of the other is.
+        return not isinstance(self.transform, Inverse) or self.transform.transform.closed_inverse
+
+    @property
     def inv(self) -> FlowTransform:
         return self.transform
 
@@ -398,6 +417,9 @@ class Inverse(FlowTransform):
             _, pull_back = value_and_pull_back(lambda point: self.transform.forward_and_log_det(point, context), x)
             (score,) = pull_back((score.expand_as(x), torch.ones_like(log_det)))
         return x, log_det, score.detach()
+
+    def recompute(self, result: Tensor, context: Tensor | None = None, *, inverse: bool = False) -> Recomputed:
+        return self.transform.recompute(result, context, inverse=not inverse)
 
 
 class Conditioned(FlowTransform):
@@ -420,6 +442,10 @@ class Conditioned(FlowTransform):
     def stochastic_log_det(self) -> bool:
         return self.transform.stochastic_log_det
 
+    @property
+    def closed_inverse(self) -> bool:
+        return self.transform.closed_inverse
+
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.transform.forward_and_log_det(z, self.context)
 
@@ -430,20 +456,3 @@ class Conditioned(FlowTransform):
         self, z: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         return self.transform.forward_with_score(z, score, self.context)
-
-
-def _refuse_nan(owner: str, tensors: dict[str, Tensor | None]) -> None:
-    """Raises an error that counts the NaN of the first tensor that has any; tensors that cannot be read are left out."""
-    for name, value in tensors.items():
-        if value is not None and _can_be_read(value) and (count := int(value.detach().isnan().sum())):
-            verb = "is" if count == 1 else "are"
-            raise ValueError(f"{owner}: {count} of the {value.numel()} numbers of {name} {verb} NaN")
-
-
-def _can_be_read(value: Tensor) -> bool:
-    """Whether the numbers of a tensor are there for Python to look at."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or value.is_meta:  # type: ignore[attr-defined]
-        return False
-    if is_functorch_tensor(value) or is_recording():
-        return False
-    return not (value.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import FlowTransform
+from .base import FlowTransform, Recomputed
 from .networks import MLP, FreeParameters, ScalarState, scale_parameters
 from .numerics import value_and_pull_back
 from .univariate import RationalQuadraticSpline, Shift, ShiftScale, Univariate
@@ -100,6 +100,10 @@ class Coupling(ScalarState, FlowTransform):
         """Whether damping is on."""
         return self._reach < math.inf
 
+    @property
+    def closed_inverse(self) -> bool:
+        return self.univariate.closed_inverse
+
     def _split(self, value: Tensor) -> tuple[Tensor, Tensor]:
         if self.kept_last:
             return value[..., self.num_changed :], value[..., : self.num_changed]
@@ -152,6 +156,22 @@ class Coupling(ScalarState, FlowTransform):
             score_kept = score_kept - pull_back_network(parameters_gradient)[0]
             score = self._join(score_kept, score_changed)
         return self._join(kept, changed), log_derivative.expand_as(changed).sum(-1), score.detach()
+
+    def recompute(self, result: Tensor, context: Tensor | None = None, *, inverse: bool = False) -> Recomputed:
+        # The kept half is there already: the network runs once for both directions.
+        there, back = self.univariate.forward, self.univariate.inverse
+        if inverse:
+            there, back = back, there
+        kept, changed = self._split(result.detach())
+        with torch.enable_grad():
+            kept = kept.detach().requires_grad_()
+            parameters = self._univariate_parameters(kept, context)
+            with torch.no_grad():
+                changed, _ = back(changed, parameters)
+            changed = changed.detach().requires_grad_()
+            changed_again, log_derivative = there(changed, parameters)
+            log_det = log_derivative.expand_as(changed_again).sum(-1)
+            return Recomputed((kept, changed), self._join, self._join(kept, changed_again), log_det)
 
     def extra_repr(self) -> str:
         damped = ", damped=True" if self.damped else ""

@@ -38,6 +38,10 @@ class Elementwise(FlowTransform):
         self.univariate = univariate
         self.parameters_of = FreeParameters(torch.zeros(dim * univariate.num_parameters), context_dim, hidden_dims)
 
+    @property
+    def closed_inverse(self) -> bool:
+        return self.univariate.closed_inverse
+
     def _univariate_parameters(self, context: Tensor | None) -> Tensor:
         parameters = self.parameters_of(context)
         return parameters.reshape(*parameters.shape[:-1], self.univariate.num_parameters, self.dim).mT

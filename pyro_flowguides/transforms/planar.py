@@ -51,6 +51,10 @@ class Planar(FlowTransform):
         initial[dim : 2 * dim] = torch.randn(dim) / dim**0.5
         self.parameters_of = FreeParameters(initial, context_dim, hidden_dims)
 
+    @property
+    def closed_inverse(self) -> bool:
+        return False
+
     def _ridge_parameters(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """û, w, b, m = wᵀû, and the softplus that is 1 + m, which does not lose its last digits near m = −1.
 

@@ -119,6 +119,10 @@ class Residual(FlowTransform):
     def stochastic_log_det(self) -> bool:
         return self.log_det in ("hutchinson", "roulette")
 
+    @property
+    def closed_inverse(self) -> bool:
+        return False
+
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         step, jacobian = self._linearize_g(z, context, self.g.normalized_weights())
         return z + step, self._log_det(jacobian, z)

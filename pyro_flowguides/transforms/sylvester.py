@@ -129,6 +129,10 @@ class Sylvester(FlowTransform):
         )
         self.parameters_of = FreeParameters(initial, context_dim, hidden_dims)
 
+    @property
+    def closed_inverse(self) -> bool:
+        return False
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_vectors={self.num_vectors}, basis={self.basis!r}" + (
             ", reverse=True" if self.reverse else ""

@@ -23,6 +23,10 @@ class Univariate(Protocol):
     @property
     def num_parameters(self) -> int: ...
 
+    @property
+    def closed_inverse(self) -> bool:
+        """Whether the inverse is a formula, and no iteration."""
+
     def forward(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         """x and ``log dx/dz``, elementwise."""
 
@@ -35,6 +39,7 @@ class Shift:
     r"""The translation :math:`x = z + t` (Dinh et al. 2015, *NICE*, arXiv:1410.8516)."""
 
     num_parameters = 1
+    closed_inverse = True
 
     def forward(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         x = z + parameters.squeeze(-1)
@@ -58,6 +63,7 @@ class ShiftScale:
 
     log_scale_bound: float | None = 3.0
     num_parameters = 2
+    closed_inverse = True
 
     def __post_init__(self) -> None:
         if self.log_scale_bound is not None and not self.log_scale_bound > 0:
@@ -114,6 +120,7 @@ class RationalQuadraticSpline:
     min_width: float = 1e-3
     min_height: float = 1e-3
     min_derivative: float = 1e-3
+    closed_inverse = True
 
     def __post_init__(self) -> None:
         if isinstance(self.num_bins, bool) or not isinstance(self.num_bins, int) or self.num_bins < 2:
