@@ -65,6 +65,13 @@ CONDITIONAL = {
             T.Inverse(T.AffineCoupling(dim, context_dim=context_dim)),
         ]
     ),
+    "reversible": lambda dim, context_dim: T.Reversible(
+        [
+            T.AffineCoupling(dim, context_dim=context_dim),
+            T.Compose([T.Reverse(dim), T.ActNorm(dim, context_dim=context_dim)]),
+            T.Inverse(T.AdditiveCoupling(dim, flip=True, context_dim=context_dim)),
+        ]
+    ),
 }
 UNCONDITIONAL = {
     "permutation": lambda dim, context_dim: T.Permutation(torch.randperm(dim)),
@@ -78,7 +85,7 @@ CONTEXT_DIM = 3
 CASES = [(name, 0) for name in CONDITIONAL | UNCONDITIONAL] + [(name, CONTEXT_DIM) for name in CONDITIONAL]
 # Transforms with parameters that start as the identity. An orthogonal map has no parameters for D = 1 (a rotation) or
 # none that matter there (reflections); test_linear.py has their start for D > 1.
-_NO_IDENTITY_AT_START = {"compose", "orthogonal", "householder", "householder_odd"}
+_NO_IDENTITY_AT_START = {"compose", "reversible", "orthogonal", "householder", "householder_odd"}
 IDENTITY_AT_START = [case for case in CASES if case[0] in CONDITIONAL and case[0] not in _NO_IDENTITY_AT_START]
 # Transforms whose score at far points is beyond the range of float32: that of the sigmoid grows like exp(|z|).
 SCORE_OVERFLOWS = {"sigmoid"}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pyro.distributions.torch_transform import TransformModule
@@ -22,7 +22,7 @@ from torch.distributions import constraints
 
 from ..checks import check_positive_integer
 from .nan import is_detecting_nan, refuse_nan
-from .numerics import linearize, solve_newton, sum_tensors, value_and_pull_back
+from .numerics import Recomputed, linearize, solve_newton, sum_tensors, value_and_pull_back
 
 def _checked_forward(method: Callable) -> Callable:
     @functools.wraps(method)
@@ -57,22 +57,6 @@ _CHECKED: dict[str, Callable[[Callable], Callable]] = {
     "inverse_and_log_det": _checked_inverse,
     "forward_with_score": _checked_score,
 }
-
-
-class Recomputed(NamedTuple):
-    """What :meth:`FlowTransform.recompute` returns.
-
-    Attributes:
-        pieces: The point in pieces, leaves of a graph.
-        join: Makes a point of pieces, or a gradient of gradients to the pieces.
-        result: The image of the point, with the graph.
-        log_det: The log-determinant, likewise.
-    """
-
-    pieces: tuple[Tensor, ...]
-    join: Callable[..., Tensor]
-    result: Tensor
-    log_det: Tensor
 
 
 class FlowTransform(TransformModule):
@@ -178,7 +162,7 @@ class FlowTransform(TransformModule):
     def recompute(self, result: Tensor, context: Tensor | None = None, *, inverse: bool = False) -> Recomputed:
         """Finds a point again from its image, and maps it once more, now with a graph.
 
-        This is what :class:`Reversible` does in its backward pass. The default is a call of both directions; a family that can
+        This is what :class:`~pyro_flowguides.transforms.Reversible` does in its backward pass. The default is a call of both directions; a family that can
         share work between the two overrides it.
 
         Arguments:

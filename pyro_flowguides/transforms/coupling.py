@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import FlowTransform, Recomputed
+from .base import FlowTransform
 from .networks import MLP, FreeParameters, ScalarState, scale_parameters
-from .numerics import value_and_pull_back
+from .numerics import Recomputed, value_and_pull_back
 from .univariate import RationalQuadraticSpline, Shift, ShiftScale, Univariate
 
 # How far the network of a damped coupling sees: in standard deviations, where its inputs have about unit scale.

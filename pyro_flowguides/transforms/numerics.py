@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,6 +75,22 @@ def linearize(function: Callable, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
         rows = torch.func.vmap(lambda row: pull_back((row, torch.zeros_like(log_det)))[0])(basis)
         (log_det_gradient,) = pull_back((torch.zeros_like(x), torch.ones_like(log_det)))
     return x, log_det, rows.movedim(0, -2), log_det_gradient
+
+
+class Recomputed(NamedTuple):
+    """What :meth:`~pyro_flowguides.transforms.FlowTransform.recompute` returns.
+
+    Attributes:
+        pieces: The point in pieces, leaves of a graph.
+        join: Makes a point of pieces, or a gradient of gradients to the pieces.
+        result: The image of the point, with the graph.
+        log_det: The log-determinant, likewise.
+    """
+
+    pieces: tuple[Tensor, ...]
+    join: Callable[..., Tensor]
+    result: Tensor
+    log_det: Tensor
 
 
 # --- inverses ---------------------------------------------------------------------------------------------------------
