@@ -24,6 +24,7 @@ from ..checks import check_positive_integer
 from .nan import is_detecting_nan, refuse_nan
 from .numerics import Recomputed, linearize, solve_newton, sum_tensors, value_and_pull_back
 
+
 def _checked_forward(method: Callable) -> Callable:
     @functools.wraps(method)
     def forward_and_log_det(self: Any, z: Tensor, context: Tensor | None = None) -> Any:
@@ -162,8 +163,8 @@ class FlowTransform(TransformModule):
     def recompute(self, result: Tensor, context: Tensor | None = None, *, inverse: bool = False) -> Recomputed:
         """Finds a point again from its image, and maps it once more, now with a graph.
 
-        This is what :class:`~pyro_flowguides.transforms.Reversible` does in its backward pass. The default is a call of both directions; a family that can
-        share work between the two overrides it.
+        :class:`~pyro_flowguides.transforms.Reversible` calls it in its backward pass. The default calls both directions; a
+        family that can share work between the two overrides it.
 
         Arguments:
             result: What forward has returned for the point.

@@ -159,9 +159,8 @@ class Coupling(ScalarState, FlowTransform):
 
     def recompute(self, result: Tensor, context: Tensor | None = None, *, inverse: bool = False) -> Recomputed:
         # The kept half is there already: the network runs once for both directions.
-        there, back = self.univariate.forward, self.univariate.inverse
-        if inverse:
-            there, back = back, there
+        functions = self.univariate.forward, self.univariate.inverse
+        there, back = reversed(functions) if inverse else functions
         kept, changed = self._split(result.detach())
         with torch.enable_grad():
             kept = kept.detach().requires_grad_()

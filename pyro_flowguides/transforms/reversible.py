@@ -28,8 +28,8 @@ class Reversible(Compose):
 
     It is the map of :class:`Compose`, in all directions, with the same gradients up to rounding. Kept for the backward pass are
     the result, the context and nothing else, so that the memory of a step beyond parameters and gradients is that of one part.
-    The price is time: the backward pass also inverts each part and runs it forward again, a step of four or five passes instead
-    of three. The score of :meth:`forward_with_score` is carried through in the forward pass and costs no memory either.
+    The price is time: the backward pass also inverts each part and runs it forward again, a step takes about one and
+    a half times as long. The score of :meth:`forward_with_score` is carried through in the forward pass and costs no memory either.
 
     Parts that are a :class:`Compose` are taken apart, so that ``Reversible([flow])`` is a deep flow part by part, with the
     parameters of the flow. All parts need a closed inverse (``closed_inverse``): couplings, elementwise and linear maps, radial
@@ -39,8 +39,8 @@ class Reversible(Compose):
     The first call that is differentiated compares the two once, and warns where they differ by more than the root of the
     precision; later, after training, :meth:`round_trip_error` does. Nothing is checked in a captured step.
 
-    Gradients go to the points, the context and the registered parameters of the parts, by ``backward`` and ``autograd.grad``, once:
-    second derivatives raise an error. Under ``torch.func`` (vmap, vjp), ``torch.compile`` and ``torch.jit.trace`` it is a plain
+    Gradients go to the points, the context and the registered parameters of the parts, by ``backward`` and ``autograd.grad``.
+    Second derivatives by these raise an error. Under ``torch.func`` (vmap, vjp), ``torch.compile`` and ``torch.jit.trace`` it is a plain
     :class:`Compose`, with the memory of one. Captured steps (:class:`~pyro_flowguides.CompiledSVI`) invert like others.
 
     Arguments:
@@ -150,7 +150,7 @@ def _is_plain() -> bool:
 def _taken_apart(transforms: Iterable[FlowTransform]) -> Iterator[FlowTransform]:
     for transform in transforms:
         if type(transform) in (Compose, Reversible):
-            yield from _taken_apart(transform.transforms)  # type: ignore[attr-defined]
+            yield from _taken_apart(transform.transforms)  # type: ignore[attr-defined, arg-type]
         else:
             yield transform
 
