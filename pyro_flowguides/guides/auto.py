@@ -346,9 +346,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
         """Whitens a trained guide anew where it no longer fits, as after a fit to other data; its training starts over then.
 
         It fits where log p − log q spreads by at most half a nat (one standard deviation) over its draws. Where it does not, it
-        is kept all the same unless the Gaussian that whitening finds has an ELBO that is higher by more than a nat. A guide that
-        is kept is what it was, and so are the random numbers that follow. Cost for one that fits: 1000 densities, or 64 where
-        each is a run of the model.
+        is kept all the same unless the Gaussian that whitening finds has an ELBO that is higher by more than a nat. The cost for
+        a guide that fits is 1000 densities, or 64 where each is a run of the model.
 
         Arguments:
             target: The log-density of the model.
@@ -358,7 +357,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         """
         log_density = whitening.without_errors(target.log_prob)
         num_draws = whitening.NUM_ELBO_DRAWS if target.runs_together else whitening.FEW_ELBO_DRAWS
-        with torch.no_grad(), unchanged_random_state():
+        with torch.no_grad():
             x, log_q = self.get_posterior().rsample_and_log_prob((num_draws,))
             log_ratios = log_density(x) - log_q
             if float(log_ratios.std()) <= whitening.MAX_SPREAD:

@@ -14,7 +14,7 @@ from ..guides.auto import AutoFlow
 from ..guides.base import Call, calls_of_flow_guides
 from ..model.call import ModelCall
 from ..model.missing import as_given
-from ..model.sites import latent_sites, observed_sites, subsampled_plate
+from ..model.sites import latent_sites, observed_sites, subsampled_plate, unchanged_random_state
 from ..model.target import Target
 
 # The number of elements of a tensor from which on a second thread pays.
@@ -93,7 +93,9 @@ def whiten(
         if method != "auto" or not flow_guide.is_trained():
             flow_guide.whiten(*args, method=method, model_kwargs=kwargs, model=model, **how)
         elif may_start_over and subsampled_plate(tracer.model_prototype) is None:
-            flow_guide.start_over_if_better(Target(ModelCall(model, args, kwargs), flow_guide.latents, **how))
+            # What is drawn here is of no use to a guide that is kept.
+            with unchanged_random_state():
+                flow_guide.start_over_if_better(Target(ModelCall(model, args, kwargs), flow_guide.latents, **how))
     for each in calls:
         each.guide.undamp()
 

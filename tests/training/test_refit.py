@@ -1,5 +1,7 @@
 """A trained guide on other data: whitened again where it no longer fits, continued where it does."""
 
+import copy
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -49,13 +51,13 @@ def banana():
 
 
 @pytest.mark.parametrize(("model", "args"), [(regression, data(20)), (banana, ())], ids=["normal", "banana"])
-@pytest.mark.parametrize("may_be_whitened", [True, False])
-def test_the_same_data_continue_the_training(model, args, may_be_whitened):
-    """A fit that goes on is the same with and without leave to whiten, bit for bit: also one that is far from the posterior."""
+def test_the_same_data_continue_the_training(model, args):
+    """Also from a guide that is far from the posterior, where no Gaussian is nearer."""
     guide = fg.AutoCoupling(model)
     quick(model, guide, *args, num_steps=100, num_particles=64)
-    before = {name: value.clone() for name, value in guide.state_dict().items()}
-    expected = quick(model, guide, *args, num_steps=1, whiten=None, seed=7).losses
-    guide.load_state_dict(before)
-    found = quick(model, guide, *args, num_steps=1, seed=7, whiten="auto" if may_be_whitened else None).losses
-    assert found.tolist() == expected.tolist()
+    copies = [copy.deepcopy(guide) for _ in range(2)]
+    losses = [
+        quick(model, each, *args, num_steps=3, whiten=method, seed=7).losses.tolist()
+        for each, method in zip(copies, ["auto", None], strict=True)
+    ]
+    assert losses[0] == losses[1]
