@@ -13,7 +13,7 @@ from torch import Tensor
 from . import moments
 from .arviz import Coords, Dims
 from .draws import Draws, to_numpy
-from .loo import loo
+from .loo import joined, loo
 from .posterior import Posterior, posterior_of
 from .summary import scalars
 
@@ -131,7 +131,7 @@ def _row(draws: Draws) -> dict[str, float]:
     ):
         pointwise = [to_numpy(value).reshape(len(draws), -1) for value in draws.log_likelihood.values()]
         log_ratios = None if draws.elbo_error else draws.weights.log_ratios
-        result = loo(np.concatenate(pointwise, axis=1), log_ratios)
+        result = joined([loo(each, log_ratios) for each in pointwise])
         return row | {
             "elpd_loo": result.elpd,
             "elpd_loo_se": result.se,

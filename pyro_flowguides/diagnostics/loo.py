@@ -14,14 +14,13 @@ This module works on numpy arrays and needs no torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from .importance import psis
-
-# The number of weights to smooth at a time; bounds the memory.
-MAX_BATCH_ELEMENTS = 2**22
+from .pareto import MAX_ELEMENTS
 
 
 @dataclass(frozen=True)
@@ -60,12 +59,20 @@ def loo(log_likelihood: np.ndarray, log_ratios: np.ndarray | None = None) -> Loo
     Raises:
         ValueError: if there are too few draws, or a ratio is NaN or +inf.
     """
-    columns = log_likelihood[:, (log_likelihood != 0).any(0)].T.astype(np.float64)
     offset = 0.0 if log_ratios is None else log_ratios
-    step = max(1, MAX_BATCH_ELEMENTS // max(1, log_likelihood.shape[0]))
-    pointwise, khats = np.empty(len(columns)), np.empty(len(columns))
-    for start in range(0, len(columns), step):
-        part = slice(start, start + step)
-        log_weights, khats[part] = psis(offset - columns[part])
-        pointwise[part] = np.logaddexp.reduce(log_weights + columns[part], axis=-1)
-    return Loo(pointwise, khats)
+    step = max(1, MAX_ELEMENTS // len(log_likelihood))
+    blocks = []
+    for start in range(0, log_likelihood.shape[1], step):
+        block = log_likelihood[:, start : start + step]
+        columns = block[:, (block != 0).any(0)].T.astype(np.float64)
+        log_weights, khats = psis(offset - columns)
+        blocks.append(Loo(np.logaddexp.reduce(log_weights + columns, axis=-1), khats))
+    return joined(blocks)
+
+
+def joined(parts: Sequence[Loo]) -> Loo:
+    """The result for all observations, from those for some of them."""
+    return Loo(
+        np.concatenate([np.empty(0), *[part.pointwise for part in parts]]),
+        np.concatenate([np.empty(0), *[part.khats for part in parts]]),
+    )

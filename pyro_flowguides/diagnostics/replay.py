@@ -15,6 +15,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ..model.call import ModelCall
+from ..model.memory import draws_at_once
 from ..model.sites import (
     is_deterministic,
     is_subsample,
@@ -25,7 +26,7 @@ from ..model.sites import (
     tensor_sites,
 )
 from .draws import Draws
-from .sampling import batch_size_within_memory, draw_traced
+from .sampling import draw_traced
 from .tracer import GivenValues, Tracer
 
 
@@ -90,7 +91,7 @@ def predict(
             sampling_anew = dataclasses.replace(call, model=_SampleAnew()(call.model))
             tracer = Tracer(sampling_anew, _given(values, at_first), sum_out=False)
         prototype: dict[str, Any] = dict(tracer.model_prototype.nodes)
-        batch_size = batch_size_within_memory(tracer, num_samples)
+        batch_size = min(num_samples, draws_at_once(tracer.elements_per_draw))
         sampled: dict[str, list[Tensor]] = {}
         for start in range(0, num_samples, batch_size):
             for _, trace, count in tracer.traces(min(batch_size, num_samples - start), start):

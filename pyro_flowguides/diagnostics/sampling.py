@@ -14,6 +14,7 @@ from torch.distributions import biject_to
 
 from ..checks import warn
 from ..model.call import ModelCall
+from ..model.memory import draws_at_once
 from ..model.missing import as_given
 from ..model.sites import (
     SummedTrace,
@@ -30,8 +31,6 @@ from ..model.sites import (
 from .draws import Draws, concatenate
 from .tracer import Tracer
 
-# The number of elements that the largest site of a batch of draws may have.
-MAX_BATCH_ELEMENTS = 2**24
 # Minibatches of subsampled data, used to estimate the variance between them.
 NUM_MINIBATCHES = 100
 
@@ -85,7 +84,7 @@ def draw_traced(tracer: Tracer, num_samples: int, batch_size: int = 10_000, log_
     subsampled = subsampled_plate(prototype)
     if log_likelihood:
         _warn_of_shared_sites(tracer)
-    batch_size = batch_size_within_memory(tracer, batch_size)
+    batch_size = min(batch_size, draws_at_once(tracer.elements_per_draw))
     if subsampled:
         # Every batch has a minibatch of its own.
         batch_size = max(1, min(batch_size, num_samples // NUM_MINIBATCHES))
@@ -128,14 +127,6 @@ def _warn_of_sites_left_out(tracer: Tracer) -> None:
             + (f" and {len(left_out) - 1} more" if len(left_out) > 1 else "")
             + ": it is drawn from its prior, and ELBO, weights and verdict are about the guide and that prior together."
         )
-
-
-def batch_size_within_memory(tracer: Tracer, batch_size: int) -> int:
-    """The size of a batch of draws whose largest site still fits into the memory allowed."""
-    largest = max(site["value"].numel() for _, site in tensor_sites(tracer.model_prototype))
-    if tracer.batched is not None:
-        largest = max(largest, tracer.batched.largest)
-    return max(1, min(batch_size, MAX_BATCH_ELEMENTS // max(1, largest)))
 
 
 def _inferred(unconstrained: Mapping[str, Tensor], prototype: Trace) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from ..model.batched import BatchedModel, given_names
 from ..model.call import ModelCall
 from ..model.data import check_observed
 from ..model.enumeration import Enumeration
+from ..model.memory import elements_per_draw
 from ..model.missing import FillMissing
 from ..model.ownership import values_in_place
 from ..model.sites import (
@@ -130,6 +132,18 @@ class Tracer:
         if not self.vectorizes:
             return "looped"
         return "broadcast" if self.batched is None else "recorded"
+
+    @functools.cached_property
+    def elements_per_draw(self) -> int:
+        """The number of elements that a draw of guide and model adds to the largest tensor of a pass."""
+
+        def run(number: int) -> None:
+            for guide_trace, model_trace, count in self.traces(number):
+                log_prob_per_draw(guide_trace, count)
+                log_prob_per_draw(model_trace, count)
+
+        with torch.no_grad(), poutine.block(), pyro.validation_enabled(False), unchanged_random_state():
+            return elements_per_draw(run)
 
     def traces(self, num_samples: int, first: int = 0) -> Iterator[tuple[Trace, Trace, int]]:
         """Pairs of guide and model trace with the number of draws in each; together ``num_samples``.

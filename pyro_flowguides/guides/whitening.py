@@ -20,6 +20,9 @@ DIAGONAL_BATCH_SIZE = 32
 NUM_ELBO_DRAWS = 1000
 MAX_PATH_STEPS = 200
 NUM_PATH_DRAWS = 64
+# A trained guide over whose draws log p − log q spreads by less, in nats, fits; one that does not is replaced by a Gaussian whose
+# ELBO is higher by more than this gain.
+MAX_SPREAD, MIN_GAIN = 0.5, 1.0
 # Where every point is a run of the model: points of one batch and match, steps to the mode, points of an ELBO.
 FEW_POINTS, FEW_PATH_STEPS, FEW_ELBO_DRAWS = 960, 50, 64
 # Where the scales of the coordinates differ by more, they are made alike before anything else.

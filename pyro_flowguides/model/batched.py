@@ -14,7 +14,6 @@ from pyro.poutine import Trace
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import biject_to
-from torch.fx import GraphModule
 
 from .. import internals
 from . import plates
@@ -123,7 +122,7 @@ class BatchedModel:
         shared = [*self._indices(indices), *self._arguments(call)]
         with torch.no_grad():
             inputs = [tensor.detach() for tensor in (*points, *leaves)]
-            log_prob, gradients = self._log_joint[0](len(points[0]), *inputs, *shared)
+            log_prob, gradients = self._log_joint(len(points[0]), *inputs, *shared)
         differentiable = [point for point in points if point.is_floating_point()]
         return _WithGradient.apply(log_prob, len(differentiable), *gradients, *differentiable, *leaves)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -139,9 +138,7 @@ class BatchedModel:
         taken = self._indices(indices)
         with torch.no_grad():
             inputs = [*[values[name] for name in self.given], *self.parameters.leaves]
-            computed = self._sites[0](
-                num_draws, *[tensor.detach() for tensor in inputs], *taken, *self._arguments(None)
-            )
+            computed = self._sites(num_draws, *[tensor.detach() for tensor in inputs], *taken, *self._arguments(None))
         found = computed["sites"]
         trace = SummedTrace(computed["log_joint"]) if self.enumeration else Trace()
         for name in self.enumeration.without_log_likelihood if self.enumeration else ():
@@ -195,25 +192,17 @@ class BatchedModel:
             indices = {name: site["value"] for name, site in self._plates.items()}
             self.enumeration.check(self._conditioned(self._examples(), self.call, indices))
 
-    @property
-    def largest(self) -> int:
-        """The number of elements of the largest tensor that a run of one draw computes."""
-        _, graph = self._sites
-        nodes = graph.graph.nodes if graph is not None else ()
-        results = [node.meta.get("val") for node in nodes if node.op == "call_function"]
-        return max([1, *[result.numel() for result in results if isinstance(result, Tensor)]])
-
     # --- recordings --------------------------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def _log_joint(self) -> tuple[Callable[..., Any], GraphModule | None]:
+    def _log_joint(self) -> Callable[..., Any]:
         return self._record(self._value_and_gradient)
 
     @functools.cached_property
-    def _sites(self) -> tuple[Callable[..., Any], GraphModule | None]:
+    def _sites(self) -> Callable[..., Any]:
         return self._record(self._site_values)
 
-    def _record(self, function: Callable[..., Any]) -> tuple[Callable[..., Any], GraphModule | None]:
+    def _record(self, function: Callable[..., Any]) -> Callable[..., Any]:
         examples = [
             *[value.detach().clone() for value in self._examples()],
             *[leaf.detach().clone() for leaf in self.parameters.leaves],
@@ -222,13 +211,13 @@ class BatchedModel:
         ]
         varies = [index < len(self.given) for index in range(len(examples))]
         if not self.is_recorded:
-            return repeat(poutine.block(function), varies), None
+            return repeat(poutine.block(function), varies)
         with poutine.block(), no_waiting(), warnings.catch_warnings():
             # Such as torch's about a look at a tensor with a gradient, which is an error here.
             warnings.simplefilter("ignore")
             check_size(lambda: function(*examples))
             graph = record(function, examples)
-        return batch(graph, varies), graph
+        return batch(graph, varies)
 
     def _value_and_gradient(self, *inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The log joint of one draw, with its gradient to values and parameters."""

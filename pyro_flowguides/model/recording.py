@@ -57,13 +57,18 @@ class LargestTensor(internals.TorchDispatchMode):
     """Finds the largest tensor that is computed within; above a limit an error, before the tensor is made where that can be told.
 
     Attributes:
-        largest: Its number of elements.
+        sizes: The number of elements of every tensor that was seen, in order.
     """
 
     def __init__(self, limit: float = math.inf) -> None:
         super().__init__()
         self.limit = limit
-        self.largest = 0
+        self.sizes: list[int] = []
+
+    @property
+    def largest(self) -> int:
+        """The number of elements of the largest tensor."""
+        return max(self.sizes, default=0)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.pointwise in getattr(function, "tags", ()):
@@ -76,7 +81,7 @@ class LargestTensor(internals.TorchDispatchMode):
         return result
 
     def _see(self, size: int) -> None:
-        self.largest = max(self.largest, size)
+        self.sizes.append(size)
         if size > self.limit:
             raise TooLargeError
 

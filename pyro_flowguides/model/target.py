@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pyro
 import torch
@@ -19,6 +21,7 @@ from .call import ModelCall
 from .data import check_observed
 from .enumeration import Enumeration
 from .latents import Latents
+from .memory import draws_at_once, elements_per_draw
 from .missing import FillMissing
 from .recording import CaptureError
 from .sites import PLATE_NAME, log_prob_per_draw, max_plate_nesting, quiet_trace, unchanged_random_state
@@ -56,6 +59,21 @@ def draw_by_draw(not_broadcast: BaseException, not_recorded: BaseException) -> s
         f"draws ({reasons[1]}). Write torch.where(latent > 0, ..., ...) for an if on a latent, and torch's functions for "
         "float(), .item() and numpy; see docs/how_to/vectorise.md"
     )
+
+
+class _Block(torch.autograd.Function):
+    """log p of a block of points, whose gradient is computed with it."""
+
+    @staticmethod
+    def forward(ctx: Any, points: Tensor, log_density: LogProb) -> Tensor:
+        value, score = value_and_score(log_density, points)
+        ctx.save_for_backward(score)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Any) -> Any:
+        (score,) = ctx.saved_tensors
+        return outputs[0].unsqueeze(-1) * score, None
 
 
 class Target:
@@ -102,13 +120,31 @@ class Target:
     def log_prob(self, x: Tensor) -> Tensor:
         """log p at each row, in float64 whatever the dtype of the model, which runs in its own.
 
+        Rows are taken in blocks, each with its gradient where that is needed, so that the memory is that of a block.
+
         Arguments:
-            x: Points of shape ``(draws, dim)``; the result, of shape ``(draws,)``, is differentiable in them.
+            x: Points of shape ``(draws, dim)``; the result, of shape ``(draws,)``, is once differentiable in them.
         """
         rows = x.to(self.latents.init_loc.dtype)
         with pyro.validation_enabled(False):
-            batches = [rows] if self.vectorize else rows.split(1)
-            return torch.cat([self._log_prob(batch) for batch in batches]).double()
+            blocks = rows.split(self._block_size(len(rows)))
+            if rows.requires_grad and torch.is_grad_enabled():
+                found = [_Block.apply(block, self._log_prob) for block in blocks]  # type: ignore[no-untyped-call]
+            else:
+                found = [self._log_prob(block) for block in blocks]
+            return torch.cat(found).double()
+
+    def _block_size(self, num_rows: int) -> int:
+        if not self.vectorize:
+            return 1
+        # A few rows are what the measure itself takes.
+        return num_rows if num_rows <= 3 else draws_at_once(self._elements_per_row)
+
+    @functools.cached_property
+    def _elements_per_row(self) -> int:
+        start = self.latents.init_loc
+        with torch.no_grad(), unchanged_random_state():
+            return elements_per_draw(lambda number: self._log_prob(start.expand(number, -1)))
 
     def constrain(self, x: Tensor) -> dict[str, Tensor]:
         """The values of the latent sites.

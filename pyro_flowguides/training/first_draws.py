@@ -16,7 +16,14 @@ from ..diagnostics.tracer import Tracer
 from ..guides.auto import AutoFlow
 from ..guides.base import Call
 from ..model.missing import FillMissing, num_nan
-from ..model.sites import latent_sites, observed_sites, quiet_trace, site_without_density, unchanged_random_state
+from ..model.sites import (
+    latent_sites,
+    observed_sites,
+    quiet_trace,
+    site_without_density,
+    tensor_sites,
+    unchanged_random_state,
+)
 
 NUM_START_DRAWS = 10
 NUM_PRIOR_DRAWS = 100
@@ -169,5 +176,5 @@ def _run(tracer: Tracer, base: Trace, values: Mapping[str, Tensor]) -> Trace:
 
 def _rest(trace: Trace, names: Sequence[str]) -> Tensor:
     """log p without the priors of some latents."""
-    nodes: dict[str, Any] = dict(trace.nodes)
-    return torch.as_tensor(trace.log_prob_sum() - sum(nodes[name]["log_prob_sum"] for name in names))
+    # Not by a difference, whose rounding would be taken for a step.
+    return torch.as_tensor(sum(site["log_prob_sum"] for name, site in tensor_sites(trace) if name not in names))

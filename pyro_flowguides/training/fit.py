@@ -96,9 +96,11 @@ def fit(
             0 to 1. A step: ``lambda progress: 1.0 if progress < 0.5 else 0.1``. A warm-up: ``lambda progress: min(1.0, progress
             / 0.05)``, times ``training.schedules.cosine(progress)`` if it shall fall afterwards. By default cosine; none for a
             Pyro optimiser, which has schedulers of its own.
-        whiten: The method of :meth:`pyro_flowguides.AutoFlow.whiten`, or None. ``"auto"`` leaves a trained guide alone, so that
-            a second call continues the training, and the flows inside an ``AutoGuideList``, whose parts have no posterior of
-            their own; docs/how_to/initialise.md says how to choose where those start.
+        whiten: The method of :meth:`pyro_flowguides.AutoFlow.whiten`, or None. ``"auto"`` continues the training of a trained
+            guide, unless it no longer fits these data and a Gaussian fits better, which it starts over from then
+            (:meth:`pyro_flowguides.AutoFlow.start_over_if_better`); where data are subsampled, and with ``batches`` or ``loss``,
+            the training always goes on. The flows inside an ``AutoGuideList`` are left alone, since its parts have no posterior
+            of their own; docs/how_to/initialise.md says how to choose where those start.
         backend: How a step is run, see :class:`pyro_flowguides.CompiledSVI`.
         ema_decay: Keep an exponential moving average of the parameters with this decay, such as 0.99, and return it.
         checkpoint: A :class:`pyro_flowguides.Checkpoint`, or its path alone: the file to write the state of the fit to, and

@@ -115,7 +115,6 @@ class Loop:
         saved = None if checkpoint is None else checkpoint.load()
         self.tracer, flow_guides = start.set_up(self.call, self.guide)
         check_start(self.tracer, flow_guides)
-        self.largest = start.largest_result(self.tracer)
         if start.has_missing(self.tracer):
             self.call = replace(self.call, model=FillMissing()(self.call.model))
         if self.options.loss is None:
@@ -126,8 +125,15 @@ class Loop:
             with checkpoint.used():
                 self._load_modules(saved)
         else:
-            with start.threads_for(self.largest * NUM_PARTICLES):
-                start.whiten(flow_guides, self.guide, self.options.whiten, self.tracer)
+            with start.threads_for(self.tracer.elements_per_draw * NUM_PARTICLES):
+                start.whiten(
+                    flow_guides,
+                    self.guide,
+                    self.options.whiten,
+                    self.tracer,
+                    # Neither another loss nor a batch says how good a guide is.
+                    may_start_over=self.options.loss is None and self.options.batches is None,
+                )
         self.batched = start.batched_calls(self.tracer, arguments_vary=self.options.batches is not None)
         self.rounds = self._choose_rounds()
         if checkpoint is not None and saved is not None:
@@ -201,7 +207,7 @@ class Loop:
 
     def _train(self, steps: Steps) -> bool:
         """Takes the steps of a round; returns whether a callback or an interrupt has ended the training."""
-        with start.threads_for(self.largest * steps.round.num_particles):
+        with start.threads_for(self.tracer.elements_per_draw * steps.round.num_particles):
             stopped = steps.run()
         self.losses += steps.losses
         self.num_skipped += steps.svi.num_skipped

@@ -6,9 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
 
 from ..compiled.recorded import BatchedCalls
 from ..diagnostics.tracer import Tracer
@@ -16,8 +14,8 @@ from ..guides.auto import AutoFlow
 from ..guides.base import Call, calls_of_flow_guides
 from ..model.call import ModelCall
 from ..model.missing import as_given
-from ..model.recording import LargestTensor
-from ..model.sites import latent_sites, log_prob_per_draw, observed_sites, unchanged_random_state
+from ..model.sites import latent_sites, observed_sites, subsampled_plate, unchanged_random_state
+from ..model.target import Target
 
 # The number of elements of a tensor from which on a second thread pays.
 WORTH_THREADS = 2**20
@@ -64,16 +62,19 @@ def record(tracer: Tracer) -> BatchedCalls | None:
     return BatchedCalls(batched, tracer.model_prototype, nesting, arguments_vary=False)
 
 
-def whiten(calls: Sequence[Call], guide: Callable, method: str | None, tracer: Tracer) -> None:
+def whiten(
+    calls: Sequence[Call], guide: Callable, method: str | None, tracer: Tracer, *, may_start_over: bool = False
+) -> None:
     """Whitens the flow guide that draws all latents by this method; ``"auto"`` leaves every other guide as it is.
 
-    A trained guide is left as it is, too.
+    A trained guide is left as it is, too, unless it may start over and no longer fits.
 
     Arguments:
         calls: The calls of flow guides in a run of the guide.
         guide: The guide, which is a flow guide or has one inside.
         method: The method.
         tracer: What traces the guide with its model.
+        may_start_over: Whether the ELBO of these arguments says how good a trained guide is.
     """
     alone = [
         each for each in calls if isinstance(each.guide, AutoFlow) and (each.guide is guide or _is_alone(each, tracer))
@@ -83,13 +84,18 @@ def whiten(calls: Sequence[Call], guide: Callable, method: str | None, tracer: T
             raise ValueError(
                 f"fit: whiten={method!r} needs a guide of this library; {type(guide).__name__} has no fixed map"
             )
-    elif method is not None and not (method == "auto" and alone[0].guide.is_trained()):
+    elif method is not None:
         flow_guide, args, kwargs = alone[0]
-        options: dict[str, Any] = {"model_kwargs": kwargs, "vectorize": tracer.vectorizes}
-        if list(map(id, args)) == list(map(id, tracer.call.args)):
-            # The guide may be of a part of the model only.
-            options["model"] = tracer.call.model
-        flow_guide.whiten(*args, method=method, batched=tracer.batched, **options)
+        # The guide may be of a part of the model only.
+        is_whole = list(map(id, args)) == list(map(id, tracer.call.args))
+        model = tracer.call.model if is_whole else flow_guide.model
+        how: dict[str, Any] = {"vectorize": tracer.vectorizes, "batched": tracer.batched}
+        if method != "auto" or not flow_guide.is_trained():
+            flow_guide.whiten(*args, method=method, model_kwargs=kwargs, model=model, **how)
+        elif may_start_over and subsampled_plate(tracer.model_prototype) is None:
+            # What is drawn here is of no use to a guide that is kept.
+            with unchanged_random_state():
+                flow_guide.start_over_if_better(Target(ModelCall(model, args, kwargs), flow_guide.latents, **how))
     for each in calls:
         each.guide.undamp()
 
@@ -101,16 +107,6 @@ def _is_alone(call: Call, tracer: Tracer) -> bool:
 
 
 # --- threads -------------------------------------------------------------------------------------------------------------
-
-
-def largest_result(tracer: Tracer) -> int:
-    """The number of elements of the largest tensor that one draw of guide and model computes."""
-    largest = LargestTensor()
-    with torch.no_grad(), poutine.block(), pyro.validation_enabled(False), unchanged_random_state(), largest:
-        for guide_trace, model_trace, _ in tracer.traces(1):
-            log_prob_per_draw(guide_trace, 1)
-            log_prob_per_draw(model_trace, 1)
-    return largest.largest
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ def test_loo_of_posterior_draws():
 def test_loo_in_batches_and_without_masked_entries(monkeypatch):
     log_likelihood = scaled_draws(0.0, 1.0, 500).log_likelihood["y"].cpu().numpy()
     whole = loo(log_likelihood)
-    monkeypatch.setattr("pyro_flowguides.diagnostics.loo.MAX_BATCH_ELEMENTS", 1000)
+    monkeypatch.setattr("pyro_flowguides.diagnostics.loo.MAX_ELEMENTS", 1000)
     with_masked = loo(np.insert(log_likelihood, 2, 0.0, axis=1))
     np.testing.assert_allclose(with_masked.pointwise, whole.pointwise)
     np.testing.assert_allclose(with_masked.khats, whole.khats)

@@ -7,8 +7,8 @@ import torch
 from draw_cases import nothing_observed, sum_of_latents
 from pyro import poutine
 
-from pyro_flowguides.diagnostics import sampling
 from pyro_flowguides.diagnostics.replay import draws_at, predict, simulate
+from pyro_flowguides.model import memory
 from pyro_flowguides.model.call import ModelCall
 
 
@@ -32,7 +32,7 @@ def values_of_in_plates(num_samples):
 
 @pytest.mark.parametrize("batch_elements", [2**24, 12])
 def test_values_keep_their_order_and_have_the_density_of_single_runs(batch_elements, monkeypatch):
-    monkeypatch.setattr(sampling, "MAX_BATCH_ELEMENTS", batch_elements)
+    monkeypatch.setattr(memory, "MAX_ELEMENTS", batch_elements)
     y, values = torch.zeros(2, 3), values_of_in_plates(5)
     draws = draws_at(ModelCall(in_plates, (y,)), values, "the draws come from elsewhere")
     for i in range(5):
@@ -48,7 +48,7 @@ def test_values_keep_their_order_and_have_the_density_of_single_runs(batch_eleme
 
 @pytest.mark.parametrize("batch_elements", [2**24, 12])
 def test_new_data_belong_to_their_own_draw(batch_elements, monkeypatch):
-    monkeypatch.setattr(sampling, "MAX_BATCH_ELEMENTS", batch_elements)
+    monkeypatch.setattr(memory, "MAX_ELEMENTS", batch_elements)
     values = values_of_in_plates(5)
     latents, data = predict(ModelCall(in_plates, (torch.zeros(2, 3),)), values, 5)
     assert set(latents) == set(values)

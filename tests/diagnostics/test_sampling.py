@@ -16,7 +16,7 @@ from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoMultivariateNorma
 
 import pyro_flowguides as fg
 from pyro_flowguides import transforms as T
-from pyro_flowguides.diagnostics import sampling
+from pyro_flowguides.model import memory
 from pyro_flowguides.model.sites import has_stochastic_log_prob
 
 QUICK = {"num_steps": 20, "num_particles": 8, "backend": "eager", "progress": False, "seed": 0}
@@ -158,7 +158,7 @@ def test_memory_is_bounded_by_the_largest_site():
     guide = fg.AutoFlow(model).setup(y)
     with Spy():
         fg.draw(model, guide, y, num_samples=2000)
-    assert sampling.MAX_BATCH_ELEMENTS / 2 < max(sizes) <= sampling.MAX_BATCH_ELEMENTS
+    assert memory.MAX_ELEMENTS / 2 < max(sizes) <= memory.MAX_ELEMENTS
 
 
 def test_quantiles_of_a_simplex_are_those_of_its_coordinates():

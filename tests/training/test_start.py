@@ -214,4 +214,4 @@ def test_the_largest_tensor_counts():
         pyro.sample("y", dist.Normal((x.unsqueeze(-1) * torch.ones(50)).sum(), 1.0), obs=torch.tensor(0.0))
 
     tracer, _ = start.set_up(ModelCall(model), AutoNormal(model))
-    assert start.largest_result(tracer) == 150
+    assert tracer.elements_per_draw == 150
