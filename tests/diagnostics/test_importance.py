@@ -57,6 +57,18 @@ def test_standard_errors_cover_their_spread():
         assert np.median([estimate.se for estimate in estimates]) == pytest.approx(spread, rel=1.5)
 
 
+@pytest.mark.parametrize("num_draws", [40, 43])
+def test_draws_of_one_minibatch_are_one_observation_of_its_noise(num_draws):
+    """The mean is that of all draws; its standard error comes from the whole minibatches, here 10 of 4."""
+    shared = np.random.default_rng(0).normal(size=11)
+    log_ratios = np.repeat(shared, 4)[:num_draws]
+    estimate = importance.elbo(log_ratios, 4)
+    assert estimate.value == pytest.approx(log_ratios.mean())
+    assert estimate.se == pytest.approx(shared[:10].std(ddof=1) / 10**0.5)
+    assert importance.elbo(log_ratios).se == pytest.approx(log_ratios.std(ddof=1) / num_draws**0.5)
+    assert math.isnan(importance.elbo(log_ratios[:5], 4).se)
+
+
 def test_draws_without_probability_have_no_weight():
     log_weights, _ = importance.psis(np.array([0.0] * 50 + [0.1] * 49 + [-np.inf]))
     assert np.exp(log_weights[-1]) < 1e-10
