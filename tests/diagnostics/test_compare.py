@@ -1,5 +1,7 @@
 """Comparison of posteriors: of fits, guides, draws, MCMC, files."""
 
+import dataclasses
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -118,3 +120,34 @@ def test_posteriors_that_cannot_be_compared():
 def test_no_data_no_cross_validation():
     table = fg.compare({"a": fg.AutoFlow(correlated).whiten()}, num_samples=100)
     assert np.isnan(table.loc["a", "elpd_loo"])
+
+
+def test_the_worst_error_counts_with_its_sign():
+    rng = np.random.default_rng(0)
+    exact = {name: rng.normal(size=1000) for name in ("a", "b", "c")}
+    exact["constant"] = np.ones(1000)
+    moved = {
+        "a": exact["a"] + 0.1,
+        "b": 0.5 * exact["b"] - 0.4,
+        "c": 1.2 * exact["c"] + 0.2,
+        "constant": np.zeros(1000),
+    }
+    errors = compare._errors("moved", moved, "exact", exact)
+    b = exact["b"]
+    assert errors["mean_error"] == pytest.approx((moved["b"].mean() - b.mean()) / b.std(ddof=1))
+    assert errors["sd_error"] == pytest.approx(-0.5)
+    constant = {"constant": exact["constant"]}
+    assert compare._errors("one", constant, "other", constant) == {"mean_error": 0.0, "sd_error": 0.0}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_draws_of_minibatches_are_compared_without_their_data(order):
+    whole = scaled_draws(0.0, 1.2, 100)
+    posteriors = {"whole": whole, "minibatches": dataclasses.replace(whole, observed={})}
+    assert len(fg.compare(dict(list(posteriors.items())[::order]))) == 2
+
+
+def test_data_that_are_all_masked_have_nothing_to_leave_out():
+    draws = scaled_draws(0.0, 1.2, 100)
+    masked = dataclasses.replace(draws, log_likelihood={"y": torch.zeros_like(draws.log_likelihood["y"])})
+    assert fg.compare({"masked": masked}).loc["masked", ["elpd_loo", "loo_khat"]].tolist() == [0.0, -np.inf]

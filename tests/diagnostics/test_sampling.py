@@ -127,6 +127,12 @@ def test_masked_entries_are_no_observations():
     assert (draws.log_likelihood["y"][:, :3] != 0).all()
 
 
+def test_a_single_draw_and_batches_of_one():
+    guide, y = fg.AutoFlow(conjugate), torch.tensor(Y)
+    assert len(fg.draw(conjugate, guide, y, num_samples=1)) == 1
+    assert len(fg.draw(conjugate, guide, y, num_samples=3, batch_size=1).values["mu"].unique()) == 3
+
+
 def masked(mask):
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     with pyro.plate("data", len(Y)), poutine.mask(mask=mask):
