@@ -123,21 +123,17 @@ def test_no_data_no_cross_validation():
 
 
 def test_the_worst_error_counts_with_its_sign():
-    rng = np.random.default_rng(0)
-    exact = {name: rng.normal(size=1000) for name in ("a", "b", "c")}
-    exact["constant"] = np.ones(1000)
-    moved = {
-        "a": exact["a"] + 0.1,
-        "b": 0.5 * exact["b"] - 0.4,
-        "c": 1.2 * exact["c"] + 0.2,
-        "constant": np.zeros(1000),
+    draws, (a, b, c) = scaled_draws(0.0, 1.2, 1000), torch.randn(3, 1000, dtype=torch.float64)
+    exact = {"a": a, "b": b, "c": c, "constant": torch.ones(1000)}
+    moved = {"a": a + 0.1, "b": 0.5 * b - 0.9, "c": 1.2 * c + 0.2, "constant": torch.zeros(1000)}
+    posteriors = {
+        name: dataclasses.replace(draws, values=values) for name, values in (("exact", exact), ("moved", moved))
     }
-    errors = compare._errors("moved", moved, "exact", exact)
-    b = exact["b"]
-    assert errors["mean_error"] == pytest.approx((moved["b"].mean() - b.mean()) / b.std(ddof=1))
-    assert errors["sd_error"] == pytest.approx(-0.5)
-    constant = {"constant": exact["constant"]}
-    assert compare._errors("one", constant, "other", constant) == {"mean_error": 0.0, "sd_error": 0.0}
+    table = fg.compare(posteriors, reference="exact")
+    assert table.loc["moved", "mean_error"] == pytest.approx(float((moved["b"].mean() - b.mean()) / b.std()))
+    assert table.loc["moved", "sd_error"] == pytest.approx(-0.5)
+    constant = {"constant": dataclasses.replace(draws, values={"constant": torch.ones(1000)})}
+    assert fg.compare(constant, reference="constant").loc["constant", ["mean_error", "sd_error"]].tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("order", [1, -1])
