@@ -13,6 +13,7 @@ from scipy.stats import norm
 
 import pyro_flowguides as fg
 from pyro_flowguides.calibration import Calibration, fit_and_draw, symmetry_p_value
+from pyro_flowguides.diagnostics.replay import simulate
 
 NUM = 300
 
@@ -135,6 +136,25 @@ def test_bins_of_ranks_that_do_not_divide_evenly():
     assert len(counts) == 15
     assert counts.sum() == pytest.approx(expected.sum()) == 155
     assert set(np.round(expected * 100 / 155)) == {6, 7}
+
+
+def test_a_fit_does_not_repeat_the_noise_of_its_simulation():
+    """Under the seed of its simulation it would draw the true values again."""
+    seeds, data = [], []
+
+    def simulated(seed):
+        pyro.set_rng_seed(seed)
+        return simulate(two_effects)[1]["y"]
+
+    def infer(model, guide, seed):
+        seeds.append(seed)
+        data.append(poutine.trace(model).get_trace().nodes["y"]["value"])
+        return draw_only(model, guide, seed)
+
+    calibrate(20, infer=infer, seed=3)
+    assert data == [simulated(3 + i) for i in range(20)]
+    assert not any(torch.equal(simulated(seed), y) for seed, y in zip(seeds, data, strict=True))
+    assert len(set(seeds)) == 20
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import biject_to
@@ -189,8 +190,7 @@ def _extract(guide_trace: Trace, model_trace: Trace, prototype: Trace, count: in
                 continue
             log_prob = known if isinstance(known, Tensor) else known(site["value"])
             # A masked entry is no observation. (A scale is not applied: it would change what one observation is.)
-            if isinstance(site["mask"], Tensor):
-                log_prob = torch.where(site["mask"], log_prob, 0.0)
+            log_prob = scale_and_mask(log_prob, mask=site["mask"])
             likelihoods[name] = per_draw(log_prob, originals[name]["fn"].batch_shape, count)
     log_p, log_q = log_prob_per_draw(model_trace, count), log_prob_per_draw(guide_trace, count)
     for name, site in latent_sites(model_trace):

@@ -245,6 +245,10 @@ class BatchedModel:
             for key in ("log_prob", "unscaled_log_prob", "mask"):
                 if isinstance(site[key], Tensor):
                     found[name][key] = _without_padding(site[key], batch_shape)
+            if "mask" in found[name]:
+                # A mask for all elements of a draw is not one for the draws.
+                mask = found[name]["mask"]
+                found[name]["mask"] = mask.expand(torch.broadcast_shapes(mask.shape, batch_shape))
             if name in self.given and not site["fn"].support.is_discrete:
                 found[name]["unconstrained"] = biject_to(site["fn"].support).inv(site["value"])
         if marginal is None:

@@ -61,7 +61,7 @@ def missing_elements(site: Any, shape: torch.Size) -> Tensor | None:
 
 def over_events(mask: Tensor, event_dim: int) -> Tensor:
     """A mask over batch dimensions, with dimensions of size 1 for the events."""
-    return mask.reshape(*mask.shape, *[1] * event_dim)
+    return mask.reshape(mask.shape + (1,) * event_dim)
 
 
 def _in_support(fn: Any, value: Tensor) -> Tensor:

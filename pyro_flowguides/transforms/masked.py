@@ -161,7 +161,7 @@ class MaskedMLPAtContext:
         solved = []
         for i in reversed(range(self.dim)):
             solved.append(right[..., i] / diagonal[..., i])
-            if i == 0 or not self.weights:
+            if i == 0:
                 continue
             gradients[-1] = gradients[-1] + (gradient[..., i, :] * solved[-1].unsqueeze(-1)) @ self._last_weight()[:, i]
             for layer in reversed(range(len(slopes))):

@@ -146,6 +146,13 @@ def numpy_random(y):
     pyro.sample("y", dist.Normal(mu * np.random.rand(), 1.0).expand(y.shape).to_event(1), obs=y)
 
 
+def number_of_a_parameter(y):
+    """Right where it was captured, and wrong as soon as the parameter has moved."""
+    slope = pyro.param("slope", torch.tensor(1.0))
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    pyro.factor("y", -((mu - y) ** 2).sum() - 100 * slope * float(slope.detach().numpy()))
+
+
 def long_loop(y):
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     state = mu
@@ -172,6 +179,7 @@ def sequential_plate(y):
         (to_numpy, "is not that of the captured step"),
         (python_random, "is not that of the captured step"),
         (numpy_random, "is not that of the captured step"),
+        (number_of_a_parameter, "is not that of the captured step"),
         (long_loop, "operations, .* of them after sample site 'mu': a loop in Python"),
         (sequential_plate, r"after sample site 'data', .*line \d+: for index in pyro.plate"),
     ],

@@ -140,3 +140,9 @@ def test_numpy_modules_need_no_torch():
     code = Path(__file__).with_name("other_generation.py").read_text().split("def calls")[0]
     root = Path(fg.__file__).parent
     subprocess.run([sys.executable, "-c", code, str(root), "."], check=True)
+
+
+@pytest.mark.parametrize(("version", "generation"), [("0.23.1", 0), ("1.0.0", 1), ("2.1", 1)])
+def test_generations_of_arviz(version, generation, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", {"arviz": version}.__getitem__)
+    assert arviz_generation.__wrapped__() == generation

@@ -1,5 +1,7 @@
 """Comparison of posteriors: of fits, guides, draws, MCMC, files."""
 
+import dataclasses
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -118,3 +120,30 @@ def test_posteriors_that_cannot_be_compared():
 def test_no_data_no_cross_validation():
     table = fg.compare({"a": fg.AutoFlow(correlated).whiten()}, num_samples=100)
     assert np.isnan(table.loc["a", "elpd_loo"])
+
+
+def test_the_worst_error_counts_with_its_sign():
+    draws, (a, b, c) = scaled_draws(0.0, 1.2, 1000), torch.randn(3, 1000, dtype=torch.float64)
+    exact = {"a": a, "b": b, "c": c, "constant": torch.ones(1000)}
+    moved = {"a": a + 0.1, "b": 0.5 * b - 0.9, "c": 1.2 * c + 0.2, "constant": torch.zeros(1000)}
+    posteriors = {
+        name: dataclasses.replace(draws, values=values) for name, values in (("exact", exact), ("moved", moved))
+    }
+    table = fg.compare(posteriors, reference="exact")
+    assert table.loc["moved", "mean_error"] == pytest.approx(float((moved["b"].mean() - b.mean()) / b.std()))
+    assert table.loc["moved", "sd_error"] == pytest.approx(-0.5)
+    constant = {"constant": dataclasses.replace(draws, values={"constant": torch.ones(1000)})}
+    assert fg.compare(constant, reference="constant").loc["constant", ["mean_error", "sd_error"]].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_draws_of_minibatches_are_compared_without_their_data(order):
+    whole = scaled_draws(0.0, 1.2, 100)
+    posteriors = {"whole": whole, "minibatches": dataclasses.replace(whole, observed={})}
+    assert len(fg.compare(dict(list(posteriors.items())[::order]))) == 2
+
+
+def test_data_that_are_all_masked_have_nothing_to_leave_out():
+    draws = scaled_draws(0.0, 1.2, 100)
+    masked = dataclasses.replace(draws, log_likelihood={"y": torch.zeros_like(draws.log_likelihood["y"])})
+    assert fg.compare({"masked": masked}).loc["masked", ["elpd_loo", "loo_khat"]].tolist() == [0.0, -np.inf]

@@ -57,6 +57,18 @@ def test_standard_errors_cover_their_spread():
         assert np.median([estimate.se for estimate in estimates]) == pytest.approx(spread, rel=1.5)
 
 
+@pytest.mark.parametrize("num_draws", [40, 43])
+def test_draws_of_one_minibatch_are_one_observation_of_its_noise(num_draws):
+    """The mean is that of all draws; its standard error comes from the whole minibatches, here 10 of 4."""
+    shared = np.random.default_rng(0).normal(size=11)
+    log_ratios = np.repeat(shared, 4)[:num_draws]
+    estimate = importance.elbo(log_ratios, 4)
+    assert estimate.value == pytest.approx(log_ratios.mean())
+    assert estimate.se == pytest.approx(shared[:10].std(ddof=1) / 10**0.5)
+    assert importance.elbo(log_ratios).se == pytest.approx(log_ratios.std(ddof=1) / num_draws**0.5)
+    assert math.isnan(importance.elbo(log_ratios[:5], 4).se)
+
+
 def test_draws_without_probability_have_no_weight():
     log_weights, _ = importance.psis(np.array([0.0] * 50 + [0.1] * 49 + [-np.inf]))
     assert np.exp(log_weights[-1]) < 1e-10
@@ -195,3 +207,39 @@ def test_draws_without_probability_are_not_an_exact_fit():
         weights.resample(51, False, np.random.default_rng(0))
     with pytest.raises(ValueError, match=r"50 of 100 draws .*the first is draw 0\)"):
         ImportanceWeights(-log_p, np.zeros(100)).weights  # noqa: B018
+
+
+def test_one_row_of_many_that_cannot_be_smoothed():
+    log_ratios = np.random.default_rng(0).normal(size=(3, 40))
+    log_ratios[1, 7] = np.nan
+    with pytest.raises(ValueError, match=r"1 of 40 draws .*\(the first is draw 7\)"):
+        importance.psis(log_ratios)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("offset", [-5e4, 0.0, 5e4, 1e5])
+def test_weights_are_constant_up_to_the_rounding_of_the_largest_density(offset, sign):
+    log_q = sign * np.linspace(0.0, 1e5, 50)
+    size = max(1e5, np.abs(log_q + offset).max())
+    for units, expected in [(0, True), (40, True), (65, False)]:
+        log_p = log_q + offset
+        log_p[20] += units * np.finfo(float).eps * size
+        assert ImportanceWeights(log_p, log_q).are_constant is expected, units
+    assert not ImportanceWeights(np.array([0.0] * 30 + [1e-13]), np.zeros(31)).are_constant
+    assert ImportanceWeights(np.array([0.0] * 30 + [1e-14]), np.zeros(31)).are_constant
+
+
+def test_resampling_takes_any_number_with_replacement():
+    weights, rng = ImportanceWeights(np.zeros(30), np.zeros(30)), np.random.default_rng(0)
+    assert len(weights.resample(100, True, rng)) == 100
+    assert len(set(weights.resample(30, False, rng))) == 30
+    assert len(weights.resample(1, False, rng)) == len(weights.resample(1, True, rng)) == 1
+    for replace in (True, False):
+        with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+            weights.resample(0, replace, rng)
+
+
+def test_a_tail_that_overflows_is_smoothed_without_a_warning():
+    log_weights, khat = importance.psis(np.random.default_rng(0).normal(size=200) * 1e4)
+    assert np.exp(log_weights).sum() == pytest.approx(1)
+    assert khat > 10

@@ -132,6 +132,7 @@ def test_numbered_sites_of_other_shapes_or_beside_one_without_a_number_stay():
         pyro.sample("b", dist.Normal(loc, 1.0), obs=y[0])
         pyro.sample("b_1", dist.Normal(loc, 1.0), obs=y[0])
         pyro.sample("b_2", dist.Normal(loc, 1.0), obs=y[0])
+        pyro.sample("c_3", dist.Normal(loc, 1.0), obs=y[0])
 
     tree = fg.to_arviz(fg.AutoPlanar(model, num_layers=1), torch.ones(2), num_samples=30, prior=False)
-    assert set(tree["observed_data"].data_vars) == {"a_0", "a_1", "b", "b_1", "b_2"}
+    assert set(tree["observed_data"].data_vars) == {"a_0", "a_1", "b", "b_1", "b_2", "c_3"}

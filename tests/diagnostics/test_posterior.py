@@ -134,3 +134,16 @@ def test_sources_that_are_none():
         fg.to_arviz({})
     with pytest.raises(ValueError, match="does not know its model: give it with model="):
         fg.to_arviz(lambda: None)
+
+
+def test_mcmc_of_a_potential_function():
+    def model():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    kernel = NUTS(potential_fn=lambda values: 0.5 * values["x"] ** 2)
+    mcmc = MCMC(kernel, num_samples=5, warmup_steps=5, initial_params={"x": torch.tensor(0.0)}, disable_progbar=True)
+    mcmc.run()
+    with pytest.raises(ValueError, match="a potential function and no model: give the model with model="):
+        fg.to_arviz(mcmc)
+    tree = fg.to_arviz(mcmc, model=model)
+    np.testing.assert_array_equal(tree["posterior"]["x"][0], mcmc.get_samples()["x"].cpu())

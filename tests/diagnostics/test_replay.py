@@ -88,3 +88,21 @@ def test_a_simulation_has_its_latents_and_its_data():
 def test_values_of_another_model():
     with pytest.raises(ValueError, match="not draws of this model: site 'x' has none; the model has no site 'mu'"):
         draws_at(ModelCall(nothing_observed, (None,)), {"mu": torch.zeros(5)}, "the draws come from elsewhere")
+
+
+def test_a_single_draw_of_given_values():
+    draws = draws_at(
+        ModelCall(in_plates, (torch.zeros(2, 3),)), values_of_in_plates(1), "the draws come from elsewhere"
+    )
+    assert len(draws) == 1
+
+
+def test_a_simulation_has_no_deterministic_sites_and_no_factors():
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.deterministic("twice", 2 * x)
+        pyro.factor("more", -x)
+        pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(0.0))
+
+    latents, data = simulate(model)
+    assert (set(latents), set(data)) == ({"x"}, {"y"})

@@ -46,3 +46,10 @@ def test_scalars_are_views_in_row_major_order():
     found = scalars(values, {"a": ["row"]}, {"row": ["u", "v"]})
     assert list(found) == ["a[u, 0]", "a[u, 1]", "a[u, 2]", "a[v, 0]", "a[v, 1]", "a[v, 2]"]
     np.testing.assert_array_equal(found["a[v, 1]"], [4.0, 10.0])
+
+
+def test_a_scalar_that_is_the_same_in_every_draw_has_a_row():
+    x = np.random.default_rng(0).normal(size=1000)
+    table = diagnose({"x": x, "one": np.ones(1000)}, {}, {}, ImportanceWeights(-0.5 * (x - 1) ** 2, -0.5 * x**2))
+    assert table.loc["x"].notna().all()
+    assert table.loc["one", "mcse_mean"] == pytest.approx(0, abs=1e-12)

@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from draw_cases import sum_of_latents
-from models import kitchen_sink
+from models import conjugate, kitchen_sink
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 
@@ -109,3 +109,30 @@ def test_a_mask_that_depends_on_a_latent_is_that_of_each_draw():
     expected = torch.where(w > 0, dist.Normal(w, 1.0).log_prob(y), 0.0)
     assert 0 < int((w > 0).sum()) < w.numel()
     torch.testing.assert_close(draws.log_likelihood["y"], expected)
+
+
+def recorded(y):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(torch.stack([w[0], w[1], w[2]]), 1.0).to_event(1), obs=y)
+
+
+def looped(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(float(mu), 1.0), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "vectorization"),
+    [(conjugate, 3, "broadcast"), (recorded, 3, "recorded"), (looped, (), "looped")],
+)
+@pytest.mark.filterwarnings("ignore:The model cannot be vectorised")
+def test_how_a_model_is_run_is_found_out_behind_the_handlers_outside(model, shape, vectorization):
+    """A trace around it sees no runs of the model, and these have no graph."""
+    y = torch.zeros(shape)
+    guide = AutoNormal(model)
+    guide(y)
+    with poutine.trace() as outside:
+        tracer = Tracer(ModelCall(model, (y,)), guide, differentiable=True)
+    assert tracer.vectorization == vectorization
+    assert not [name for name, site in outside.trace.nodes.items() if site["type"] == "sample"]
+    assert not tracer.model_prototype.log_prob_sum().requires_grad

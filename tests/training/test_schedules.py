@@ -62,6 +62,21 @@ def test_the_score_of_draws():
     assert score.log_weight_sd == schedules.log_weight_sd(draws.log_weights)
 
 
+@pytest.mark.parametrize(("num_lost", "is_finite"), [(1, True), (49, True), (50, False), (51, False)])
+def test_the_score_of_draws_of_which_some_have_no_density(num_lost, is_finite):
+    """A few of them do not decide the ELBO, half of them do."""
+    log_weights = torch.linspace(-1.0, 1.0, 100)
+    log_weights[:num_lost] = -torch.inf
+    nothing = {"values": {}, "unconstrained": {}, "deterministic": {}, "log_likelihood": {}, "observed": {}, "dims": {}}
+    score = RoundScore.of(fg.Draws(log_p=log_weights + 3, log_q=torch.full((100,), 3.0), **nothing))
+    kept = log_weights[num_lost:]
+    assert score.lost == pytest.approx(num_lost / 100)
+    assert math.isfinite(score.elbo) == math.isfinite(score.elbo_se) == is_finite
+    if is_finite:
+        assert score.elbo == pytest.approx(float(kept.mean()), abs=1e-6)
+        assert score.elbo_se == pytest.approx(float(kept.std()) / len(kept) ** 0.5, rel=1e-5)
+
+
 NOT_FINITE = RoundScore(-math.inf, math.nan, math.nan)
 
 
@@ -74,6 +89,10 @@ NOT_FINITE = RoundScore(-math.inf, math.nan, math.nan)
         ([RoundScore(-3.0, 0.01, 0.2), RoundScore(-2.9, 0.01, 0.01)], False),
         ([RoundScore(-3.0, 0.01, 0.2), RoundScore(-2.99, 0.01, 0.1)], False),
         ([RoundScore(-3.0, 0.01, 0.2), RoundScore(-3.1, 0.01, 0.1)], False),
+        ([RoundScore(-3.0, 0.1, 0.2), RoundScore(-2.95, 0.0, 0.1)], False),
+        ([RoundScore(-3.0, 0.0, 0.2), RoundScore(-2.95, 0.1, 0.1)], False),
+        ([RoundScore(-3.0, 0.03, 0.2), RoundScore(-2.952, 0.04, 0.1)], False),
+        ([RoundScore(-3.0, 0.03, 0.2), RoundScore(-2.948, 0.04, 0.1)], True),
         ([NOT_FINITE], True),
         ([RoundScore(-3.0, 0.01, 0.2), NOT_FINITE], True),
         ([NOT_FINITE, RoundScore(-3.0, 0.01, 0.2)], True),
@@ -89,8 +108,15 @@ def test_when_another_round_may_help(scores, expected):
         ([RoundScore(-3.0, 0.01, 0.2)], False),
         ([RoundScore(-3.0, 0.01, 0.2), RoundScore(-3.02, 0.01, 0.2)], False),
         ([RoundScore(-3.0, 0.01, 0.2), RoundScore(-3.1, 0.01, 0.2)], True),
+        ([RoundScore(-3.0, 0.03, 0.2), RoundScore(-3.098, 0.04, 0.2)], False),
+        ([RoundScore(-3.0, 0.03, 0.2), RoundScore(-3.102, 0.04, 0.2)], True),
         ([RoundScore(-3.0, 0.01, 0.2), NOT_FINITE], True),
         ([NOT_FINITE, NOT_FINITE], False),
+        # A hundredth of the draws may lose their density.
+        ([RoundScore(-3.0, 0.01, 0.2), RoundScore(-2.0, 0.01, 0.2, 0.009)], False),
+        ([RoundScore(-3.0, 0.01, 0.2), RoundScore(-2.0, 0.01, 0.2, 0.011)], True),
+        ([RoundScore(-3.0, 0.01, 0.2, 0.1), RoundScore(-2.0, 0.01, 0.2, 0.109)], False),
+        ([RoundScore(-3.0, 0.01, 0.2, 0.1), RoundScore(-2.0, 0.01, 0.2, 0.111)], True),
     ],
 )
 def test_when_a_round_did_harm(scores, expected):

@@ -271,3 +271,35 @@ def test_what_a_transform_is_to_torch(dtype):
     assert transform.inv.inv is transform
     assert transform.sign == 1
     assert transform.with_cache() is transform
+
+
+SIZES = {
+    "Affine": (6, 1356),
+    "AffineAutoregressive": (2694, 2834),
+    "AffineCoupling": (1258, 1322),
+    "ElementwiseSpline": (69, 3498),
+    "Householder": (12, 1560),
+    "LULinear": (12, 1560),
+    "Planar": (7, 1390),
+    "Radial": (5, 1322),
+    "Residual": (1285, 1349),
+    "SplineAutoregressive": (6789, 7055),
+    "SplineCoupling": (2644, 2708),
+    "Sylvester": (30, 1974),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_defaults_have_the_sizes_of_saved_flows(name):
+    """A saved flow is loaded into one that is built by the same call: other widths or numbers of bins would refuse it."""
+    flows = [getattr(T, name)(3, context_dim=context_dim) for context_dim in (0, 2)]
+    assert (
+        tuple(sum(value.numel() for value in flow.state_dict().values() if value.dim()) for flow in flows)
+        == SIZES[name]
+    )
+
+
+@pytest.mark.parametrize("name", ["ElementwiseSpline", "SplineAutoregressive", "SplineCoupling"])
+def test_a_spline_bends_the_box_of_its_default(name):
+    """Where a saved flow was trained on it: from −5 to 5."""
+    assert getattr(T, name)(3).univariate.tail_bound == 5.0

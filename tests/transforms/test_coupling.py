@@ -101,6 +101,7 @@ def test_damping_costs_an_undamped_flow_no_operation():
         (lambda: T.AffineCoupling(3, hidden_dims=(4, 0)), ValueError, "all sizes at least 1"),
         (lambda: T.AffineCoupling(3, mask="thirds"), ValueError, 'mask must be "half", "checkerboard"'),
         (lambda: T.AffineCoupling(3, mask=torch.ones(2, dtype=torch.bool)), ValueError, r"boolean of shape \(3,\)"),
+        (lambda: T.AffineCoupling(3, mask=torch.tensor([1, 0, 1])), ValueError, "must be boolean .*, got torch.int64"),
         (lambda: T.AffineCoupling(3, mask=torch.ones(3, dtype=torch.bool)), ValueError, "keeps every coordinate"),
         (lambda: T.AffineCoupling(3, log_scale_bound=0.0), ValueError, "log_scale_bound must be positive"),
         (lambda: T.AffineCoupling(3, bound=1.0), TypeError, r"Coupling.__init__\(\) got an unexpected .* 'bound'"),

@@ -79,3 +79,12 @@ def test_the_weights_are_masked_once_per_call(monkeypatch):
     with torch.no_grad():
         transform.inverse_and_log_det(torch.randn(5, 4))
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("width", "context_dim", "units"), [(1, 2, (0, 0)), (2, 2, (0, 1)), (2, 0, (0, 0)), (9, 2, (0, 3))]
+)
+def test_some_units_see_the_context_alone(width, context_dim, units):
+    """Through them the first coordinate depends on the context by more than a linear map, from two units on."""
+    network = MaskedMLP(3, 2, (width,), context_dim=context_dim)
+    assert network.units_of_degree[0][0] == units

@@ -76,3 +76,15 @@ def test_a_number_that_is_state_follows_what_is_loaded():
     state["slowdown"] = torch.ones(3)
     with pytest.raises(RuntimeError, match="size mismatch for slowdown"):
         target.load_state_dict(state)
+
+
+@pytest.mark.parametrize("slowdown", [0.25, 0.5, 1.0, 8.0])
+def test_the_scale_of_the_layers_is_that_of_their_outputs(slowdown):
+    """Weights and biases over the slowdown; the last layer over the root of the width before it as well."""
+    network = perturb(MLP(2, 3, (4, 16)))
+    network.set_scalar("slowdown", slowdown)
+    first, _, second, _, last = network.layers
+    inputs = torch.randn(5, 2)
+    hidden = torch.nn.functional.silu(first(inputs) / slowdown)
+    hidden = torch.nn.functional.silu(second(hidden) / slowdown)
+    torch.testing.assert_close(network(inputs), last(hidden) / slowdown / 4)

@@ -118,3 +118,26 @@ def test_the_solvers_can_be_mapped_and_captured():
     target = torch.linspace(-3, 3, 7, dtype=F64)
     torch.testing.assert_close(torch.vmap(solve)(target), solve(target))
     torch.testing.assert_close(make_fx(solve)(torch.zeros_like(target))(target), solve(target))
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2, 3, 4, 7])
+def test_the_best_iterate_is_returned(num_iterations):
+    """Of a function so steep that iterates come and go."""
+    visited = []
+
+    def steep(a):
+        visited.append(a)
+        return torch.atan(50 * a) + 0.01 * a, 50 / (1 + (50 * a) ** 2) + 0.01
+
+    target = torch.tensor([-1.5, -0.3, 0.0, 0.9, 1.58], dtype=torch.float64)
+    root = solve_increasing(steep, target, torch.full_like(target, -3.0), torch.full_like(target, 4.0), num_iterations)
+    roots = torch.stack(visited)
+    residuals = (steep(roots)[0] - target).abs()
+    assert torch.equal(root, roots.gather(0, residuals.argmin(0, keepdim=True))[0])
+
+
+def test_the_derivatives_of_a_linearised_map_have_no_graph():
+    z = torch.randn(3, 2, requires_grad=True)
+    x, log_det, *derivatives = linearize(lambda z: (z.exp(), z.sum(-1)), z)
+    assert x.requires_grad and log_det.requires_grad
+    assert not any(derivative.requires_grad for derivative in derivatives)

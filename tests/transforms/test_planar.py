@@ -29,3 +29,10 @@ def test_planar_without_direction_is_finite():
     x, log_det = planar.forward_and_log_det(torch.randn(3, 2))
     (x.sum() + log_det.sum()).backward()
     assert planar.parameters_of.value.grad.isfinite().all()
+
+
+def test_the_start_of_planar_varies_by_one_over_the_base():
+    """w has about the norm 1 in every dimension, so that wᵀz has variance 1."""
+    _, w, *_ = T.Planar(400)._ridge_parameters(None)
+    # The norm has an sd of 1/√(2 D), 0.035.
+    assert float(w.detach().norm()) == pytest.approx(1, abs=0.15)

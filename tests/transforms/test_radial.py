@@ -67,3 +67,9 @@ def test_radial_start_keeps_a_gradient_to_each_kind_of_parameter():
 @pytest.mark.parametrize("scale", [1e2, 1e4])
 def test_far_points_come_back(scale):
     check_far_points_come_back(perturb(T.Radial(64)), scale)
+
+
+def test_the_start_of_radial_is_as_wide_as_the_base():
+    """α starts at √D, where the norm of a draw from the base is."""
+    _, alpha, _, _ = T.Radial(9)._radial_parameters(None)
+    assert float(alpha.detach()) == pytest.approx(3)

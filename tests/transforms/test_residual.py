@@ -106,6 +106,22 @@ def test_estimators_are_unbiased_for_the_truncated_series(mode, num_terms):
         assert ((estimates.mean(0) - expected).abs() <= 4 * standard_error + 1e-12).all()
 
 
+def test_a_term_counts_for_one_on_average():
+    """Each divided by the probability with which it is taken: the mean over all places where the roulette may stop."""
+    stop = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    roulette, hutchinson = make(2, log_det="roulette", lipschitz=0.7), make(2, log_det="hutchinson")
+    before = stop >= 0
+    for k in range(1, 15):
+        weight = roulette._term_weight(k, stop)
+        assert float(weight.mean()) == pytest.approx(1, rel=1e-3)
+        assert torch.equal(hutchinson._term_weight(k, stop), torch.ones_like(stop))
+        # Four terms are always taken; after that, none without the one before it.
+        taken = weight != 0
+        assert bool(taken.all()) == (k <= 4)
+        assert not (taken & ~before).any()
+        before = taken
+
+
 def test_estimators_agree_with_the_exact_log_det_on_average_by_default():
     exact = make(2, log_det="exact")
     z = torch.randn(1, 2, dtype=torch.float64).expand(20_000, 2)
@@ -214,3 +230,11 @@ def test_inverse_of_sharp_networks(lipschitz, sharpness):
 def test_errors_say_what_is_wrong(make_it, message):
     with pytest.raises(ValueError, match=message):
         make_it()
+
+
+@pytest.mark.parametrize("lipschitz", [0.3, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_series_of_the_solves_ends_at_the_rounding_of_the_dtype(lipschitz, dtype):
+    steps, eps = T.Residual(2, lipschitz=lipschitz)._steps_to_the_last_digit(dtype), torch.finfo(dtype).eps
+    assert lipschitz**steps <= eps * (1 + 1e-9)
+    assert lipschitz ** (steps - 1) > eps

@@ -103,3 +103,12 @@ def test_sylvester_inverse_in_the_middle_of_a_wide_flow(basis):
 def test_errors_say_what_is_wrong(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_entries_above_the_diagonal_are_in_units_of_the_root_of_their_number():
+    matrix = T.Sylvester(4, 4)._upper_triangular(torch.zeros(4), torch.ones(6))
+    torch.testing.assert_close(matrix, torch.ones(4, 4).triu(1) / 2)
+
+
+def test_the_ridges_of_sylvester_start_at_the_centre_of_the_base():
+    assert not T.Sylvester(4, 2)._ridge_parameters(None).shift.any()
