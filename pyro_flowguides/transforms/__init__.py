@@ -2,6 +2,7 @@
 
 from .autoregressive import AffineAutoregressive, Autoregressive, SplineAutoregressive
 from .base import Compose, FlowTransform, Inverse, detect_nan
+from .continuous import Continuous, OdeError, ode_error
 from .coupling import AdditiveCoupling, AffineCoupling, Coupling, SplineCoupling, undamp
 from .elementwise import ActNorm, Affine, Elementwise, ElementwiseSpline, Sigmoid
 from .linear import FixedAffine, LowerTriangularAffine, LULinear, Permutation, Reverse
@@ -10,6 +11,7 @@ from .planar import Planar
 from .radial import Radial
 from .residual import Residual
 from .sylvester import Sylvester
+from .vector_fields import NetworkField, PlanarField, SylvesterField
 
 __all__ = [
     "ActNorm",
@@ -19,6 +21,7 @@ __all__ = [
     "AffineCoupling",
     "Autoregressive",
     "Compose",
+    "Continuous",
     "Coupling",
     "Elementwise",
     "ElementwiseSpline",
@@ -28,9 +31,12 @@ __all__ = [
     "Inverse",
     "LowerTriangularAffine",
     "LULinear",
+    "NetworkField",
+    "OdeError",
     "Orthogonal",
     "Permutation",
     "Planar",
+    "PlanarField",
     "Radial",
     "Residual",
     "Reverse",
@@ -38,6 +44,8 @@ __all__ = [
     "SplineAutoregressive",
     "SplineCoupling",
     "Sylvester",
+    "SylvesterField",
     "detect_nan",
+    "ode_error",
     "undamp",
 ]
