@@ -2,18 +2,21 @@ r"""Continuous flows: points follow a vector field from t = 0 to t = 1.
 
 .. math::
 
-    \frac{dx}{dt} = f(t, x), \qquad x(0) = z, \qquad \log|\det J| = \int_0^1 \operatorname{tr} \frac{\partial f}{\partial x}\, dt .
+    \frac{dx}{dt} = f(t, x), \qquad x(0) = z, \qquad
+    \log|\det J| = \int_0^1 \operatorname{tr} \frac{\partial f}{\partial x}\, dt .
 
-A smooth field makes a bijection whatever its parameters; the inverse follows it back. The score :math:`s = \nabla \log q` obeys
+A smooth field makes a bijection whatever its parameters; the inverse follows it back. The score
+:math:`s = \nabla \log q` obeys
 
-.. math:: \frac{ds}{dt} = -\left(\frac{\partial f}{\partial x}\right)^{\!\top} s - \nabla \operatorname{tr} \frac{\partial f}{\partial x} .
+.. math:: \frac{ds}{dt} = -\left(\frac{\partial f}{\partial x}\right)^{\!\top} s
+    - \nabla \operatorname{tr} \frac{\partial f}{\partial x} .
 
-Chen, Rubanova, Bettencourt & Duvenaud (2018), *Neural ordinary differential equations*, arXiv:1806.07366. Grathwohl et al. (2019),
-*FFJORD*, arXiv:1810.01367. The score: Vaitl et al. (2022), arXiv:2206.09016.
+Chen, Rubanova, Bettencourt & Duvenaud (2018), *Neural ordinary differential equations*, arXiv:1806.07366. Grathwohl et al.
+(2019), *FFJORD*, arXiv:1810.01367. The score: Vaitl et al. (2022), arXiv:2206.09016.
 
-**What a solver computes.** Point, log-determinant and score are integrated together by one method in steps of h. So log_det is the
-integral of the trace by that method, not the log-determinant of the map that the steps make: the two differ by O(hᵖ) (p = 4 for
-Runge–Kutta), and so does the score. :func:`ode_error` says how large that is.
+**What a solver computes.** Point, log-determinant and score are integrated together by one method in steps of h. So log_det
+is the integral of the trace by that method, not the log-determinant of the map that the steps make: the two differ by O(hᵖ)
+(p = 4 for Runge–Kutta), and so does the score. :func:`ode_error` says how large that is.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from .ode import ADAPTIVE_SOLVERS, FIXED_SOLVERS, AdaptiveSteps, FixedSteps, Sta
 from .vector_fields import BoundField, DifferentiatedField, PlanarField, Time
 
 # Corrections of the inverse. Each multiplies what is left by O(hᵖ).
-_NUM_CORRECTIONS = 3
+_NUM_CORRECTIONS = 2
 
 _collectors: list[list[Tensor]] = []
 
@@ -53,26 +56,27 @@ class Continuous(FlowTransform):
     r"""The flow of a vector field.
 
     With a fixed number of steps it is a plain graph: gradients are those of the steps that were taken, and a training step is
-    captured, compiled and mapped like any other. The methods of torchdiffeq (``pip install 'pyro-flowguides[ode]'``) choose their
-    steps; they are for checks and for stiff fields. A training step with them runs uncaptured, each of its steps waits for the
-    device, and they do not work under ``torch.vmap``.
+    captured, compiled and mapped like any other. The methods of torchdiffeq (``pip install 'pyro-flowguides[ode]'``) choose
+    their steps; they are for checks and for stiff fields. A training step with them runs uncaptured, each of its steps waits
+    for the device, and they do not work under ``torch.vmap``.
 
-    **Cost.** One evaluation of the field per stage: ``num_steps`` times 4 for ``"rk4"``, 2 for ``"midpoint"``, 1 for ``"euler"``. The
-    trace and the score of :class:`~pyro_flowguides.transforms.PlanarField` and
+    **Cost.** One evaluation of the field per stage: ``num_steps`` times 4 for ``"rk4"``, 2 for ``"midpoint"``, 1 for
+    ``"euler"``. The trace and the score of :class:`~pyro_flowguides.transforms.PlanarField` and
     :class:`~pyro_flowguides.transforms.SylvesterField` are closed forms, O(DM). Those of any other field take D vector-Jacobian
-    products (``trace="exact"``) or one (``"hutchinson"``). The inverse costs 8 solves.
+    products (``trace="exact"``) or one (``"hutchinson"``). The inverse costs 6 solves.
 
-    **Inverse.** It follows the field back, then corrects what the steps there and back leave, so that it is the inverse of the steps
-    themselves. A point that the corrections do not settle, since the steps are far too long for the field, comes back as NaN.
+    **Inverse.** It follows the field back, then corrects what the steps there and back leave, so that it is the inverse of
+    the steps themselves. A point that the corrections do not settle, since the steps are far too long for the field, comes
+    back as NaN. A solver of torchdiffeq follows the field back to its tolerance.
 
     **Hutchinson.** The trace is :math:`v^\top J v` for a vector v of random signs, one per point, the same through a solve. It is
     right on average; log_det is random then (``stochastic_log_det``) and must not enter importance weights, k-hat or an
     accept-reject step. Under ``torch.vmap`` it needs ``randomness="different"``.
 
-    **Regularisation.** ``kinetic`` and ``jacobian`` are the weights of
-    :math:`\int \|f\|^2 dt` and :math:`\int \|\partial f / \partial x\|_F^2 dt`, which keep paths straight and fields easy to solve.
-    Their gradient is added to that of a draw's log q (:class:`pyro_flowguides.NormalizingFlow`), their value is not: ELBO and weights
-    stay what they are. Finlay, Jacobsen, Nurbekyan & Oberman (2020), *How to train your neural ODE*, arXiv:2002.02798.
+    **Regularisation.** ``kinetic`` and ``jacobian`` are the weights of :math:`\int \|f\|^2 dt` and
+    :math:`\int \|\partial f / \partial x\|_F^2 dt`, which keep paths straight and fields easy to solve. Their gradient is
+    added to that of a draw's log q (:class:`pyro_flowguides.NormalizingFlow`), their value is not: ELBO and weights stay what
+    they are. Finlay, Jacobsen, Nurbekyan & Oberman (2020), *How to train your neural ODE*, arXiv:2002.02798.
 
     Arguments:
         dim: The number D of coordinates.
@@ -238,9 +242,9 @@ class Continuous(FlowTransform):
         state = (point, zeros, *([] if score is None else [score]), *([zeros] if collects else []))
         state = self._steps_for(context)(rates, state, backward=backward)
         if collects:
-            *state, penalty = state
-            _collectors[-1].append(penalty)
-        return tuple(state)
+            _collectors[-1].append(state[-1])
+            state = state[:-1]
+        return state
 
     def _penalty_rate(self, field: BoundField, t: Time, x: Tensor, velocity: Tensor) -> Tensor:
         rate = self.kinetic * velocity.square().sum(-1)
@@ -268,9 +272,9 @@ def is_continuous(transform: nn.Module) -> bool:
 def ode_error(transform: FlowTransform, z: Tensor, context: Tensor | None = None) -> OdeError:
     r"""The error of discretisation of all continuous flows in a transform, at given points.
 
-    Each point is pushed forward twice: as always, and with half the step (a hundredth of the tolerances for a solver of torchdiffeq).
-    For a method of order p the difference is :math:`1 - 2^{-p}` of the error. The error of log_det is one of log q: it biases the
-    ELBO, and spreads the importance weights.
+    Each point is pushed forward twice: as always, and with half the step (a hundredth of the tolerances for a solver of
+    torchdiffeq). For a method of order p the difference is :math:`1 - 2^{-p}` of the error. The error of log_det is one of
+    log q: it biases the ELBO, and spreads the importance weights.
 
     Arguments:
         transform: A :class:`Continuous`, or a transform that holds some.

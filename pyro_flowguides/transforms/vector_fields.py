@@ -1,7 +1,8 @@
 r"""Vector fields f(t, x) of continuous flows, with what a flow needs of their Jacobian J = ∂f/∂x.
 
 A solve of :class:`~pyro_flowguides.transforms.Continuous` binds its field to a context once (``bind``), and asks the result
-for rates at one time after the other: the velocity f, the trace tr J, and for the score :math:`-J^\top s - \nabla \operatorname{tr} J`.
+for rates at one time after the other: the velocity f, the trace tr J, and for the score
+:math:`-J^\top s - \nabla \operatorname{tr} J`.
 
 Ridges have all of these in closed form. With columns :math:`u_m` of U, :math:`w_m` of W and gates :math:`g_m(t)`,
 
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from ..checks import check_positive_integer
 from .linear import affine, multiply
-from .networks import NEAR_ZERO, FreeParameters
+from .networks import NEAR_ZERO, FreeParameters, scale_parameters
 from .numerics import tanh_derivative, value_and_pull_back
 
 Time = float | Tensor
@@ -231,10 +232,10 @@ class NetworkField(nn.Module):
             )
         self.dim = dim
         self.context_dim = context_dim
-        self.layers: Any = nn.ModuleList(_ConcatSquash(*pair, 1 + context_dim) for pair in pairwise(sizes))
-        with torch.no_grad():
-            for parameter in (*self.layers[-1].linear.parameters(), self.layers[-1].shift.weight):
-                parameter.mul_(NEAR_ZERO)
+        layers = [_ConcatSquash(*pair, 1 + context_dim) for pair in pairwise(sizes)]
+        scale_parameters(layers[-1].linear, NEAR_ZERO)
+        scale_parameters(layers[-1].shift, NEAR_ZERO)
+        self.layers: Any = nn.ModuleList(layers)
 
     def forward(self, t: Time, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The velocity at x, shape ``batch_shape + (dim,)``."""
