@@ -21,6 +21,7 @@ from .diagnostics import (
 from .distributions import NormalizingFlow
 from .guides import (
     AmortizedFlow,
+    AutoContinuousFlow,
     AutoCoupling,
     AutoFlow,
     AutoIAF,
@@ -35,6 +36,7 @@ from .training import Checkpoint, FitResult, fit
 
 __all__ = [
     "AmortizedFlow",
+    "AutoContinuousFlow",
     "AutoCoupling",
     "AutoFlow",
     "AutoIAF",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import transforms as T
 from .transforms.base import Conditioned
+from .transforms.continuous import OdeError, collect_penalties, ode_error
 from .transforms.numerics import value_and_pull_back
 
 
@@ -31,7 +32,8 @@ class NormalizingFlow(dist.TransformedDistribution):
         gradient: ``"total"`` for the plain derivative of log q, or ``"path"`` for the path gradient ("sticking the landing",
             Roeder et al. 2017, arXiv:1703.09194): the log-density of a draw depends on the parameters through the draw alone,
             :math:`\log q + s^\top (x - x_{\text{detached}})` with the score s carried along by ``forward_with_score``
-            (Vaitl et al. 2024, arXiv:2403.15881). Its variance vanishes where q is exact. Values are the same.
+            (Vaitl et al. 2024, arXiv:2403.15881). Its variance vanishes where q is exact. Values are the same. The regularisation
+            of :class:`~pyro_flowguides.transforms.Continuous` is part of both gradients and of no value.
 
     Raises:
         ValueError: if the gradient is unknown; at the first draw or density, if the transform still needs a context.
@@ -112,8 +114,15 @@ class NormalizingFlow(dist.TransformedDistribution):
         """Draws x with its log-density in one forward pass. The gradient of the latter follows ``self.gradient``."""
         self._check_bound()
         z = self.base_dist.rsample(torch.Size(sample_shape))
-        if self.gradient == "path" and torch.is_grad_enabled():
-            return self._draw_with_path_gradient(z)
+        if not torch.is_grad_enabled():
+            return self._draw(z)
+        with collect_penalties() as penalties:
+            x, log_q = self._draw_with_path_gradient(z) if self.gradient == "path" else self._draw(z)
+        for penalty in penalties:
+            log_q = log_q + (penalty - penalty.detach()).reshape(log_q.shape)
+        return x, log_q
+
+    def _draw(self, z: Tensor) -> tuple[Tensor, Tensor]:
         x, log_det = self.transform.forward_and_log_det(self._as_rows(z))
         return x.reshape(z.shape), self.base_dist.log_prob(z) - log_det.reshape(z.shape[:-1])
 
@@ -136,6 +145,19 @@ class NormalizingFlow(dist.TransformedDistribution):
         x = x.reshape(z.shape)
         path = ((x - x.detach()) * score.reshape(z.shape)).sum(-1)
         return x, (log_base - log_det.reshape(log_base.shape)).detach() + path
+
+    @torch.no_grad()
+    def ode_error(self, num_draws: int = 1000) -> OdeError:
+        """What the steps of the continuous flows in it leave, see :func:`pyro_flowguides.transforms.ode_error`.
+
+        Arguments:
+            num_draws: The number of draws of the base distribution that it is measured at.
+
+        Raises:
+            ValueError: if there is no continuous flow in the transform, or it needs a context.
+        """
+        self._check_bound()
+        return ode_error(self.transform, self.base_dist.sample(torch.Size([num_draws])))
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         self._last_draw = self.rsample_and_log_prob(sample_shape)

@@ -257,9 +257,90 @@ def residual(dim: int, *, num_layers: int = 8, **options: Any) -> T.FlowTransfor
     return T.Compose(_layers("residual", num_layers, lambda _: T.Residual(dim, **options)))
 
 
+def continuous_planar(
+    dim: int,
+    *,
+    num_layers: int = 1,
+    num_units: int = 32,
+    context_dim: int = 0,
+    hidden_dims: Sequence[int] = (32, 32),
+    **options: Any,
+) -> T.FlowTransform:
+    """A planar flow in continuous time. Chen et al. (2018), *Neural ordinary differential equations*, arXiv:1806.07366.
+
+    Arguments:
+        dim: The number D of coordinates.
+        num_layers: The number of flows, one after the other, each with a field of its own.
+        num_units: The number M of ridges of a field.
+        context_dim: The size of the context; 0 for none.
+        hidden_dims: The hidden layers of the network of the context.
+        options: As in :class:`~pyro_flowguides.transforms.Continuous`: ``num_steps``, ``solver``, and the regularisation
+            ``kinetic`` and ``jacobian``.
+    """
+
+    def layer(_: int) -> T.FlowTransform:
+        field = T.PlanarField(dim, num_units, context_dim=context_dim, hidden_dims=hidden_dims)
+        return T.Continuous(dim, field, **options)
+
+    return T.Compose(_layers("continuous_planar", num_layers, layer))
+
+
+def continuous_sylvester(
+    dim: int,
+    *,
+    num_layers: int = 1,
+    num_units: int = 32,
+    context_dim: int = 0,
+    hidden_dims: Sequence[int] = (32, 32),
+    **options: Any,
+) -> T.FlowTransform:
+    """A Sylvester flow in continuous time: the ridges share a subspace, see :class:`~pyro_flowguides.transforms.SylvesterField`.
+
+    Arguments:
+        dim: The number D of coordinates.
+        num_layers: The number of flows, one after the other, each with a field of its own.
+        num_units: The number M of dimensions of the subspace; D where that is less.
+        context_dim: The size of the context; 0 for none.
+        hidden_dims: The hidden layers of the network of the context.
+        options: As in :class:`~pyro_flowguides.transforms.Continuous`: ``num_steps``, ``solver``, and the regularisation
+            ``kinetic`` and ``jacobian``.
+    """
+    check_positive_integer("continuous_sylvester", "num_units", num_units)
+
+    def layer(_: int) -> T.FlowTransform:
+        field = T.SylvesterField(dim, min(num_units, dim), context_dim=context_dim, hidden_dims=hidden_dims)
+        return T.Continuous(dim, field, **options)
+
+    return T.Compose(_layers("continuous_sylvester", num_layers, layer))
+
+
+def ffjord(
+    dim: int, *, num_layers: int = 1, hidden_dims: Sequence[int] | None = None, context_dim: int = 0, **options: Any
+) -> T.FlowTransform:
+    """FFJORD: the flow of a network of the point and the time. Grathwohl et al. (2019), arXiv:1810.01367.
+
+    Arguments:
+        dim: The number D of coordinates.
+        num_layers: The number of flows, one after the other, each with a network of its own.
+        hidden_dims: The hidden layers of each network; by default two of 32, or of 64 for D > 30.
+        context_dim: The size of the context; 0 for none.
+        options: As in :class:`~pyro_flowguides.transforms.Continuous`: ``trace`` (``"exact"`` by default), ``num_steps``,
+            ``solver``, and the regularisation ``kinetic`` and ``jacobian``.
+    """
+    hidden_dims = _default_hidden_dims(dim, hidden_dims)
+
+    def layer(_: int) -> T.FlowTransform:
+        return T.Continuous(dim, T.NetworkField(dim, hidden_dims, context_dim=context_dim), **options)
+
+    return T.Compose(_layers("ffjord", num_layers, layer))
+
+
 # Every recipe by its name: what a guide accepts as a string.
 RECIPES: dict[str, Callable[..., T.FlowTransform]] = {
+    "continuous_planar": continuous_planar,
+    "continuous_sylvester": continuous_sylvester,
     "coupling": coupling,
+    "ffjord": ffjord,
     "glow": glow,
     "iaf": iaf,
     "maf": maf,

@@ -56,6 +56,15 @@ CONDITIONAL = {
     "residual_narrow": lambda dim, context_dim: T.Residual(
         dim, hidden_dims=(8, 5, 6), lipschitz=0.97, context_dim=context_dim
     ),
+    "continuous_planar": lambda dim, context_dim: T.Continuous(
+        dim, T.PlanarField(dim, 8, context_dim=context_dim), num_steps=3
+    ),
+    "continuous_sylvester": lambda dim, context_dim: T.Continuous(
+        dim, T.SylvesterField(dim, min(dim, 3), context_dim=context_dim), num_steps=3
+    ),
+    "continuous_network": lambda dim, context_dim: T.Continuous(
+        dim, T.NetworkField(dim, (8,), context_dim=context_dim), num_steps=3
+    ),
     "inverse_of_planar": lambda dim, context_dim: T.Inverse(T.Planar(dim, context_dim=context_dim)),
     "compose": lambda dim, context_dim: T.Compose(
         [
@@ -89,6 +98,8 @@ _NO_IDENTITY_AT_START = {"compose", "reversible", "orthogonal", "householder", "
 IDENTITY_AT_START = [case for case in CASES if case[0] in CONDITIONAL and case[0] not in _NO_IDENTITY_AT_START]
 # Transforms whose score at far points is beyond the range of float32: that of the sigmoid grows like exp(|z|).
 SCORE_OVERFLOWS = {"sigmoid"}
+# log_det and score of these are right up to the error of a solver, here with few steps; test_continuous.py has many.
+SOLVED = {"continuous_planar", "continuous_sylvester", "continuous_network"}
 
 
 def case_id(case):

@@ -3,10 +3,20 @@
 from .amortized import AmortizedFlow
 from .auto import AutoFlow
 from .base import FlowGuide
-from .named import AutoCoupling, AutoIAF, AutoPlanar, AutoRadial, AutoResidual, AutoSpline, AutoSylvester
+from .named import (
+    AutoContinuousFlow,
+    AutoCoupling,
+    AutoIAF,
+    AutoPlanar,
+    AutoRadial,
+    AutoResidual,
+    AutoSpline,
+    AutoSylvester,
+)
 
 __all__ = [
     "AmortizedFlow",
+    "AutoContinuousFlow",
     "AutoCoupling",
     "AutoFlow",
     "AutoIAF",

@@ -276,6 +276,22 @@ class AutoFlow(FlowGuide, AutoContinuous):
         """The approximate posterior of the flat unconstrained latent, a fresh distribution at every call."""
         return NormalizingFlow(self.get_base_dist(), self.flow, gradient=self.gradient_now)
 
+    def ode_error(self, num_draws: int = 1000) -> T.OdeError:
+        """What the steps of a continuous flow leave of points and log q, see :func:`pyro_flowguides.transforms.ode_error`.
+
+        Points are those of unconstrained latent space. An error of log q biases the ELBO, and spreads the weights.
+
+        Arguments:
+            num_draws: The number of draws that it is measured at.
+
+        Raises:
+            ValueError: if the flow is not continuous.
+            RuntimeError: if the guide is not set up.
+        """
+        _ = self.latents
+        with torch.no_grad():
+            return self.get_posterior().ode_error(num_draws)
+
     def _fixed_draws(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         latents = self.latents
         if not latents.sites:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .. import flows
@@ -173,3 +173,48 @@ class AutoResidual(AutoFlow):
             flows.residual, num_layers=num_layers, hidden_dims=hidden_dims, lipschitz=lipschitz, log_det=log_det
         )
         super().__init__(model, recipe, **options)
+
+
+class AutoContinuousFlow(AutoFlow):
+    """A guide of a continuous flow: draws follow a vector field, see :func:`pyro_flowguides.flows.continuous_planar`.
+
+    It is not Pyro's ``AutoContinuous``, the base class of autoguides of continuous latents.
+
+    Arguments:
+        model: The model.
+        field: ``"planar"`` or ``"sylvester"``, whose traces have closed forms, or ``"network"`` for FFJORD.
+        num_steps: The number of steps of the solver. More steps cost more and leave a smaller error of the density, see
+            :meth:`ode_error`.
+        recipe_options: The other options of the recipe: ``num_units`` (``"planar"``, ``"sylvester"``), ``hidden_dims``,
+            ``solver``, ``kinetic``, ``jacobian``, …
+        options: The options of :class:`AutoFlow`.
+
+    Raises:
+        ValueError: if the field is unknown.
+
+    References:
+        Chen, Rubanova, Bettencourt & Duvenaud (2018), *Neural ordinary differential equations*, arXiv:1806.07366.
+        Grathwohl et al. (2019), *FFJORD*, arXiv:1810.01367.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        *,
+        field: str = "planar",
+        num_layers: int = 1,
+        num_steps: int = 8,
+        recipe_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        if field not in _FIELDS:
+            raise ValueError(f"AutoContinuousFlow: field must be one of {', '.join(map(repr, _FIELDS))}, got {field!r}")
+        recipe = functools.partial(_FIELDS[field], num_layers=num_layers, num_steps=num_steps, **(recipe_options or {}))
+        super().__init__(model, recipe, **options)
+
+
+_FIELDS: dict[str, Callable[..., Any]] = {
+    "planar": flows.continuous_planar,
+    "sylvester": flows.continuous_sylvester,
+    "network": flows.ffjord,
+}

@@ -140,6 +140,7 @@ class Loop:
             with checkpoint.used():
                 self._load(saved)
         draws = self._train_and_judge(saved)
+        start.warn_of_ode_error(flow_guides, draws.elbo)
         model, guide, parameters = owned(self.call.model, self.guide)
         return FitResult(
             model,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
+from ..checks import warn
 from ..compiled.recorded import BatchedCalls
+from ..diagnostics.importance import Estimate
 from ..diagnostics.tracer import Tracer
 from ..guides.auto import AutoFlow
 from ..guides.base import Call, calls_of_flow_guides
@@ -16,6 +19,7 @@ from ..model.call import ModelCall
 from ..model.missing import as_given
 from ..model.sites import latent_sites, observed_sites, subsampled_plate, unchanged_random_state
 from ..model.target import Target
+from ..transforms.continuous import is_continuous
 
 # The number of elements of a tensor from which on a second thread pays.
 WORTH_THREADS = 2**20
@@ -104,6 +108,21 @@ def _is_alone(call: Call, tracer: Tracer) -> bool:
     """Whether one flow guide inside of another guide draws all latents that are not discrete."""
     latents = {name for name, site in latent_sites(tracer.model_prototype) if not site["fn"].support.is_discrete}
     return call.guide.master is None and {site.name for site in call.guide.latents.sites} >= latents
+
+
+def warn_of_ode_error(calls: Sequence[Call], elbo: Estimate) -> None:
+    """Warns where the steps of a continuous flow leave more of log q than the standard error of the ELBO."""
+    for guide, args, kwargs in calls:
+        if not is_continuous(guide.flow):
+            continue
+        with torch.no_grad(), unchanged_random_state():
+            error = guide.get_posterior(*args, **kwargs).ode_error()
+        if not (error.log_det <= elbo.se or math.isnan(elbo.se)):
+            warn(
+                f"fit: the solver of the continuous flow of {type(guide).__name__} leaves an error of {error.log_det:.2g} in "
+                f"log q (against half the step), more than the standard error {elbo.se:.2g} of the ELBO, and the ELBO is off "
+                "by about as much; make the guide with twice the num_steps, or with kinetic and jacobian regularisation"
+            )
 
 
 # --- threads -------------------------------------------------------------------------------------------------------------

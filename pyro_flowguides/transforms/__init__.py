@@ -2,6 +2,7 @@
 
 from .autoregressive import AffineAutoregressive, Autoregressive, SplineAutoregressive
 from .base import Compose, FlowTransform, Inverse
+from .continuous import Continuous, OdeError, ode_error
 from .coupling import AdditiveCoupling, AffineCoupling, Coupling, SplineCoupling, undamp
 from .elementwise import ActNorm, Affine, Elementwise, ElementwiseSpline, Sigmoid
 from .linear import FixedAffine, LowerTriangularAffine, LULinear, Permutation, Reverse
@@ -12,6 +13,7 @@ from .radial import Radial
 from .residual import Residual
 from .reversible import Reversible
 from .sylvester import Sylvester
+from .vector_fields import NetworkField, PlanarField, SylvesterField
 
 __all__ = [
     "ActNorm",
@@ -21,6 +23,7 @@ __all__ = [
     "AffineCoupling",
     "Autoregressive",
     "Compose",
+    "Continuous",
     "Coupling",
     "Elementwise",
     "ElementwiseSpline",
@@ -30,9 +33,12 @@ __all__ = [
     "Inverse",
     "LowerTriangularAffine",
     "LULinear",
+    "NetworkField",
+    "OdeError",
     "Orthogonal",
     "Permutation",
     "Planar",
+    "PlanarField",
     "Radial",
     "Residual",
     "Reverse",
@@ -41,6 +47,8 @@ __all__ = [
     "SplineAutoregressive",
     "SplineCoupling",
     "Sylvester",
+    "SylvesterField",
     "detect_nan",
+    "ode_error",
     "undamp",
 ]
