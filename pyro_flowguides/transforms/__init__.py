@@ -1,10 +1,19 @@
 """Bijections of ℝᴰ with exact log-determinants, one family per file; they know nothing of models."""
 
-from .autoregressive import AffineAutoregressive, Autoregressive, SplineAutoregressive
+from .autoregressive import AffineAutoregressive, Autoregressive, MixtureAutoregressive, SplineAutoregressive
 from .base import Compose, FlowTransform, Inverse, detect_nan
-from .coupling import AdditiveCoupling, AffineCoupling, Coupling, SplineCoupling, undamp
-from .elementwise import ActNorm, Affine, Elementwise, ElementwiseSpline, Sigmoid
+from .coupling import AdditiveCoupling, AffineCoupling, Coupling, MixtureCoupling, SplineCoupling, undamp
+from .elementwise import ActNorm, Affine, Elementwise, ElementwiseMixture, ElementwiseSpline, Sigmoid
+from .image import (
+    ImageActNorm,
+    ImageCoupling,
+    Invertible1x1Convolution,
+    Pixelwise,
+    channel_mask,
+    checkerboard_mask,
+)
 from .linear import FixedAffine, LowerTriangularAffine, LULinear, Permutation, Reverse
+from .multiscale import Split, Squeeze, Unsqueeze
 from .orthogonal import Householder, Orthogonal
 from .planar import Planar
 from .radial import Radial
@@ -21,15 +30,22 @@ __all__ = [
     "Compose",
     "Coupling",
     "Elementwise",
+    "ElementwiseMixture",
     "ElementwiseSpline",
     "FixedAffine",
     "FlowTransform",
     "Householder",
+    "ImageActNorm",
+    "ImageCoupling",
     "Inverse",
-    "LowerTriangularAffine",
+    "Invertible1x1Convolution",
     "LULinear",
+    "LowerTriangularAffine",
+    "MixtureAutoregressive",
+    "MixtureCoupling",
     "Orthogonal",
     "Permutation",
+    "Pixelwise",
     "Planar",
     "Radial",
     "Residual",
@@ -37,7 +53,12 @@ __all__ = [
     "Sigmoid",
     "SplineAutoregressive",
     "SplineCoupling",
+    "Split",
+    "Squeeze",
     "Sylvester",
+    "Unsqueeze",
+    "channel_mask",
+    "checkerboard_mask",
     "detect_nan",
     "undamp",
 ]
