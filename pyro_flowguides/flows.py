@@ -17,6 +17,7 @@ import torch
 
 from . import transforms as T
 from .checks import check_positive_integer
+from .image_flows import glow_image, realnvp_image
 
 
 def coupling(
@@ -301,6 +302,9 @@ RECIPES: dict[str, Callable[..., T.FlowTransform]] = {
     "spline_coupling": spline_coupling,
     "sylvester": sylvester,
 }
+
+# The recipes that need the shape of an image besides, so that a name alone does not do.
+IMAGE_RECIPES: dict[str, Callable[..., T.FlowTransform]] = {"glow_image": glow_image, "realnvp_image": realnvp_image}
 
 
 # Above this number of coordinates the defaults change.

@@ -68,7 +68,7 @@ CONDITIONAL = {
     "pixelwise": lambda dim, context_dim: T.Pixelwise(
         _image_shape(dim), T.Planar(_image_shape(dim)[0], context_dim=context_dim)
     ),
-    "invertible_1x1_convolution": lambda dim, context_dim: T.Invertible1x1Convolution(
+    "invertible_convolution": lambda dim, context_dim: T.InvertibleConvolution(
         _image_shape(dim), context_dim=context_dim
     ),
     "image_act_norm": lambda dim, context_dim: T.ImageActNorm(_image_shape(dim), context_dim=context_dim),

@@ -7,7 +7,7 @@ from .elementwise import ActNorm, Affine, Elementwise, ElementwiseMixture, Eleme
 from .image import (
     ImageActNorm,
     ImageCoupling,
-    Invertible1x1Convolution,
+    InvertibleConvolution,
     Pixelwise,
     channel_mask,
     checkerboard_mask,
@@ -38,7 +38,7 @@ __all__ = [
     "ImageActNorm",
     "ImageCoupling",
     "Inverse",
-    "Invertible1x1Convolution",
+    "InvertibleConvolution",
     "LULinear",
     "LowerTriangularAffine",
     "MixtureAutoregressive",

@@ -76,7 +76,7 @@ class Pixelwise(FlowTransform):
         return f"{super().extra_repr()}, shape={self.shape}"
 
 
-class Invertible1x1Convolution(Pixelwise):
+class InvertibleConvolution(Pixelwise):
     r"""Glow's invertible 1×1 convolution: one affine map :math:`x = LUz + t` of the channels, the same at every pixel.
 
     .. math:: \log|\det J| = H W \sum_i d_i

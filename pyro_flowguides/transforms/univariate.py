@@ -228,7 +228,7 @@ def _solve_piece(piece: Tensor, x: Tensor) -> Tensor:
 # Where the two halves of the components of a mixture of logistics start, −m and m, in the unit of their coordinate.
 _MIXTURE_START = 1.5
 # Steps of the inverse: some ten suffice, but between components far apart the function is a staircase.
-_MIXTURE_ITERATIONS = 40
+_MIXTURE_ITERATIONS = 30
 
 
 @dataclass(frozen=True)
