@@ -16,6 +16,7 @@ ROOMS = [
     "transforms",
     "bases",
     "distributions",
+    "image_flows",
     "flows",
     "model",
     "guides",

@@ -10,6 +10,10 @@ def _fixed_affine(dim, context_dim):
     return T.FixedAffine(torch.randn(dim), torch.randn(dim, dim).tril(-1) / dim**0.5 + torch.eye(dim))
 
 
+def _image_shape(dim):
+    return (4, 4, 4) if dim == 64 else (dim, 1, 1)
+
+
 # name -> constructor(dim, context_dim)
 CONDITIONAL = {
     "planar": lambda dim, context_dim: T.Planar(dim, context_dim=context_dim),
@@ -43,6 +47,11 @@ CONDITIONAL = {
     "spline_autoregressive": lambda dim, context_dim: T.SplineAutoregressive(
         dim, context_dim=context_dim, num_bins=5, tail_bound=3.0
     ),
+    "mixture_coupling": lambda dim, context_dim: T.MixtureCoupling(dim, context_dim=context_dim, num_components=4),
+    "mixture_autoregressive": lambda dim, context_dim: T.MixtureAutoregressive(
+        dim, context_dim=context_dim, num_components=2
+    ),
+    "elementwise_mixture": lambda dim, context_dim: T.ElementwiseMixture(dim, context_dim=context_dim),
     "elementwise_spline": lambda dim, context_dim: T.ElementwiseSpline(dim, context_dim=context_dim, tail_bound=3.0),
     "affine": lambda dim, context_dim: T.Affine(dim, context_dim=context_dim),
     "affine_without_hidden_layers": lambda dim, context_dim: T.Affine(dim, context_dim=context_dim, hidden_dims=()),
@@ -65,6 +74,25 @@ CONDITIONAL = {
     "continuous_network": lambda dim, context_dim: T.Continuous(
         dim, T.NetworkField(dim, (8,), context_dim=context_dim), num_steps=3
     ),
+    "pixelwise": lambda dim, context_dim: T.Pixelwise(
+        _image_shape(dim), T.Planar(_image_shape(dim)[0], context_dim=context_dim)
+    ),
+    "invertible_convolution": lambda dim, context_dim: T.InvertibleConvolution(
+        _image_shape(dim), context_dim=context_dim
+    ),
+    "image_act_norm": lambda dim, context_dim: T.ImageActNorm(_image_shape(dim), context_dim=context_dim),
+    "image_coupling_channel": lambda dim, context_dim: T.ImageCoupling(
+        _image_shape(dim), hidden_channels=5, context_dim=context_dim
+    ),
+    "image_coupling_checkerboard": lambda dim, context_dim: T.ImageCoupling(
+        (1, 8, dim // 8) if dim == 64 else (1, dim, 1),
+        T.univariate.RationalQuadraticSpline(3, 3.0),
+        mask="checkerboard",
+        flip=True,
+        hidden_channels=4,
+        context_dim=context_dim,
+    ),
+    "split": lambda dim, context_dim: T.Split(dim, T.AffineCoupling(max(dim // 2, 1), context_dim=context_dim)),
     "inverse_of_planar": lambda dim, context_dim: T.Inverse(T.Planar(dim, context_dim=context_dim)),
     "compose": lambda dim, context_dim: T.Compose(
         [

@@ -111,6 +111,11 @@ class FlowGuide(AutoGuide):
         **options: Any,
     ) -> None:
         name = type(self).__name__
+        if isinstance(flow, str) and flow in flows.IMAGE_RECIPES:
+            raise ValueError(
+                f"{name}: {flow!r} needs the shape of the image: pass functools.partial(flows.{flow}, shape=(channels, "
+                "height, width))"
+            )
         if isinstance(flow, str) and flow not in flows.RECIPES:
             raise ValueError(f"{name}: unknown flow {flow!r}; known recipes are {', '.join(sorted(flows.RECIPES))}")
         if not isinstance(init_scale, (int, float)) or not init_scale > 0:

@@ -1,11 +1,20 @@
 """Bijections of ℝᴰ with exact log-determinants, one family per file; they know nothing of models."""
 
-from .autoregressive import AffineAutoregressive, Autoregressive, SplineAutoregressive
+from .autoregressive import AffineAutoregressive, Autoregressive, MixtureAutoregressive, SplineAutoregressive
 from .base import Compose, FlowTransform, Inverse
 from .continuous import Continuous, OdeError, ode_error
-from .coupling import AdditiveCoupling, AffineCoupling, Coupling, SplineCoupling, undamp
-from .elementwise import ActNorm, Affine, Elementwise, ElementwiseSpline, Sigmoid
+from .coupling import AdditiveCoupling, AffineCoupling, Coupling, MixtureCoupling, SplineCoupling, undamp
+from .elementwise import ActNorm, Affine, Elementwise, ElementwiseMixture, ElementwiseSpline, Sigmoid
+from .image import (
+    ImageActNorm,
+    ImageCoupling,
+    InvertibleConvolution,
+    Pixelwise,
+    channel_mask,
+    checkerboard_mask,
+)
 from .linear import FixedAffine, LowerTriangularAffine, LULinear, Permutation, Reverse
+from .multiscale import Split, Squeeze, Unsqueeze
 from .nan import detect_nan
 from .orthogonal import Householder, Orthogonal
 from .planar import Planar
@@ -26,17 +35,24 @@ __all__ = [
     "Continuous",
     "Coupling",
     "Elementwise",
+    "ElementwiseMixture",
     "ElementwiseSpline",
     "FixedAffine",
     "FlowTransform",
     "Householder",
+    "ImageActNorm",
+    "ImageCoupling",
     "Inverse",
-    "LowerTriangularAffine",
+    "InvertibleConvolution",
     "LULinear",
     "NetworkField",
     "OdeError",
+    "LowerTriangularAffine",
+    "MixtureAutoregressive",
+    "MixtureCoupling",
     "Orthogonal",
     "Permutation",
+    "Pixelwise",
     "Planar",
     "PlanarField",
     "Radial",
@@ -46,8 +62,13 @@ __all__ = [
     "Sigmoid",
     "SplineAutoregressive",
     "SplineCoupling",
+    "Split",
+    "Squeeze",
     "Sylvester",
     "SylvesterField",
+    "Unsqueeze",
+    "channel_mask",
+    "checkerboard_mask",
     "detect_nan",
     "ode_error",
     "undamp",

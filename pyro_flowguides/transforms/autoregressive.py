@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .base import FlowTransform
 from .masked import MaskedMLP, MaskedMLPAtContext
 from .numerics import value_and_pull_back
-from .univariate import RationalQuadraticSpline, ShiftScale, Univariate
+from .univariate import MixtureOfLogistics, RationalQuadraticSpline, ShiftScale, Univariate
 
 # Up to this D the score takes the whole Jacobian and one triangular solve: fewer kernels than D steps of substitution.
 _LARGEST_DENSE_JACOBIAN = 24
@@ -159,3 +159,22 @@ class SplineAutoregressive(Autoregressive):
 
     def __init__(self, dim: int, *, num_bins: int = 8, tail_bound: float = 5.0, **options: Any) -> None:
         super().__init__(dim, RationalQuadraticSpline(num_bins, tail_bound), **options)
+
+
+class MixtureAutoregressive(Autoregressive):
+    r"""Autoregressive mixture transform: the function of a
+    :class:`~pyro_flowguides.transforms.MixtureCoupling`, one coordinate after the other.
+
+    Ho et al. (2019), *Flow++*, arXiv:1902.00275; see
+    :class:`~pyro_flowguides.transforms.univariate.MixtureOfLogistics`. The inverse solves one scalar equation per
+    coordinate, in turn.
+
+    Arguments:
+        dim: The number D of coordinates.
+        num_components: The number of components of each mixture, even.
+        log_scale_bound: The bound of all log-scales.
+        options: As in :class:`Autoregressive`.
+    """
+
+    def __init__(self, dim: int, *, num_components: int = 8, log_scale_bound: float = 3.0, **options: Any) -> None:
+        super().__init__(dim, MixtureOfLogistics(num_components, log_scale_bound), **options)

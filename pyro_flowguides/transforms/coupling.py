@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .base import FlowTransform
 from .networks import MLP, FreeParameters, ScalarState, scale_parameters
 from .numerics import Recomputed, value_and_pull_back
-from .univariate import RationalQuadraticSpline, Shift, ShiftScale, Univariate
+from .univariate import MixtureOfLogistics, RationalQuadraticSpline, Shift, ShiftScale, Univariate
 
 # How far the network of a damped coupling sees: in standard deviations, where its inputs have about unit scale.
 REACH = 3.0
@@ -54,6 +54,9 @@ class Coupling(ScalarState, FlowTransform):
         activation: Makes the activation module of the network.
         context_dim: The size of the context, a further input of the network; 0 for none.
         damped: Whether the coupling starts damped.
+        conditioner: A network of your own in place of the fully connected one. It maps the kept coordinates, with the
+            context after them, to the parameters of the others: first parameter 0 of each of them, then parameter 1, …. It
+            must start at 0 for the coupling to start as the identity.
 
     Raises:
         ValueError: if the mask is unknown, of the wrong shape, or keeps every coordinate.
@@ -75,6 +78,7 @@ class Coupling(ScalarState, FlowTransform):
         activation: Callable[[], nn.Module] = nn.SiLU,
         context_dim: int = 0,
         damped: bool = False,
+        conditioner: nn.Module | None = None,
     ) -> None:
         super().__init__(dim, context_dim)
         self.univariate = univariate
@@ -90,7 +94,9 @@ class Coupling(ScalarState, FlowTransform):
         self.kept_last = bool(kept[self.num_changed :].all())
         out_features = self.num_changed * univariate.num_parameters
         self.conditioner: nn.Module
-        if self.num_kept:
+        if conditioner is not None:
+            self.conditioner = conditioner
+        elif self.num_kept:
             self.conditioner = MLP(self.num_kept + context_dim, out_features, hidden_dims, activation, damped)
         else:
             self.conditioner = FreeParameters(torch.zeros(out_features), context_dim, hidden_dims)
@@ -235,6 +241,24 @@ class SplineCoupling(Coupling):
 
     def __init__(self, dim: int, *, num_bins: int = 8, tail_bound: float = 5.0, **options: Any) -> None:
         super().__init__(dim, RationalQuadraticSpline(num_bins, tail_bound), **options)
+
+
+class MixtureCoupling(Coupling):
+    r"""Mixture coupling (Flow++): the logit of a mixture of logistic distribution functions, then an affine function.
+
+    Ho et al. (2019), *Flow++*, arXiv:1902.00275; see
+    :class:`~pyro_flowguides.transforms.univariate.MixtureOfLogistics`. The inverse solves one scalar equation per
+    coordinate.
+
+    Arguments:
+        dim: The number D of coordinates.
+        num_components: The number of components of each mixture, even.
+        log_scale_bound: The bound of all log-scales.
+        options: As in :class:`Coupling`.
+    """
+
+    def __init__(self, dim: int, *, num_components: int = 8, log_scale_bound: float = 3.0, **options: Any) -> None:
+        super().__init__(dim, MixtureOfLogistics(num_components, log_scale_bound), **options)
 
 
 def undamp(flow: nn.Module) -> None:

@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid
 from .base import FlowTransform
 from .networks import FreeParameters
 from .numerics import value_and_pull_back
-from .univariate import RationalQuadraticSpline, ShiftScale, Univariate
+from .univariate import MixtureOfLogistics, RationalQuadraticSpline, ShiftScale, Univariate
 
 
 class Elementwise(FlowTransform):
@@ -105,6 +105,23 @@ class ElementwiseSpline(Elementwise):
 
     def __init__(self, dim: int, *, num_bins: int = 8, tail_bound: float = 5.0, **options: Any) -> None:
         super().__init__(dim, RationalQuadraticSpline(num_bins, tail_bound), **options)
+
+
+class ElementwiseMixture(Elementwise):
+    r"""The logit of a mixture of logistic distribution functions for every coordinate, then an affine function (Flow++).
+
+    Ho et al. (2019), *Flow++*, arXiv:1902.00275; see
+    :class:`~pyro_flowguides.transforms.univariate.MixtureOfLogistics`.
+
+    Arguments:
+        dim: The number D of coordinates.
+        num_components: The number of components of each mixture, even.
+        log_scale_bound: The bound of all log-scales.
+        options: As in :class:`Elementwise`.
+    """
+
+    def __init__(self, dim: int, *, num_components: int = 8, log_scale_bound: float = 3.0, **options: Any) -> None:
+        super().__init__(dim, MixtureOfLogistics(num_components, log_scale_bound), **options)
 
 
 class ActNorm(Affine):

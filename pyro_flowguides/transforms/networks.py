@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, softplus
+from torch.nn.functional import conv2d, linear, softplus
 
 # The last layer of a network starts at this multiple of torch's usual range. At exactly 0 the layers before it would have no
 # gradient; at this size the transform is still the identity to the last bit of float32.
@@ -113,6 +113,62 @@ class MLP(ScalarState):
         scale = scale / self._slowdown
         # On the weights, which are fewer numbers than the outputs of many draws.
         return layer(inputs) if scale == 1 else linear(inputs, scale * layer.weight, scale * layer.bias)
+
+
+class ConvNet(nn.Module):
+    r"""A convolutional network of images whose output starts at 0: a 3 × 3, a 1 × 1 and a 3 × 3 convolution.
+
+    Images keep their height and width; beyond their edges they are 0. The output is divided by :math:`3\sqrt{h}` for h hidden
+    channels, the root of the number of terms of a sum in the last layer, as in :class:`MLP`.
+
+    Arguments:
+        in_channels: The channels of the input.
+        out_channels: The channels of the output.
+        hidden_channels: The channels of the two hidden layers.
+        activation: Makes an activation module; one is made per hidden layer.
+        context_dim: The size of a context, which is added to the first hidden layer by a linear map; 0 for none.
+
+    Raises:
+        ValueError: if a number of channels is smaller than 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        hidden_channels: int = 32,
+        activation: Callable[[], nn.Module] = nn.SiLU,
+        context_dim: int = 0,
+    ) -> None:
+        super().__init__()
+        if min(in_channels, out_channels, hidden_channels) < 1:
+            raise ValueError(
+                f"ConvNet: needs all numbers of channels at least 1, got in_channels = {in_channels}, out_channels = "
+                f"{out_channels}, hidden_channels = {hidden_channels}"
+            )
+        self.first = nn.Conv2d(in_channels, hidden_channels, 3, padding=1)
+        self.of_context = nn.Linear(context_dim, hidden_channels, bias=False) if context_dim else None
+        self.middle = nn.Conv2d(hidden_channels, hidden_channels, 1)
+        self.last = nn.Conv2d(hidden_channels, out_channels, 3, padding=1)
+        with torch.no_grad():
+            self.last.weight.mul_(NEAR_ZERO)
+            assert self.last.bias is not None
+            self.last.bias.zero_()
+        self.activations = nn.ModuleList([activation(), activation()])
+        self.output_scale = (9 * hidden_channels) ** -0.5
+
+    def forward(self, images: Tensor, context: Tensor | None = None) -> Tensor:
+        """Images of shape ``batch_shape + (channels, height, width)``, the context of shape ``batch_shape + (context_dim,)``."""
+        hidden = self.first(images.reshape(-1, *images.shape[-3:]))
+        if self.of_context is not None:
+            assert context is not None
+            hidden = hidden + self.of_context(context).reshape(-1, hidden.shape[1], 1, 1)
+        hidden = self.activations[1](self.middle(self.activations[0](hidden)))
+        # On the weights, which are fewer numbers than the outputs of many draws.
+        scale, last = self.output_scale, self.last
+        assert last.bias is not None
+        outputs = conv2d(hidden, scale * last.weight, scale * last.bias, padding=1)
+        return outputs.reshape(*images.shape[:-3], *outputs.shape[1:])
 
 
 def scale_parameters(module: nn.Module, factor: float) -> None:

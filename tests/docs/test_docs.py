@@ -72,7 +72,7 @@ def test_every_public_name_is_on_the_page_of_names():
             names.add(line.strip())
     assert listed["pyro_flowguides"] == set(fg.__all__) - {"__version__"}
     assert listed["pyro_flowguides.transforms"] == set(fg.transforms.__all__)
-    assert listed["pyro_flowguides.flows"] == set(fg.flows.RECIPES)
+    assert listed["pyro_flowguides.flows"] == {*fg.flows.RECIPES, *fg.flows.IMAGE_RECIPES}
     for module, names in listed.items():
         for name in names:
             documented = getattr(importlib.import_module(module), name)
