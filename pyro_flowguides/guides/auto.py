@@ -276,6 +276,15 @@ class AutoFlow(FlowGuide, AutoContinuous):
         """The approximate posterior of the flat unconstrained latent, a fresh distribution at every call."""
         return NormalizingFlow(self.get_base_dist(), self.flow, gradient=self.gradient_now)
 
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log q at points of the flat unconstrained latent space, by the inverse of the flow.
+
+        Arguments:
+            x: Points of shape ``batch_shape + (latent_dim,)``.
+        """
+        with self._pyro_context:
+            return self.get_posterior().log_prob(x)
+
     def _fixed_draws(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         latents = self.latents
         if not latents.sites:
