@@ -32,7 +32,7 @@ from .guides import (
     AutoSylvester,
 )
 from .model.log_density import LogDensity
-from .training import Checkpoint, FitResult, fit
+from .training import Checkpoint, DensityFit, FitResult, fit, fit_density
 
 __all__ = [
     "AmortizedFlow",
@@ -48,6 +48,7 @@ __all__ = [
     "Calibration",
     "Checkpoint",
     "CompiledSVI",
+    "DensityFit",
     "Draws",
     "Estimate",
     "FitResult",
@@ -62,6 +63,7 @@ __all__ = [
     "compare",
     "draw",
     "fit",
+    "fit_density",
     "flows",
     "plot_elbo",
     "plot_flow",

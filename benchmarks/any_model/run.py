@@ -20,7 +20,8 @@ import pyro_flowguides as fg
 from pyro_flowguides.compiled.losses import KL
 from pyro_flowguides.model.call import ModelCall
 from pyro_flowguides.training import start
-from pyro_flowguides.training.loop import CLIP_FACTOR, NUM_PARTICLES
+from pyro_flowguides.training.loop import NUM_PARTICLES
+from pyro_flowguides.training.steps import CLIP_FACTOR
 
 from .density import SMALLEST_SD
 from .problem import Problem

@@ -292,6 +292,15 @@ class AutoFlow(FlowGuide, AutoContinuous):
         with torch.no_grad():
             return self.get_posterior().ode_error(num_draws)
 
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log q at points of the flat unconstrained latent space, by the inverse of the flow.
+
+        Arguments:
+            x: Points of shape ``batch_shape + (latent_dim,)``.
+        """
+        with self._pyro_context:
+            return self.get_posterior().log_prob(x)
+
     def _fixed_draws(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         latents = self.latents
         if not latents.sites:

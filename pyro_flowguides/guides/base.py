@@ -111,13 +111,7 @@ class FlowGuide(AutoGuide):
         **options: Any,
     ) -> None:
         name = type(self).__name__
-        if isinstance(flow, str) and flow in flows.IMAGE_RECIPES:
-            raise ValueError(
-                f"{name}: {flow!r} needs the shape of the image: pass functools.partial(flows.{flow}, shape=(channels, "
-                "height, width))"
-            )
-        if isinstance(flow, str) and flow not in flows.RECIPES:
-            raise ValueError(f"{name}: unknown flow {flow!r}; known recipes are {', '.join(sorted(flows.RECIPES))}")
+        recipe = None if flow is None else flows.find_recipe(name, flow)
         if not isinstance(init_scale, (int, float)) or not init_scale > 0:
             raise ValueError(f"{name}: init_scale must be a positive number, got {init_scale!r}")
         if base not in BASES:
@@ -126,7 +120,6 @@ class FlowGuide(AutoGuide):
             raise ValueError(f'{name}: gradient must be "total" or "path", got {gradient!r}')
         super().__init__(model, **options)
         self.gradient = gradient
-        recipe = flows.RECIPES[flow] if isinstance(flow, str) else flow
         self._recipe = _damped(recipe) if damped and recipe is not None else recipe
         self._base = base
         self._init_scale = float(init_scale)
@@ -225,14 +218,7 @@ class FlowGuide(AutoGuide):
     def _make_body(self, dim: int, context_dim: int = 0) -> T.FlowTransform:
         """The flow that the recipe makes, without affine maps."""
         assert self._recipe is not None
-        body = self._recipe(dim, context_dim=context_dim) if context_dim else self._recipe(dim)
-        if not isinstance(body, T.FlowTransform) or body.dim != dim or body.context_dim not in (0, context_dim):
-            call = f"flow({dim}, context_dim={context_dim})" if context_dim else f"flow({dim})"
-            context = f"context_dim = {context_dim}" if context_dim else "no context"
-            raise ValueError(
-                f"{type(self).__name__}: {call} must return a FlowTransform with dim = {dim} and {context}, got {body!r}"
-            )
-        return body
+        return flows.build(type(self).__name__, self._recipe, dim, context_dim)
 
     def _attach(self, parts: Sequence[T.FlowTransform], loc: Tensor) -> None:
         """Makes flow and base distribution parts of the guide, in the dtype and on the device of the latents."""

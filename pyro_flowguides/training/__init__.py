@@ -1,7 +1,9 @@
-"""Fitting a guide to a model."""
+"""Fitting a guide to a model, and a density to data."""
 
 from .checkpoint import Checkpoint
+from .density_fit import DensityFit
 from .fit import fit
+from .fit_density import fit_density
 from .result import FitResult
 
-__all__ = ["Checkpoint", "FitResult", "fit"]
+__all__ = ["Checkpoint", "DensityFit", "FitResult", "fit", "fit_density"]

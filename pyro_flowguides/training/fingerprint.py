@@ -50,10 +50,13 @@ def fingerprint(call: ModelCall, guide: Callable, tracer: Tracer, options: Mappi
         found[f"argument {index + 1}"] = describe(value)
     for name, value in call.kwargs.items():
         found[f"argument '{name}'"] = describe(value)
-    for name, value in options.items():
-        describe_option = {"schedule": _schedule, "optim": _optimizer}.get(name, describe)
-        found[name] = describe_option(value)
-    return found
+    return found | describe_options(options)
+
+
+def describe_options(options: Mapping[str, Any]) -> Fingerprint:
+    """Descriptions of options by their names; ``schedule`` and ``optim`` by what they do."""
+    by_what_they_do: dict[str, Callable[[Any], str]] = {"schedule": _schedule, "optim": _optimizer}
+    return {name: by_what_they_do.get(name, describe)(value) for name, value in options.items()}
 
 
 def difference(there: Mapping[str, str], here: Mapping[str, str]) -> str | None:

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
 from pyro.optim import PyroOptim
-from pyro.optim.lr_scheduler import PyroLRScheduler
-from torch import Tensor
-from tqdm.auto import tqdm
 
-from ..checks import warn
 from ..compiled.losses import KL
 from ..compiled.recorded import BatchedCalls
 from ..compiled.snapshot import Snapshot
-from ..compiled.svi import CHECK_EVERY, CompiledSVI
 from ..diagnostics.draws import Draws
 from ..diagnostics.sampling import draw_traced
 from ..model.call import ModelCall
@@ -29,52 +23,19 @@ from ..model.missing import FillMissing
 from ..model.ownership import owned
 from ..model.sites import unchanged_random_state
 from . import start
-from .batches import Batches, warn_of_plate_of_the_batch
-from .checkpoint import Checkpoint, random_state, set_random_state
+from .batches import warn_of_plate_of_the_batch
 from .fingerprint import density_difference, describe, difference, fingerprint, log_densities
 from .first_draws import check_gradients, check_start
 from .result import FitResult
-from .schedules import Round, RoundScore, doubling_rounds, got_worse, is_worth_another, needs_loss
+from .schedules import Round, RoundScore, doubling_rounds, got_worse, is_worth_another
+from .steps import Options, Steps, default_optimizer
 
 # Where the number of steps is fixed beforehand.
 NUM_STEPS = 3000
 NUM_PARTICLES = 256
-LEARNING_RATE = 1e-2
-# Gradients are clipped at this multiple of the running mean of their norm.
-CLIP_FACTOR = 2.0
 NUM_FINAL_DRAWS = 10_000
 # Without vectorisation every particle is a run of the model.
 NUM_LOOPED_PARTICLES, NUM_LOOPED_DRAWS = 8, 1000
-
-OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
-
-
-def default_optimizer() -> OptimizerFactory:
-    """Adam at the default learning rate."""
-    return functools.partial(torch.optim.Adam, lr=LEARNING_RATE)
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options of :func:`pyro_flowguides.fit`, checked."""
-
-    # How long.
-    num_steps: int | None
-    num_particles: int | None
-    batches: Iterable[Any] | None
-    # Whether the arguments are the first of the batches.
-    args_are_a_batch: bool
-    # What a step is.
-    loss: Any
-    optim: PyroOptim | OptimizerFactory | None
-    schedule: Callable[[float], float] | None
-    svi: dict[str, Any]
-    # Around the steps.
-    whiten: str | None
-    seed: int | None
-    checkpoint: Checkpoint | None
-    callbacks: Sequence[Callable[[int, float], bool | None]]
-    progress: bool
 
 
 class Loop:
@@ -91,6 +52,8 @@ class Loop:
         scores: How good the guide was after each of them.
         interrupted: Whether an interrupt from the keyboard has ended the training.
     """
+
+    name = "fit"
 
     def __init__(self, call: ModelCall, guide: Callable, options: Options, *, log_likelihood: bool = False) -> None:
         self.call, self.guide, self.options = call, guide, options
@@ -163,9 +126,9 @@ class Loop:
     def _train_and_judge(self, saved: dict[str, Any] | None) -> Draws:
         """Round after round, until one more would not help; returns the draws of the last one that is kept."""
         for round in self.rounds[len(self.scores) :]:
-            steps = Steps(self, round, saved)
+            steps = self._steps_of(round, saved)
             saved = None
-            stopped = self._train(steps)
+            stopped = self._train(steps, round)
             try:
                 draws = self._judge()
             except KeyboardInterrupt:
@@ -206,9 +169,33 @@ class Loop:
 
     # --- a round ---------------------------------------------------------------------------------------------------------
 
-    def _train(self, steps: Steps) -> bool:
+    def _steps_of(self, round: Round, saved: dict[str, Any] | None) -> Steps:
+        """The steps of a round, which continue from the content of a checkpoint, if there is one."""
+        loss = KL(
+            round.num_particles,
+            vectorize_particles=self.tracer.vectorizes,
+            max_plate_nesting=self.tracer.max_plate_nesting,
+            batched=self.batched,
+            otherwise=self.record,
+        )
+        title = type(self.guide).__name__
+        if len(self.rounds) > 1:
+            title += f", round {len(self.scores) + 1} of at most {len(self.rounds)}"
+        steps = Steps(self, round.num_steps, loss, title=title)
+        if saved is not None:
+            assert self.options.checkpoint is not None
+            with self.options.checkpoint.used():
+                steps.load_state_dict(saved["training"])
+                self._check_densities(saved)
+        return steps
+
+    def check_batch(self, call: ModelCall, batches: Iterable[Any]) -> None:
+        """Warns where the data of the first batch stand in a plate of the batch's own size."""
+        warn_of_plate_of_the_batch(call, batches, self.tracer.model_prototype)
+
+    def _train(self, steps: Steps, round: Round) -> bool:
         """Takes the steps of a round; returns whether a callback or an interrupt has ended the training."""
-        with start.threads_for(self.tracer.elements_per_draw * steps.round.num_particles):
+        with start.threads_for(self.tracer.elements_per_draw * round.num_particles):
             stopped = steps.run()
         self.losses += steps.losses
         self.num_skipped += steps.svi.num_skipped
@@ -271,7 +258,7 @@ class Loop:
         self.num_skipped, self.num_rolled_back = int(saved["num_skipped"]), int(saved["num_rolled_back"])
         self.best = saved["best"] and Snapshot.from_state_dict(saved["best"])
 
-    def check_densities(self, saved: dict[str, Any]) -> None:
+    def _check_densities(self, saved: dict[str, Any]) -> None:
         """Raises ValueError unless model and guide, with the parameters as they are, have the log-densities of a checkpoint."""
         if saved["fingerprint"]["arguments"] == self.fingerprint["arguments"]:
             different = density_difference(saved["log_densities"], log_densities(self.tracer))
@@ -306,131 +293,3 @@ class Loop:
             raise ValueError(different)
         for name, module in self._modules().items():
             module.load_state_dict(saved["modules"][name])
-
-
-class Steps:
-    """The steps of one round.
-
-    Arguments:
-        loop: The fit that they are of.
-        round: How many they are, with how many particles.
-        saved: The content of the checkpoint to continue from, if any.
-    """
-
-    def __init__(self, loop: Loop, round: Round, saved: dict[str, Any] | None) -> None:
-        self.loop, self.round = loop, round
-        options, schedule = loop.options, loop.options.schedule
-        self.svi = CompiledSVI(
-            loop.call.model,
-            loop.guide,
-            options.optim or default_optimizer(),
-            options.loss or self._default_loss(),
-            schedule=schedule and (lambda step: schedule(step / round.num_steps)),
-            clip_factor=CLIP_FACTOR,
-            **options.svi,
-        )
-        self.batches = None if options.batches is None else Batches(options.batches)
-        self.losses: list[float] = []
-        # Losses that have not been waited for.
-        self.pending: list[Tensor] = []
-        if saved is not None:
-            assert options.checkpoint is not None
-            with options.checkpoint.used():
-                self._load(saved["training"])
-                loop.check_densities(saved)
-
-    def _default_loss(self) -> KL:
-        return KL(
-            self.round.num_particles,
-            vectorize_particles=self.loop.tracer.vectorizes,
-            max_plate_nesting=self.loop.tracer.max_plate_nesting,
-            batched=self.loop.batched,
-            otherwise=self.loop.record,
-        )
-
-    def run(self) -> bool:
-        """Takes the steps; returns whether a callback or an interrupt has ended the training."""
-        loop = self.loop
-        description = type(loop.guide).__name__
-        if len(loop.rounds) > 1:
-            description += f", round {len(loop.scores) + 1} of at most {len(loop.rounds)}"
-        quiet = not loop.options.progress
-        with tqdm(total=self.round.num_steps, disable=quiet, desc=description, mininterval=0.5) as bar:
-            bar.update(len(self.losses))
-            try:
-                stopped = self._take(bar)
-            except KeyboardInterrupt:
-                stopped = loop.interrupted = True
-                self._collect(bar)
-                warn(f"fit: interrupted after {len(self.losses)} of {self.round.num_steps} steps")
-        if loop.options.svi["ema_decay"] is not None and self.losses:
-            self.svi.use_ema()
-        return stopped
-
-    def _take(self, bar: tqdm) -> bool:
-        callbacks, checkpoint = self.loop.options.callbacks, self.loop.options.checkpoint
-        scheduler = self.loop.options.optim
-        # Capturing compares what stays the same only once in a while, unless a callback may change it.
-        every = 1 if callbacks or self.batches else CHECK_EVERY
-        step: Callable[[], Tensor] | None = None
-        number, before = len(self.losses), len(self.loop.losses)
-        stopped = False
-        while number < self.round.num_steps and not stopped:
-            if number % every == 0 or step is None:
-                step = self.svi.compile_step(*self._next_arguments(), self.round.num_steps - number)
-            self.pending.append(step())
-            if isinstance(scheduler, PyroLRScheduler):
-                scheduler.step(*[float(self.pending[-1])] * needs_loss(scheduler))
-            for callback in callbacks:
-                stopped |= bool(callback(before + number, float(self.pending[-1])))
-            number += 1
-            checkpoint_due = checkpoint is not None and number % checkpoint.every == 0
-            if checkpoint_due or len(self.pending) == CHECK_EVERY:
-                self._collect(bar)
-            if checkpoint_due:
-                self.loop.save(self)
-        self._collect(bar)
-        if checkpoint is not None:
-            self.loop.save(self)
-        return stopped
-
-    def _next_arguments(self) -> tuple[tuple, dict[str, Any]]:
-        if self.batches is None:
-            return self.loop.call.args, dict(self.loop.call.kwargs)
-        call = ModelCall.given("fit", self.loop.call.model, *next(self.batches))
-        if not self.losses and not self.pending:
-            warn_of_plate_of_the_batch(call, self.batches.batches, self.loop.tracer.model_prototype)
-        return call.args, dict(call.kwargs)
-
-    def _collect(self, bar: tqdm) -> None:
-        """Waits for the losses of the last steps."""
-        if not self.pending:
-            return
-        values = torch.stack(self.pending).tolist()
-        self.pending.clear()
-        self.losses.extend(values)
-        now = self.svi.scalars
-        bar.set_postfix(
-            elbo=f"{-np.nanmean(values) if not np.isnan(values).all() else np.nan:.3f}",
-            gradient=f"{now.norm:.2g}",
-            skipped=int(now.num_skipped),
-            refresh=False,
-        )
-        bar.update(len(values))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on."""
-        return {
-            "svi": self.svi.state_dict(),
-            "losses": self.losses,
-            "random": random_state(),
-            "batches": None if self.batches is None else self.batches.state_dict(),
-        }
-
-    def _load(self, state: dict[str, Any]) -> None:
-        call = self.loop.call
-        self.svi.load_state_dict(state["svi"], *call.args, **call.kwargs)
-        self.losses = [float(loss) for loss in state["losses"]]
-        if self.batches is not None:
-            self.batches.load_state_dict(state["batches"])
-        set_random_state(state["random"])

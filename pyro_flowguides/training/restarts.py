@@ -18,8 +18,9 @@ from ..model.call import ModelCall
 from ..model.ownership import owned, private_store
 from ..model.sites import unchanged_random_state
 from . import start
-from .loop import Loop, Options
+from .loop import Loop
 from .result import FitResult
+from .steps import Options
 
 
 def fit_repeatedly(call: ModelCall, guide: Callable, options: Options, num_restarts: int) -> FitResult:

@@ -62,8 +62,12 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
     write_whole(path, buffer.getbuffer())
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, owner: str = "FitResult") -> dict[str, Any]:
     """The content of a file of :func:`write`. No code of the file is executed.
+
+    Arguments:
+        path: The file.
+        owner: The class whose objects it is read for, which errors name.
 
     Raises:
         OSError: if there is no such file, or it cannot be read.
@@ -82,7 +86,7 @@ def read(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:
         reason = " ".join(f"{error}".split())[:200] or type(error).__name__
-        raise ValueError(f"FitResult.load: '{path}' is damaged or no saved fit: {reason}") from error
+        raise ValueError(f"{owner}.load: '{path}' is damaged or no saved fit: {reason}") from error
 
 
 def can_be_written(value: Any) -> bool:

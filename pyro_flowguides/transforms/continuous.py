@@ -153,6 +153,10 @@ class Continuous(FlowTransform):
         self.kinetic, self.jacobian = kinetic, jacobian
 
     @property
+    def closed_inverse(self) -> bool:
+        return False
+
+    @property
     def stochastic_log_det(self) -> bool:
         return self.trace == "hutchinson"
 

@@ -49,6 +49,10 @@ class Pixelwise(FlowTransform):
         self.transform = transform
 
     @property
+    def closed_inverse(self) -> bool:
+        return self.transform.closed_inverse
+
+    @property
     def stochastic_log_det(self) -> bool:
         return self.transform.stochastic_log_det
 

@@ -271,6 +271,7 @@ class MixtureOfLogistics:
 
     num_components: int = 8
     log_scale_bound: float = 3.0
+    closed_inverse = False
 
     def __post_init__(self) -> None:
         count = self.num_components

@@ -13,7 +13,7 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
 import pyro_flowguides as fg
-from pyro_flowguides.training import loop, schedules
+from pyro_flowguides.training import loop, schedules, steps
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_a_poor_guide_has_all_rounds_while_it_gains():
 
 @pytest.mark.usefixtures("short_rounds")
 def test_a_guide_that_gains_nothing_stops_after_two_rounds(monkeypatch):
-    monkeypatch.setattr(loop, "LEARNING_RATE", 0.0)
+    monkeypatch.setattr(steps, "LEARNING_RATE", 0.0)
     # By chance alone the ELBO rises by more than its noise in one case of six: not with this seed.
     assert fit(skewed, scale_only(skewed), num_particles=4, seed=1).losses.shape == (30,)
 

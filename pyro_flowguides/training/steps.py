@@ -1,0 +1,218 @@
+"""The steps of a training, whatever is trained: batches, progress bar, callbacks, checkpoints, interrupts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from pyro.optim import PyroOptim
+from pyro.optim.lr_scheduler import PyroLRScheduler
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..checks import warn
+from ..compiled.svi import CHECK_EVERY, CompiledSVI
+from ..model.call import ModelCall
+from .batches import Batches
+from .checkpoint import Checkpoint, random_state, set_random_state
+from .schedules import needs_loss
+
+LEARNING_RATE = 1e-2
+# Gradients are clipped at this multiple of the running mean of their norm.
+CLIP_FACTOR = 2.0
+
+OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+def default_optimizer() -> OptimizerFactory:
+    """Adam at the default learning rate."""
+    return functools.partial(torch.optim.Adam, lr=LEARNING_RATE)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of :func:`pyro_flowguides.fit`, checked."""
+
+    # How long.
+    num_steps: int | None
+    num_particles: int | None
+    batches: Iterable[Any] | None
+    # Whether the arguments are the first of the batches.
+    args_are_a_batch: bool
+    # What a step is.
+    loss: Any
+    optim: PyroOptim | OptimizerFactory | None
+    schedule: Callable[[float], float] | None
+    svi: dict[str, Any]
+    # Around the steps.
+    whiten: str | None
+    seed: int | None
+    checkpoint: Checkpoint | None
+    callbacks: Sequence[Callable[[int, float], bool | None]]
+    progress: bool
+
+
+class Training(Protocol):
+    """What steps are of: a round of a fit, or the fit of a density.
+
+    Attributes:
+        name: The name that messages begin with.
+        call: The model with its arguments; steps take batches in their place, if there are any.
+        guide: The guide.
+        options: The options.
+        losses: The losses of the steps before these.
+        interrupted: Whether an interrupt from the keyboard has ended the training.
+    """
+
+    name: str
+    call: ModelCall
+    guide: Callable
+    options: Options
+    losses: list[float]
+    interrupted: bool
+
+    def save(self, steps: Steps) -> None:
+        """Writes the checkpoint, if the options have one."""
+        ...
+
+    def check_batch(self, call: ModelCall, batches: Iterable[Any]) -> None:
+        """Looks at the first batch."""
+        ...
+
+
+class Steps:
+    """Steps with one schedule of the learning rate: a round of a fit, or all of a density's.
+
+    Arguments:
+        training: What they are of.
+        num_steps: How many they are.
+        loss: What they minimise, where the options have no loss.
+        title: The title of the progress bar.
+        shows: What the progress bar calls the negative loss.
+        pauses: A function and a number: it is called after every so many steps, and ends the training by returning True.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        num_steps: int,
+        loss: Any = None,
+        *,
+        title: str,
+        shows: str = "elbo",
+        pauses: tuple[Callable[[], bool], int] | None = None,
+    ) -> None:
+        self.training, self.num_steps = training, num_steps
+        self._title, self._shows, self._pauses = title, shows, pauses
+        options, schedule = training.options, training.options.schedule
+        self.svi = CompiledSVI(
+            training.call.model,
+            training.guide,
+            options.optim or default_optimizer(),
+            options.loss or loss,
+            schedule=schedule and (lambda step: schedule(step / num_steps)),
+            clip_factor=CLIP_FACTOR,
+            **options.svi,
+        )
+        self.batches = None if options.batches is None else Batches(options.batches)
+        self.losses: list[float] = []
+        # Losses that have not been waited for.
+        self.pending: list[Tensor] = []
+
+    @property
+    def number(self) -> int:
+        """The number of steps that were taken."""
+        return len(self.losses) + len(self.pending)
+
+    def run(self) -> bool:
+        """Takes the steps; returns whether a callback, a pause or an interrupt has ended the training."""
+        training = self.training
+        quiet = not training.options.progress
+        with tqdm(total=self.num_steps, disable=quiet, desc=self._title, mininterval=0.5) as bar:
+            bar.update(len(self.losses))
+            try:
+                stopped = self._take(bar)
+            except KeyboardInterrupt:
+                stopped = training.interrupted = True
+                self._collect(bar)
+                warn(f"{training.name}: interrupted after {len(self.losses)} of {self.num_steps} steps")
+        if training.options.svi["ema_decay"] is not None and self.losses:
+            self.svi.use_ema()
+        return stopped
+
+    def _take(self, bar: tqdm) -> bool:
+        callbacks, checkpoint = self.training.options.callbacks, self.training.options.checkpoint
+        scheduler = self.training.options.optim
+        # Capturing compares what stays the same only once in a while, unless a callback may change it.
+        every = 1 if callbacks or self.batches else CHECK_EVERY
+        step: Callable[[], Tensor] | None = None
+        before = len(self.training.losses)
+        stopped = False
+        while self.number < self.num_steps and not stopped:
+            if self.number % every == 0 or step is None:
+                step = self.svi.compile_step(*self._next_arguments(), self.num_steps - self.number)
+            self.pending.append(step())
+            if isinstance(scheduler, PyroLRScheduler):
+                scheduler.step(*[float(self.pending[-1])] * needs_loss(scheduler))
+            for callback in callbacks:
+                stopped |= bool(callback(before + self.number - 1, float(self.pending[-1])))
+            if self._pauses is not None and self.number % self._pauses[1] == 0:
+                stopped |= self._pauses[0]()
+            checkpoint_due = checkpoint is not None and self.number % checkpoint.every == 0
+            if checkpoint_due or len(self.pending) == CHECK_EVERY:
+                self._collect(bar)
+            if checkpoint_due:
+                self.training.save(self)
+        self._collect(bar)
+        if checkpoint is not None:
+            self.training.save(self)
+        return stopped
+
+    def _next_arguments(self) -> tuple[tuple, dict[str, Any]]:
+        call = self.training.call
+        if self.batches is None:
+            return call.args, dict(call.kwargs)
+        call = ModelCall.given(self.training.name, call.model, *next(self.batches))
+        if not self.number:
+            self.training.check_batch(call, self.batches.batches)
+        return call.args, dict(call.kwargs)
+
+    def _collect(self, bar: tqdm) -> None:
+        """Waits for the losses of the last steps."""
+        if not self.pending:
+            return
+        values = torch.stack(self.pending).tolist()
+        self.pending.clear()
+        self.losses.extend(values)
+        now = self.svi.scalars
+        bar.set_postfix(
+            {
+                self._shows: f"{-np.nanmean(values) if not np.isnan(values).all() else np.nan:.3f}",
+                "gradient": f"{now.norm:.2g}",
+                "skipped": int(now.num_skipped),
+            },
+            refresh=False,
+        )
+        bar.update(len(values))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        return {
+            "svi": self.svi.state_dict(),
+            "losses": self.losses,
+            "random": random_state(),
+            "batches": None if self.batches is None else self.batches.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a :meth:`state_dict`."""
+        call = self.training.call
+        self.svi.load_state_dict(state["svi"], *call.args, **call.kwargs)
+        self.losses = [float(loss) for loss in state["losses"]]
+        if self.batches is not None:
+            self.batches.load_state_dict(state["batches"])
+        set_random_state(state["random"])
