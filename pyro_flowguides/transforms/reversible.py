@@ -28,8 +28,9 @@ class Reversible(Compose):
 
     It is the map of :class:`Compose`, in all directions, with the same gradients up to rounding. Kept for the backward pass are
     the result, the context and nothing else, so that the memory of a step beyond parameters and gradients is that of one
-    part. The price is time: the backward pass also inverts each part and runs it forward again, a step takes about 1.5
-    times as long, and up to twice where it is not captured. The score of :meth:`forward_with_score` is carried through in the forward pass and costs no memory
+    part. The price is time: the backward pass also inverts each part and runs it again. A step takes about 1.5
+    times as long, and up to twice where it is not captured.
+    The score of :meth:`forward_with_score` is carried through in the forward pass and costs no memory
     either.
 
     Parts that are a :class:`Compose` are taken apart, so that ``Reversible([flow])`` is a deep flow part by part, with the
