@@ -1,9 +1,9 @@
 """Memory and time of a training step against the depth of a flow, plain and reversible.
 
-The flow is a stack of affine couplings with hidden layers of 64 and 32, for 256 points with D = 64; a step is the loss of a standard
-normal target, with the gradients to all parameters. Stored bytes are those that autograd keeps of an eager forward pass, apart from
-parameters. In a captured step they are the peak of the tensors that it allocates, without the gradients that it returns. The
-sides take turns, and the figures are medians, with the ratio of the two.
+The flow is a stack of affine couplings with hidden layers of 64 and 32, for 256 points with D = 64; a step is the loss of a
+standard normal target, with the gradients to all parameters. Stored bytes are those that autograd keeps of an eager forward
+pass, apart from parameters. In a captured step they are the peak of the tensors that it allocates, without the gradients that
+it returns. The sides take turns, and the figures are medians, with the ratio of the two.
 
     python -m benchmarks.memory --out benchmarks/results/memory.json [--quick]
 """
@@ -142,8 +142,8 @@ def to_markdown(results: dict) -> str:
     parts = [
         "# Memory of a training step against the depth of a flow",
         __doc__.split("\n\n")[1].replace("\n", " "),
-        f"{describe(results['environment'])} The last column is the relative difference between the gradients of the two sides, in "
-        "float32.",
+        f"{describe(results['environment'])} The last column is the relative difference between the gradients of the two "
+        "sides, in float32.",
         markdown_table(header, rows),
     ]
     return "\n\n".join(parts)
