@@ -115,8 +115,6 @@ class Autoregressive(FlowTransform):
 
     def _linearize_univariate(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor, Callable]:
         """x, the log-derivatives, and the function that pulls gradients back to z and the parameters of every point."""
-        # A free parameter is one for all points; its gradients are wanted point by point.
-        parameters = parameters.expand(*z.shape, self.univariate.num_parameters)
         (x, log_derivative), pull_back = value_and_pull_back(self.univariate.forward, z, parameters)
         return x, log_derivative, pull_back
 

@@ -69,7 +69,12 @@ def test_far_points_come_back(scale):
     check_far_points_come_back(perturb(T.Radial(64)), scale)
 
 
-def test_the_start_of_radial_is_as_wide_as_the_base():
-    """α starts at √D, where the norm of a draw from the base is."""
-    _, alpha, _, _ = T.Radial(9)._radial_parameters(None)
-    assert float(alpha.detach()) == pytest.approx(3)
+@pytest.mark.parametrize("raw_alpha", [0.0, 1.0])
+def test_the_width_of_radial_is_in_units_of_the_norm_of_the_base(raw_alpha):
+    """α starts at √D, where the norm of a draw is."""
+    narrow, wide = T.Radial(1), T.Radial(9)
+    for radial in (narrow, wide):
+        set_radial(radial, torch.zeros(radial.dim), raw_alpha, 0.0)
+    ours, theirs = (float(radial._radial_parameters(None)[1].detach()) for radial in (wide, narrow))
+    assert ours == pytest.approx(3 * theirs)
+    assert (theirs == pytest.approx(1)) == (raw_alpha == 0)
