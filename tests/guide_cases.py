@@ -14,8 +14,16 @@ class StudentTFlow(fg.AutoFlow):
         super().__init__(model, base="student_t", **options)
 
 
+class ShortContinuousFlow(fg.AutoContinuousFlow):
+    """Few ridges and steps, as many as a small model needs."""
+
+    def __init__(self, model, *, num_layers=1, **options):
+        super().__init__(model, num_units=8, num_steps=2, **options)
+
+
 NORMAL_GUIDES = {
     "flow": fg.AutoFlow,
+    "continuous": ShortContinuousFlow,
     "coupling": fg.AutoCoupling,
     "iaf": fg.AutoIAF,
     "planar": fg.AutoPlanar,

@@ -47,6 +47,9 @@ def test_recipes_have_one_signature(name):
         ("spline_autoregressive", {"num_bins": 5}, "RationalQuadraticSpline(num_bins=5"),
         ("sylvester", {"basis": "householder", "num_reflections": 3}, "basis='householder'"),
         ("residual", {"lipschitz": 0.8}, "lipschitz=0.8"),
+        ("continuous_planar", {"num_steps": 3}, "FixedSteps(method='rk4', num_steps=3)"),
+        ("continuous_sylvester", {"solver": "euler"}, "FixedSteps(method='euler', num_steps=8)"),
+        ("ffjord", {"trace": "hutchinson"}, "trace='hutchinson'"),
     ],
 )
 def test_options_reach_the_layers(name, options, found):

@@ -54,10 +54,10 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     Arguments:
         model: A Pyro model whose structure does not change. Its discrete latents are left out, to be summed out of the model.
-        flow: The name of a recipe of :mod:`pyro_flowguides.flows` (``"coupling"``, ``"glow"``, ``"iaf"``, ``"maf"``,
-            ``"nice"``, ``"planar"``, ``"radial"``, ``"residual"``, ``"spline_autoregressive"``, ``"spline_coupling"``,
-            ``"sylvester"``), or a function ``flow(dim) -> FlowTransform``, for example a recipe with ``functools.partial``
-            for its options.
+        flow: The name of a recipe of :mod:`pyro_flowguides.flows` (``"continuous_planar"``, ``"continuous_sylvester"``,
+            ``"coupling"``, ``"ffjord"``, ``"glow"``, ``"iaf"``, ``"maf"``, ``"nice"``, ``"planar"``, ``"radial"``,
+            ``"residual"``, ``"spline_autoregressive"``, ``"spline_coupling"``, ``"sylvester"``), or a function
+            ``flow(dim) -> FlowTransform``, for example a recipe with ``functools.partial`` for its options.
         damped: Whether couplings are damped until the guide is whitened or given to :func:`pyro_flowguides.fit`. A start that
             is far too narrow makes all couplings widen the guide together: outlying draws are pushed further by every layer, and
             one gradient at such a draw inflates Adam's second moment for about a thousand steps. Damped couplings see inputs up
@@ -268,7 +268,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
             raise ValueError(
                 f"{type(self).__name__}: the log-determinant of its flow is a random estimate, with which an MCMC sampler "
                 "on the transformed space (NeuTra) would draw from a wrong distribution; build the flow with "
-                "log_det='exact'"
+                "log_det='exact', a continuous one with trace='exact'"
             )
         return self.flow
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import flows
@@ -176,21 +176,26 @@ class AutoResidual(AutoFlow):
 
 
 class AutoContinuousFlow(AutoFlow):
-    """A guide of a continuous flow: draws follow a vector field, see :func:`pyro_flowguides.flows.continuous_planar`.
+    """A guide of a continuous flow: draws follow a vector field. It is not Pyro's ``AutoContinuous``, a base class of autoguides.
 
-    It is not Pyro's ``AutoContinuous``, the base class of autoguides of continuous latents.
+    See :func:`pyro_flowguides.flows.continuous_planar`, :func:`pyro_flowguides.flows.continuous_sylvester` and
+    :func:`pyro_flowguides.flows.ffjord`.
 
     Arguments:
         model: The model.
-        field: ``"planar"`` or ``"sylvester"``, whose traces have closed forms, or ``"network"`` for FFJORD.
-        num_steps: The number of steps of the solver. More steps cost more and leave a smaller error of the density, see
-            :meth:`ode_error`.
-        recipe_options: The other options of the recipe: ``num_units`` (``"planar"``, ``"sylvester"``), ``hidden_dims``,
-            ``solver``, ``kinetic``, ``jacobian``, …
+        field: ``"planar"`` or ``"sylvester"``, whose traces have closed forms, or ``"network"`` (FFJORD).
+        num_layers: The number of flows, one after the other, each with a field of its own.
+        num_units: The number of ridges of a planar or Sylvester field.
+        hidden_dims: The hidden layers of a network.
+        num_steps: The number of steps of the solver. More of them leave a smaller error of the density, see :meth:`ode_error`.
+        solver: The solver, see :class:`~pyro_flowguides.transforms.Continuous`.
+        trace: ``"exact"``, or ``"hutchinson"`` for a network in many dimensions; then the fit has no weights and no verdict.
+        kinetic, jacobian: The weights of the regularisation.
         options: The options of :class:`AutoFlow`.
 
     Raises:
         ValueError: if the field is unknown.
+        TypeError: if ``num_units`` is given with a network.
 
     References:
         Chen, Rubanova, Bettencourt & Duvenaud (2018), *Neural ordinary differential equations*, arXiv:1806.07366.
@@ -203,13 +208,28 @@ class AutoContinuousFlow(AutoFlow):
         *,
         field: str = "planar",
         num_layers: int = 1,
+        num_units: int | None = None,
+        hidden_dims: Sequence[int] | None = None,
         num_steps: int = 8,
-        recipe_options: Mapping[str, Any] | None = None,
+        solver: str = "rk4",
+        trace: str = "exact",
+        kinetic: float = 0.0,
+        jacobian: float = 0.0,
         **options: Any,
     ) -> None:
         if field not in _FIELDS:
             raise ValueError(f"AutoContinuousFlow: field must be one of {', '.join(map(repr, _FIELDS))}, got {field!r}")
-        recipe = functools.partial(_FIELDS[field], num_layers=num_layers, num_steps=num_steps, **(recipe_options or {}))
+        sizes = {"num_units": num_units, "hidden_dims": hidden_dims}
+        recipe = functools.partial(
+            _FIELDS[field],
+            num_layers=num_layers,
+            num_steps=num_steps,
+            solver=solver,
+            trace=trace,
+            kinetic=kinetic,
+            jacobian=jacobian,
+            **{name: size for name, size in sizes.items() if size is not None},
+        )
         super().__init__(model, recipe, **options)
 
 

@@ -147,6 +147,12 @@ GUIDES = {
     "AutoRadial": lambda model: fg.AutoRadial(model, num_layers=2),
     "AutoSylvester": lambda model: fg.AutoSylvester(model, num_layers=2, num_vectors=2),
     "AutoSpline": lambda model: fg.AutoSpline(model, num_layers=2, hidden_dims=[4], num_bins=4),
+    "AutoContinuousFlow": lambda model: fg.AutoContinuousFlow(
+        model, num_units=4, num_steps=2, kinetic=0.1, jacobian=0.1
+    ),
+    "AutoContinuousFlow of a network": lambda model: fg.AutoContinuousFlow(
+        model, field="network", hidden_dims=[4], num_steps=1, gradient="path"
+    ),
     "AutoResidual": lambda model: fg.AutoResidual(model, num_layers=1, hidden_dims=[4]),
     "student_t": lambda model: fg.AutoPlanar(model, num_layers=1, base="student_t"),
     "path": lambda model: fg.AutoCoupling(model, num_layers=2, hidden_dims=[4], gradient="path"),

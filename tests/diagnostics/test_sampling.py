@@ -345,6 +345,7 @@ def guide_list():
     [
         (correlated, lambda: residual_guide(correlated), True),
         (correlated, lambda: residual_guide(correlated, "roulette"), True),
+        (correlated, lambda: fg.AutoContinuousFlow(correlated, field="network", trace="hutchinson"), True),
         (correlated, lambda: residual_guide(correlated, "exact"), False),
         (correlated, lambda: residual_guide(correlated, "series"), False),
         (correlated, lambda: fg.AutoCoupling(correlated), False),
@@ -352,7 +353,7 @@ def guide_list():
         (correlated, lambda: function_guide, True),
         (two_sites, guide_list, True),
     ],
-    ids=["hutchinson", "roulette", "exact", "series", "coupling", "AutoNormal", "function", "guide list"],
+    ids=["hutchinson", "roulette", "continuous", "exact", "series", "coupling", "AutoNormal", "function", "guide list"],
 )
 def test_draws_know_whether_their_density_is_random(model, make_guide, expected):
     draws = fg.draw(model, make_guide(), num_samples=100)

@@ -9,6 +9,7 @@ from pyro_flowguides import transforms as T
 
 # The layers that each is made of, and options that change them.
 NAMED = {
+    fg.AutoContinuousFlow: (T.Continuous, {"num_layers": 2, "num_units": 5, "num_steps": 3, "kinetic": 0.1}),
     fg.AutoCoupling: (T.AffineCoupling, {"num_layers": 3, "hidden_dims": (5,)}),
     fg.AutoIAF: (T.AffineAutoregressive, {"num_layers": 2, "hidden_dims": (7,)}),
     fg.AutoPlanar: (T.Planar, {"num_layers": 5}),
@@ -18,6 +19,7 @@ NAMED = {
     fg.AutoSylvester: (T.Sylvester, {"num_layers": 3, "num_vectors": 2, "basis": "householder"}),
 }
 RECIPES = {
+    fg.AutoContinuousFlow: fg.flows.continuous_planar,
     fg.AutoCoupling: fg.flows.coupling,
     fg.AutoIAF: fg.flows.iaf,
     fg.AutoPlanar: fg.flows.planar,
@@ -64,3 +66,20 @@ def test_options_of_autoflow(Guide):
     assert guide.get_posterior().gradient == "path"
     torch.testing.assert_close(guide.fixed_map.scale, 0.5 * torch.eye(3, dtype=torch.float64))
     assert not any(coupling.damped for coupling in layers(guide.flow, T.Coupling))
+
+
+@pytest.mark.parametrize(
+    ("field", "kind", "options"),
+    [("sylvester", T.SylvesterField, {"num_units": 2}), ("network", T.NetworkField, {"hidden_dims": (5,)})],
+)
+def test_fields_of_a_continuous_flow(field, kind, options):
+    guide = fg.AutoContinuousFlow(correlated, field=field, **options).setup()
+    assert isinstance(guide.flow.transforms[0].transforms[0].field, kind)
+    assert guide.ode_error().log_det < 1e-6
+    with pytest.raises(ValueError, match="no continuous flow in this PyroCompose"):
+        fg.AutoPlanar(correlated).setup().ode_error()
+
+
+def test_an_unknown_field_is_an_error():
+    with pytest.raises(ValueError, match="field must be one of 'planar', 'sylvester', 'network', got 'radial'"):
+        fg.AutoContinuousFlow(correlated, field="radial")

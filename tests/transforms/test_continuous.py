@@ -147,7 +147,7 @@ def test_log_det_and_score_differ_from_those_of_the_steps_by_the_order_of_the_me
         exact_score = torch.linalg.solve(jacobian.mT, (-z - gradient).unsqueeze(-1)).squeeze(-1)
         errors.append(
             [
-                (log_det - torch.linalg.slogdet(jacobian).logabsdet).square().mean().sqrt(),
+                (log_det.detach() - torch.linalg.slogdet(jacobian).logabsdet).square().mean().sqrt(),
                 (score - exact_score).square().mean().sqrt(),
             ]
         )
