@@ -18,6 +18,7 @@ ROOMS = [
     "distributions",
     "image_flows",
     "flows",
+    "recipes",
     "model",
     "guides",
     "diagnostics",

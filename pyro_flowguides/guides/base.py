@@ -25,6 +25,7 @@ from ..model import plates, supports
 from ..model.call import ModelCall
 from ..model.enumeration import is_summed_out
 from ..model.latents import Latents, LatentSite
+from ..recipes import build, find_recipe
 from ..transforms import coupling
 from .delta import LatentDelta
 
@@ -111,7 +112,7 @@ class FlowGuide(AutoGuide):
         **options: Any,
     ) -> None:
         name = type(self).__name__
-        recipe = None if flow is None else flows.find_recipe(name, flow)
+        recipe = None if flow is None else find_recipe(name, flow)
         if not isinstance(init_scale, (int, float)) or not init_scale > 0:
             raise ValueError(f"{name}: init_scale must be a positive number, got {init_scale!r}")
         if base not in BASES:
@@ -218,7 +219,7 @@ class FlowGuide(AutoGuide):
     def _make_body(self, dim: int, context_dim: int = 0) -> T.FlowTransform:
         """The flow that the recipe makes, without affine maps."""
         assert self._recipe is not None
-        return flows.build(type(self).__name__, self._recipe, dim, context_dim)
+        return build(type(self).__name__, self._recipe, dim, context_dim)
 
     def _attach(self, parts: Sequence[T.FlowTransform], loc: Tensor) -> None:
         """Makes flow and base distribution parts of the guide, in the dtype and on the device of the latents."""

@@ -15,8 +15,8 @@ from .. import transforms as T
 from ..bases import StandardNormal
 from ..checks import warn
 from ..distributions import NormalizingFlow
-from ..flows import build, find_recipe
 from ..guides.whitening import MAX_FULL_RANK_DIM
+from ..recipes import build, find_recipe
 from .likelihood import Rows
 
 # The smallest part of a column's standard deviation that the other columns may leave open.
