@@ -21,7 +21,7 @@ def mixed(y=None):
     tau = pyro.sample("tau", dist.LogNormal(1.0, 0.3))
     pyro.sample("p", dist.Dirichlet(torch.ones(3)))
     with pyro.plate("groups", 2):
-        pyro.sample("mu", dist.Normal(5 * tau, 0.1))
+        pyro.sample("mu", dist.Normal(tau, 1.0))
 
 
 def exact(num_draws, seed=0):
@@ -29,7 +29,7 @@ def exact(num_draws, seed=0):
         torch.manual_seed(seed)
         tau = dist.LogNormal(1.0, 0.3).sample((num_draws,))
         p = dist.Dirichlet(torch.ones(3)).sample((num_draws,))
-        mu = 5 * tau.unsqueeze(-1) + 0.1 * torch.randn(num_draws, 2)
+        mu = tau.unsqueeze(-1) + torch.randn(num_draws, 2)
     return {"tau": tau, "p": p, "mu": mu}
 
 
