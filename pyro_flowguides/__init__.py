@@ -32,7 +32,7 @@ from .guides import (
     AutoSylvester,
 )
 from .model.log_density import LogDensity
-from .training import Checkpoint, DensityFit, FitResult, fit, fit_density
+from .training import Checkpoint, DensityFit, FitResult, fit, fit_density, fit_to_draws
 
 __all__ = [
     "AmortizedFlow",
@@ -64,6 +64,7 @@ __all__ = [
     "draw",
     "fit",
     "fit_density",
+    "fit_to_draws",
     "flows",
     "plot_elbo",
     "plot_flow",

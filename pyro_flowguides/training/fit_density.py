@@ -20,6 +20,7 @@ from .density import AnyFlow, Density, Units, context_scale_of, flow_and_base, g
 from .density_fit import DensityFit
 from .fingerprint import describe_options
 from .likelihood import MaximumLikelihood, Plan, Rows, no_latents, split
+from .schedules import find_schedule
 from .steps import OptimizerFactory, default_optimizer
 
 NUM_STEPS = 3000
@@ -145,7 +146,7 @@ def fit_density(
         "batch_size": batch_size,
         "patience": patience,
         "optim": optim or default_optimizer(),
-        "schedule": schedule,
+        "schedule": find_schedule(schedule),
         "seed": seed,
     }
     if checkpoint is None:
@@ -177,7 +178,8 @@ def _fit(
     gaussian = gaussian_of(OWNER, train.continuous(), units, whiten)
     of_context = None if train.context is None else context_scale_of(train.context)
     density = copy.deepcopy(Density(base, with_fixed_maps(made, units, gaussian, of_context))).to(train.x)
-    belongs_to = {"flow": [repr(density.transform), dict(density.state_dict())], **belongs_to}
+    # The last one: its fixed maps depend on the others.
+    belongs_to = {**belongs_to, "flow": [repr(density.transform), dict(density.state_dict())]}
 
     def log_prob(x: Tensor, context: Tensor | None = None) -> Tensor:
         pyro.module("density", density)

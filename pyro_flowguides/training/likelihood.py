@@ -118,7 +118,7 @@ class Plan:
         """Raises an error that names the first wrong number."""
         if self.num_steps is not None and self.num_epochs is not None:
             raise ValueError(f"{owner}: give num_steps or num_epochs, not both")
-        if self.optim is not None and not callable(self.optim):
+        if self.optim is not None and (isinstance(self.optim, PyroOptim) or not callable(self.optim)):
             raise TypeError(
                 f"{owner}: optim must be a function from parameters to a torch optimiser, got {self.optim!r}"
             )
@@ -135,7 +135,7 @@ class Plan:
             args_are_a_batch=False,
             loss=as_objective(Trace_ELBO()),
             optim=self.optim,
-            schedule=None if isinstance(self.optim, PyroOptim) else find_schedule(self.schedule),
+            schedule=find_schedule(self.schedule),
             svi={"backend": self.backend, "ema_decay": None, "max_nonfinite_steps": self.max_nonfinite_steps},
             whiten=None,
             seed=None,

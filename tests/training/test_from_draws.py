@@ -1,0 +1,119 @@
+"""A guide that starts from draws of MCMC."""
+
+import functools
+
+import arviz as az
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_flowguides as fg
+from pyro_flowguides import flows
+from pyro_flowguides.training.from_draws import unconstrained
+
+small = functools.partial(flows.coupling, num_layers=2, hidden_dims=(8,))
+QUICK = {"progress": False, "seed": 0}
+
+
+def mixed(y=None):
+    """A site that is positive, one on a simplex, and one in a plate."""
+    tau = pyro.sample("tau", dist.LogNormal(1.0, 0.3))
+    pyro.sample("p", dist.Dirichlet(torch.ones(3)))
+    with pyro.plate("groups", 2):
+        pyro.sample("mu", dist.Normal(tau, 1.0))
+
+
+def exact(num_draws, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tau = dist.LogNormal(1.0, 0.3).sample((num_draws,))
+        p = dist.Dirichlet(torch.ones(3)).sample((num_draws,))
+        mu = tau.unsqueeze(-1) + torch.randn(num_draws, 2)
+    return {"tau": tau, "p": p, "mu": mu}
+
+
+def test_the_guide_has_the_moments_of_the_draws_and_fit_goes_on():
+    draws = exact(800)
+    guide = fg.fit_to_draws(fg.AutoFlow(mixed, small), draws, num_steps=60, **QUICK)
+    own = fg.draw(mixed, guide, num_samples=4000, seed=1)
+    for name, value in draws.items():
+        error = 5 * value.std(0) / 800**0.5
+        assert bool(((own.values[name].mean(0) - value.mean(0)).abs() < error).all()), name
+        torch.testing.assert_close(own.values[name].std(0), value.std(0), rtol=0.15, atol=0)
+    loc, scale = guide.fixed_map.loc.clone(), guide.fixed_map.scale.clone()
+    fit = fg.fit(mixed, guide, num_steps=60, num_particles=64, **QUICK)
+    # Not whitened again.
+    assert torch.equal(fit.guide.fixed_map.loc, loc)
+    assert torch.equal(fit.guide.fixed_map.scale, scale)
+    # The evidence of a model without data is 1.
+    assert own.elbo.value < fit.elbo.value < 0.05
+
+
+@pytest.mark.parametrize("form", ["dict", "InferenceData", "vectors"])
+def test_draws_come_in_three_forms(form):
+    draws = exact(6)
+    guide = fg.AutoFlow(mixed, small).setup()
+    expected = unconstrained(guide.latents, draws)
+    torch.testing.assert_close(expected[:, 0], draws["tau"].log())
+    torch.testing.assert_close(expected[:, -2:], draws["mu"])
+    given = {
+        "dict": draws | {"other": torch.zeros(6)},
+        "InferenceData": az.from_dict(
+            **_posterior({name: value.reshape(2, 3, *value.shape[1:]).numpy() for name, value in draws.items()})
+        ),
+        "vectors": expected,
+    }[form]
+    torch.testing.assert_close(unconstrained(guide.latents, given), expected)
+
+
+def _posterior(values):
+    """As either generation of ArviZ takes it."""
+    return {"posterior": values} if int(az.__version__.split(".")[0]) == 0 else {"data": {"posterior": values}}
+
+
+def two_modes():
+    pyro.sample(
+        "x", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Normal(torch.tensor([-5.0, 5.0]), 0.5))
+    )
+
+
+def test_both_modes_are_covered():
+    """KL(p, q), which maximum likelihood minimises, is infinite where q lacks a mode."""
+    draws = {"x": dist.Normal(torch.tensor([[-5.0, 5.0]]), 0.5).sample((300,)).reshape(-1)}
+    spline = functools.partial(flows.spline_coupling, num_layers=1)
+    guide = fg.fit_to_draws(fg.AutoFlow(two_modes, spline), draws, num_steps=200, **QUICK)
+    x = fg.draw(two_modes, guide, num_samples=2000, seed=0).values["x"]
+    assert float((x > 0).float().mean()) == pytest.approx(0.5, abs=0.06)
+    assert float((x.abs() < 3).float().mean()) < 0.05
+
+
+def test_a_guide_of_a_fit_stays_what_it_is():
+    fit = fg.fit(mixed, fg.AutoFlow(mixed, small), num_steps=1, num_particles=8, **QUICK)
+    with pytest.raises(ValueError, match="has been trained"):
+        fg.fit_to_draws(fit.guide, exact(50), **QUICK)
+
+
+WRONG = {
+    "missing": (lambda draws: {"tau": draws["tau"]}, ValueError, "no draws of latent site 'p'"),
+    "shape": (lambda draws: draws | {"mu": draws["tau"]}, ValueError, r"site 'mu' must have shape \(n, \*\(2,\)\)"),
+    "support": (
+        lambda draws: draws | {"tau": -draws["tau"]},
+        ValueError,
+        "site 'tau' is not finite, or outside of the support",
+    ),
+    "vectors": (lambda draws: draws["mu"], ValueError, r"must have shape \(n, 5\)"),
+    "kind": (lambda draws: 3, TypeError, "draws must be a dict"),
+    "constant": (lambda draws: draws | {"tau": torch.ones(50)}, ValueError, "latent coordinate 0 is constant"),
+}
+
+
+@pytest.mark.parametrize(("make", "kind", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_draws_are_errors_that_say_why(make, kind, message):
+    with pytest.raises(kind, match=message):
+        fg.fit_to_draws(fg.AutoFlow(mixed, small), make(exact(50)), **QUICK)
+
+
+def test_another_guide_is_refused():
+    with pytest.raises(TypeError, match="must be an AutoFlow"):
+        fg.fit_to_draws(mixed, exact(50))
