@@ -11,6 +11,7 @@ from pyro.infer.autoguide import AutoDelta
 from svi_cases import at_two, compiled, observations, parameters, scaled
 
 import pyro_flowguides as fg
+from pyro_flowguides import CompiledSVI
 
 
 @pytest.fixture
@@ -109,3 +110,17 @@ def test_parameters_on_several_devices():
 
     with pytest.raises(ValueError, match="on several devices"):
         compiled(model, guide).step()
+
+
+def test_a_parameter_that_comes_later_leaves_the_counts_as_they_are(y):
+    def model(y, more):
+        pyro.sample("mu", dist.Normal(0.0, 1.0))
+
+    def guide(y, more):
+        loc = pyro.param("loc", torch.tensor(0.5))
+        pyro.sample("mu", dist.Normal(loc + pyro.param("more", torch.tensor(0.1)) if more else loc, 1.0))
+
+    svi = CompiledSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(), backend="replay")
+    for number, more in enumerate([False, False, False, True, True]):
+        svi.step(y, more)
+        assert svi.scalars.step == number + 1

@@ -16,6 +16,7 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 
 import pyro_flowguides as fg
 from pyro_flowguides import CompiledSVI
+from pyro_flowguides.compiled import capture
 
 # Of TraceMeanField_ELBO for the hidden sites of some guides, and of TraceEnum_ELBO where there is nothing to enumerate.
 pytestmark = [
@@ -631,3 +632,23 @@ def test_subsamples_are_new_at_every_step():
     svi = CompiledSVI(subsampled, AutoDelta(subsampled), pyro.optim.Adam({"lr": 0.0}), Trace_ELBO(), backend="replay")
     losses = svi.run(20, y)
     assert len(set(losses.tolist())) > 5
+
+
+def test_what_a_run_writes_is_put_back_but_for_what_it_made():
+    outside, made = torch.zeros(2), []
+    norm, x = torch.nn.BatchNorm1d(2), torch.randn(5, 2)
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+
+    def run():
+        made.append(torch.zeros(2))
+        made[0].add_(1)
+        outside.add_(1)
+        norm(x)
+
+    with capture.without_side_effects(run):
+        assert not torch.equal(norm.running_mean, before["running_mean"])
+        outside.add_(1)
+    assert torch.equal(outside, torch.zeros(2))
+    assert torch.equal(made[0], torch.ones(2))
+    for name, value in norm.state_dict().items():
+        assert torch.equal(value, before[name]), name

@@ -13,6 +13,7 @@ from svi_cases import OPTIMIZERS, compiled, observations, per_parameter
 
 import pyro_flowguides as fg
 from pyro_flowguides import CompiledSVI
+from pyro_flowguides.compiled.rollback import NUM_DEVIATIONS, SLACK, ExplosionDetector
 
 
 @pytest.fixture
@@ -111,9 +112,6 @@ def test_a_rollback_halves_the_rates_of_a_pyro_optimiser(y):
 # --- explosions -------------------------------------------------------------------------------------------------------
 
 
-from pyro_flowguides.compiled.rollback import ExplosionDetector
-
-
 def judged(windows):
     detector = ExplosionDetector()
     return [detector.judge(window) for window in windows]
@@ -158,3 +156,23 @@ def test_a_matrix_without_a_factorisation_makes_a_step_that_is_not_finite(backen
     assert svi.num_skipped == int(losses.isnan().sum())
     assert all(parameter.isfinite().all() for parameter in guide.parameters())
     assert len(svi.captures) == (backend == "replay")
+
+
+def test_losses_are_judged_by_the_last_good_window():
+    detector = ExplosionDetector()
+    window = np.array([1.0, 2.0, 3.0, np.nan])
+    assert detector.judge(window) == "good"
+    expected = 2.0 + NUM_DEVIATIONS * np.std([1.0, 2.0, 3.0]) + SLACK * 3.0
+    assert detector.bound == pytest.approx(expected)
+    # One loss beyond the bound makes a window bad, which leaves the bound as it is; a loss at the bound does not.
+    assert detector.judge([1.0, detector.bound + 1e-6]) == "bad"
+    assert detector.bound == pytest.approx(expected)
+    assert detector.judge([1.0]) == "bad"
+    assert ExplosionDetector().judge([1.0]) == "bad"
+    assert ExplosionDetector().judge([detector.bound, 1.0]) == "good"
+    # Ten in a row are an explosion, those that are not finite among them; then the count starts again.
+    for _ in range(2):
+        assert detector.judge([expected + 1, np.nan] * 4) == "bad"
+        assert detector.judge([expected + 1]) == "bad"
+        assert detector.judge([np.inf, 1.0, 1.0]) == "exploded"
+    assert detector.judge([1.0, 2.0, 3.0]) == "good"

@@ -106,3 +106,16 @@ def test_a_simulation_has_no_deterministic_sites_and_no_factors():
 
     latents, data = simulate(model)
     assert (set(latents), set(data)) == ({"x"}, {"y"})
+
+
+def test_a_discrete_site_without_values_is_summed_out():
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        kind = pyro.sample("kind", dist.Bernoulli(0.3))
+        pyro.sample("y", dist.Normal(mu + kind, 1.0), obs=torch.tensor(0.5))
+
+    mu = torch.tensor([-1.0, 0.0, 2.0])
+    draws = draws_at(ModelCall(model), {"mu": mu}, "the draws come from elsewhere")
+    likelihood = 0.7 * dist.Normal(mu, 1.0).log_prob(torch.tensor(0.5)).exp()
+    likelihood = likelihood + 0.3 * dist.Normal(mu + 1, 1.0).log_prob(torch.tensor(0.5)).exp()
+    torch.testing.assert_close(draws.log_p, dist.Normal(0.0, 1.0).log_prob(mu) + likelihood.log())

@@ -10,7 +10,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 
 import pyro_flowguides as fg
-from pyro_flowguides.diagnostics.tracer import Tracer, check_vectorized
+from pyro_flowguides.diagnostics.tracer import Tracer, check_vectorized, single_run
 from pyro_flowguides.model.call import ModelCall
 
 
@@ -136,3 +136,21 @@ def test_how_a_model_is_run_is_found_out_behind_the_handlers_outside(model, shap
     assert tracer.vectorization == vectorization
     assert not [name for name, site in outside.trace.nodes.items() if site["type"] == "sample"]
     assert not tracer.model_prototype.log_prob_sum().requires_grad
+
+
+def test_a_single_run_is_that_of_the_first_draw_on_its_elements():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y), subsample_size=2) as index:
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[index])
+
+    y, guide = torch.arange(40.0), AutoNormal(model)
+    call = ModelCall(model, (y,))
+    tracer = Tracer(call, guide)
+    ((guide_trace, _, _),) = tracer.traces(3)
+    index = poutine.trace(model).get_trace(y).nodes["data"]
+    guide_trace.add_node("data", **index)
+    single = single_run(call, guide_trace, tracer.model_prototype)
+    assert torch.equal(single.nodes["mu"]["value"], guide_trace.nodes["mu"]["value"][0].reshape(()))
+    assert torch.equal(single.nodes["data"]["value"], index["value"])
+    assert torch.equal(single.nodes["y"]["value"], y[index["value"]])
