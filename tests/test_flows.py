@@ -139,8 +139,9 @@ def test_recipes_bend_every_coordinate_and_invert(recipe, dim, context_dim, dtyp
 def test_density_integrates_to_one(recipe):
     flow = make_flow(recipe, 1, torch.float64)
     # The images of an even grid: dense where the flow compresses and the density is high.
-    grid = flow.transform(torch.linspace(-9, 9, 20_001, dtype=torch.float64).unsqueeze(-1)).detach()
-    mass = torch.trapezoid(flow.log_prob(grid).exp(), grid.squeeze(-1))
+    grid = flow.transform(torch.linspace(-9, 9, 5001, dtype=torch.float64).unsqueeze(-1)).detach()
+    with torch.no_grad():
+        mass = torch.trapezoid(flow.log_prob(grid).exp(), grid.squeeze(-1))
     torch.testing.assert_close(mass, torch.ones_like(mass), rtol=0, atol=1e-4)
 
 
