@@ -224,7 +224,7 @@ def test_mixtures_round_trip_far_out_and_between_components_far_apart(dtype, sca
 
 
 def test_the_tails_of_a_mixture_are_straight(dtype):
-    """In the right tail the widest component decides, with weight w: logit F = (u − μ)/s − log w up to what is exponentially small."""
+    """In the right tail the widest component decides, with weight w: logit F = (u − μ)/s − log w."""
     mixture = MixtureOfLogistics(2)
     parameters = torch.tensor([0.3, -0.4, 0.5, 0.2, 0.9, -0.7, 0.0, 0.0], dtype=dtype)
     z = torch.tensor([200.0, 400.0], dtype=dtype)
