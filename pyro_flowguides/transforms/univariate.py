@@ -7,6 +7,7 @@ its derivative; parameters that are all 0 give the identity, with a non-zero der
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -234,8 +235,9 @@ def _solve_piece(piece: Tensor, x: Tensor) -> Tensor:
 
 # Where the two halves of the components of a mixture of logistics start, −m and m, in the unit of their coordinate.
 _MIXTURE_START = 1.5
-# Steps of the inverse: some ten suffice, but between components far apart the function is a staircase.
-_MIXTURE_ITERATIONS = 30
+# Steps of the inverse, safeguarded and plain: the first find the piece of the staircase that components far apart make, and the
+# last, from within some thousandths of the root, double its digits each.
+_MIXTURE_ITERATIONS, _MIXTURE_NEWTON_STEPS = 24, 3
 
 
 @dataclass(frozen=True)
@@ -310,6 +312,7 @@ class MixtureOfLogistics:
             _, means, log_scales = components
             ends = means + log_scales.exp() * value.unsqueeze(-1)
             root = solve_increasing(function, value, ends.amin(-1), ends.amax(-1), _MIXTURE_ITERATIONS)
+            root = _refine(function, value, root, _MIXTURE_NEWTON_STEPS)
         # A term of value 0 with the derivative of the implicit function theorem. A Newton step would spoil a root between
         # components far apart, where the slope is nearly 0.
         value_back, slope = function(root)
@@ -326,6 +329,18 @@ class MixtureOfLogistics:
         pace = torch.linspace(0.5, 1.5, count, dtype=parameters.dtype, device=parameters.device)
         log_scales = bound * torch.tanh(pace.flip(0) * log_scales / bound)
         return (logits.log_softmax(-1), start + pace * means, log_scales), outer
+
+
+def _refine(function: Callable, target: Tensor, root: Tensor, num_steps: int) -> Tensor:
+    """Newton's method, where a step that does not reduce the residual is not taken."""
+    value, slope = function(root)
+    for _ in range(num_steps):
+        trial = root - (value - target) / slope
+        trial_value, trial_slope = function(trial)
+        better = (trial_value - target).abs() < (value - target).abs()
+        root = torch.where(better, trial, root)
+        value, slope = torch.where(better, trial_value, value), torch.where(better, trial_slope, slope)
+    return root
 
 
 def _logit_of_mixture(u: Tensor, log_weights: Tensor, means: Tensor, log_scales: Tensor) -> tuple[Tensor, Tensor]:

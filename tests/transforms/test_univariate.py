@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pyro_flowguides.transforms import univariate
-from pyro_flowguides.transforms.univariate import RationalQuadraticSpline, ShiftScale
+from pyro_flowguides.transforms.univariate import MixtureOfLogistics, RationalQuadraticSpline, ShiftScale
 
 
 def spline_and_parameters(shape, dtype, scale=1.0, **options):
@@ -164,3 +164,87 @@ def test_zero_parameters_are_the_identity_of_a_univariate_function():
 def test_errors_say_what_is_wrong(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+# --- the mixture of logistics -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_components", [2, 8])
+def test_the_mixture_is_the_formula_of_flow_plus_plus(num_components):
+    """Logit, mixture and affine function as written in the paper, after the map whose inverse is the start's mixture."""
+    count = num_components
+    mixture = MixtureOfLogistics(count, log_scale_bound=2.0)
+    parameters = torch.randn(50, mixture.num_parameters, dtype=torch.float64)
+    u = torch.randn(50, dtype=torch.float64)
+    z = torch.logit((torch.sigmoid(u - 1.5) + torch.sigmoid(u + 1.5)) / 2)
+    logits, means, log_scales, outer = parameters.split([count, count, count, 2], -1)
+    pace = torch.linspace(0.5, 1.5, count, dtype=torch.float64)
+    means = torch.tensor([-1.5, 1.5], dtype=torch.float64).repeat(count // 2) + pace * means
+    scales = (2 * torch.tanh(pace.flip(0) * log_scales / 2)).exp()
+    mixed = (logits.softmax(-1) * torch.sigmoid((u.unsqueeze(-1) - means) / scales)).sum(-1)
+    expected = torch.logit(mixed) * (2 * torch.tanh(outer[:, 1] / 2)).exp() + outer[:, 0]
+    x, log_derivative = mixture.forward(z, parameters)
+    torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-9)
+    derivative = torch.func.vmap(torch.func.grad(lambda z, p: mixture.forward(z, p)[0]))(z, parameters)
+    torch.testing.assert_close(log_derivative, derivative.log(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_mixture_starts_as_the_identity_and_its_components_part(dtype):
+    mixture = MixtureOfLogistics(6)
+    z = torch.cat([torch.linspace(-7, 7, 1001, dtype=dtype), torch.tensor([-1e5, 1e5], dtype=dtype)])
+    for function in (mixture.forward, mixture.inverse):
+        parameters = torch.zeros(mixture.num_parameters, dtype=dtype, requires_grad=True)
+        value, log_derivative = function(z, parameters)
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(value, z, rtol=4 * eps, atol=40 * eps)
+        torch.testing.assert_close(log_derivative, torch.zeros_like(z), rtol=0, atol=20 * eps)
+        (gradient,) = torch.autograd.grad(value[:-2].square().sum() + value[:-2].sin().sum(), parameters)
+        assert (gradient != 0).all()
+        # No two means, and no two log-scales, move alike.
+        assert len(gradient[6:12].round(decimals=3).unique()) == len(gradient[12:18].round(decimals=3).unique()) == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_mixtures_round_trip_far_out_and_between_components_far_apart(dtype, scale):
+    mixture = MixtureOfLogistics()
+    parameters = scale * torch.randn(2000, mixture.num_parameters, dtype=dtype)
+    for spread in (3.0, 1e3, 1e6):
+        z = spread * torch.randn(2000, dtype=dtype)
+        x, log_derivative = mixture.forward(z, parameters)
+        z_back, inverse_log_derivative = mixture.inverse(x, parameters)
+        x_back, log_derivative_back = mixture.forward(z_back, parameters)
+        assert x.isfinite().all() and log_derivative.isfinite().all() and z_back.isfinite().all()
+        eps = torch.finfo(dtype).eps
+        # The slope at z lifts the rounding of u, which is read against the means and scales of its components.
+        size = x.abs() + (log_derivative_back.exp() + 1) * (z_back.abs() + 10 * scale) + scale
+        assert ((x_back - x).abs() <= 100 * eps * size).all()
+        torch.testing.assert_close(inverse_log_derivative, -log_derivative_back, rtol=1e-2, atol=1e-2)
+
+
+def test_the_tails_of_a_mixture_are_straight(dtype):
+    """In the right tail the widest component decides, with weight w: logit F = (u − μ)/s − log w."""
+    mixture = MixtureOfLogistics(2)
+    parameters = torch.tensor([0.3, -0.4, 0.5, 0.2, 0.9, -0.7, 0.0, 0.0], dtype=dtype)
+    z = torch.tensor([200.0, 400.0], dtype=dtype)
+    x, log_derivative = mixture.forward(z, parameters)
+    log_scale = 3 * torch.tanh(parameters[4] * 1.5 / 3)
+    weight = parameters[:2].softmax(0)[0]
+    u = z + torch.tensor(1.5, dtype=dtype).cosh().log()
+    expected = (u - (0.5 * parameters[2] - 1.5)) / log_scale.exp() - weight.log()
+    torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(log_derivative, -log_scale.expand(2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_components": 3}, "num_components must be an even number of at least 2, got 3"),
+        ({"num_components": True}, "num_components must be an even number of at least 2, got True"),
+        ({"log_scale_bound": 0.0}, "log_scale_bound must be positive and finite, got 0.0"),
+    ],
+)
+def test_a_mixture_that_is_wrong(options, message):
+    with pytest.raises(ValueError, match=message):
+        MixtureOfLogistics(**options)
