@@ -149,7 +149,7 @@ def digits_to_markdown(rows: dict[str, Any]) -> str:
     return (
         "## Digits: bits per dimension\n\n"
         f"{_NUM_TEST} held-out digits of 8 × 8 pixels with {_NUM_LEVELS} grey values; uniform noise makes them continuous. At "
-        f"most {_NUM_STEPS} steps of `fit_density` in batches of {_BATCH_SIZE}; the parameters with the best validation likelihood "
+        f"most {_NUM_STEPS} steps of `fit_density` in batches of {_BATCH_SIZE}; those with the best validation likelihood "
         f"are kept. Widths are such that each flow has about {_NUM_PARAMETERS} parameters. A uniform guess takes "
         f"{math.log2(_NUM_LEVELS):.3f} bits.\n\n"
         + markdown_table(["flow", "parameters", "bits per dimension", "each seed", "seconds"], table)
