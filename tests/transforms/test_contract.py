@@ -53,9 +53,9 @@ def test_law(law, case, dim, dtype):
         pytest.skip("finite differences need float64")
     transform = build(case, dim, dtype) if law == "start" else build_perturbed(case, dim, dtype)
     options = {"with_score": False} if law == "far_points" and case[0] in SCORE_OVERFLOWS else {}
-    if (dtype == torch.float32 and law not in ("start", "copies", "far_points")) or (
-        law in ("log_det", "score") and case[0] in SOLVED
-    ):
+    if law in ("log_det", "score") and case[0] in SOLVED:
+        options["tolerance"] = 5e-3
+    elif dtype == torch.float32 and law not in ("start", "copies", "far_points"):
         options["tolerance"] = 2e-3
     LAWS[law](transform, 4 if dim == 64 else 10, **options)
 
