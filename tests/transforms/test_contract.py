@@ -36,12 +36,20 @@ DIMS_OF_LAW = {
     "score": [1, 3, 64],
     "gradients": [1, 3],
 }
+# These laws record a graph for each case, which takes seconds; a family without a context stands for the others.
+RECORDING_LAWS = ("capture", "dtypes")
+
+
+def _marks(law, case):
+    name, with_context = case
+    another_form = with_context or name.startswith("inverse_of_") or name.endswith("_narrow")
+    return pytest.mark.slow if law in RECORDING_LAWS and another_form else ()
 
 
 @pytest.mark.parametrize(
     ("law", "case", "dim"),
     [
-        pytest.param(law, case, dim, id=f"{law}-{case_id(case)}-{dim}")
+        pytest.param(law, case, dim, id=f"{law}-{case_id(case)}-{dim}", marks=_marks(law, case))
         for law in LAWS
         for case in CASES_OF_LAW.get(law, CASES)
         for dim in DIMS_OF_LAW.get(law, [3])
