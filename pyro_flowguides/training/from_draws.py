@@ -127,10 +127,11 @@ def unconstrained(latents: Latents, draws: Any) -> Tensor:
 
 def _values_by_site(draws: Any) -> tuple[Mapping[str, Any], int]:
     """Values by site, and the number of dimensions that count draws: chains and draws in ArviZ, draws elsewhere."""
-    if isinstance(draws, Mapping) and not hasattr(draws, "data_vars"):
-        return draws, 1
+    # An InferenceData and a Dataset are mappings as well.
     group = draws.posterior if hasattr(draws, "posterior") else draws
     if not hasattr(group, "data_vars"):
+        if isinstance(draws, Mapping):
+            return draws, 1
         raise TypeError(
             f"{OWNER}: draws must be a dict of site to values, an InferenceData or DataTree with a group posterior, or "
             f"unconstrained vectors, got {type(draws).__name__}"

@@ -84,11 +84,13 @@ class Loop:
             check_gradients(self.tracer)
         if checkpoint is not None:
             self.fingerprint = self._find_fingerprint()
+        # Measured before a state is loaded, since the passes for it move the buffers of a guide.
+        elements = self.tracer.elements_per_draw
         if checkpoint is not None and saved is not None:
             with checkpoint.used():
                 self._load_modules(saved)
         else:
-            with start.threads_for(self.tracer.elements_per_draw * NUM_PARTICLES):
+            with start.threads_for(elements * NUM_PARTICLES):
                 start.whiten(
                     flow_guides,
                     self.guide,

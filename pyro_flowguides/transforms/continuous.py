@@ -192,6 +192,10 @@ class Continuous(FlowTransform):
     def _bind(self, context: Tensor | None, probe: Tensor | None = None) -> BoundField:
         if isinstance(self.field, PlanarField):
             return self.field.bind(context)
+        # A PyroModule looks its parameters up where it first needs them, which does not work within a derivative.
+        for module in self.field.modules():
+            for name, _ in module.named_parameters(recurse=False):
+                getattr(module, name)
         field = self.field if context is None else lambda t, x: self.field(t, x, context)
         return DifferentiatedField(field, probe)
 

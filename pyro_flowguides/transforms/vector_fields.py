@@ -224,6 +224,7 @@ class NetworkField(nn.Module):
 
     def __init__(self, dim: int, hidden_dims: Sequence[int] = (32, 32), *, context_dim: int = 0) -> None:
         super().__init__()
+        check_positive_integer("NetworkField", "dim", dim)
         sizes = [dim, *hidden_dims, dim]
         if len(sizes) < 3 or min(sizes) < 1:
             raise ValueError(

@@ -784,7 +784,7 @@ def without_latents(data):
             ValueError,
             "with dim = 1 and context_dim = 6",
         ),
-        (conjugate, {"flow": "unknown"}, ValueError, "unknown flow 'unknown'; known recipes are coupling"),
+        (conjugate, {"flow": "unknown"}, ValueError, "unknown flow 'unknown'; known recipes are continuous_planar"),
         (conjugate, {"gradient": "none"}, ValueError, "gradient must be"),
         (conjugate, {"base": "cauchy"}, ValueError, 'base must be "normal" or "student_t", got \'cauchy\''),
         (conjugate, {"init_scale": 0}, ValueError, "init_scale must be a positive number, got 0"),

@@ -25,7 +25,7 @@ def test_flow_guides_are_flow_guides():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"flow": "copula"}, "unknown flow 'copula'; known recipes are coupling"),
+        ({"flow": "copula"}, "unknown flow 'copula'; known recipes are continuous_planar"),
         ({"init_scale": 0.0}, "init_scale must be a positive number, got 0.0"),
         ({"init_scale": "wide"}, "init_scale must be a positive number"),
         ({"gradient": "score"}, 'gradient must be "total" or "path"'),
