@@ -51,7 +51,6 @@ CONDITIONAL = {
     "mixture_autoregressive": lambda dim, context_dim: T.MixtureAutoregressive(
         dim, context_dim=context_dim, num_components=2
     ),
-    "elementwise_mixture": lambda dim, context_dim: T.ElementwiseMixture(dim, context_dim=context_dim),
     "elementwise_spline": lambda dim, context_dim: T.ElementwiseSpline(dim, context_dim=context_dim, tail_bound=3.0),
     "affine": lambda dim, context_dim: T.Affine(dim, context_dim=context_dim),
     "affine_without_hidden_layers": lambda dim, context_dim: T.Affine(dim, context_dim=context_dim, hidden_dims=()),

@@ -174,5 +174,5 @@ class MixtureAutoregressive(Autoregressive):
         options: As in :class:`Autoregressive`.
     """
 
-    def __init__(self, dim: int, *, num_components: int = 8, log_scale_bound: float = 3.0, **options: Any) -> None:
+    def __init__(self, dim: int, *, num_components: int = 8, log_scale_bound: float = 2.0, **options: Any) -> None:
         super().__init__(dim, MixtureOfLogistics(num_components, log_scale_bound), **options)

@@ -257,7 +257,7 @@ class MixtureCoupling(Coupling):
         options: As in :class:`Coupling`.
     """
 
-    def __init__(self, dim: int, *, num_components: int = 8, log_scale_bound: float = 3.0, **options: Any) -> None:
+    def __init__(self, dim: int, *, num_components: int = 8, log_scale_bound: float = 2.0, **options: Any) -> None:
         super().__init__(dim, MixtureOfLogistics(num_components, log_scale_bound), **options)
 
 

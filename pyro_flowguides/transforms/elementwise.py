@@ -120,7 +120,7 @@ class ElementwiseMixture(Elementwise):
         options: As in :class:`Elementwise`.
     """
 
-    def __init__(self, dim: int, *, num_components: int = 8, log_scale_bound: float = 3.0, **options: Any) -> None:
+    def __init__(self, dim: int, *, num_components: int = 8, log_scale_bound: float = 2.0, **options: Any) -> None:
         super().__init__(dim, MixtureOfLogistics(num_components, log_scale_bound), **options)
 
 

@@ -235,9 +235,12 @@ def _solve_piece(piece: Tensor, x: Tensor) -> Tensor:
 
 # Where the two halves of the components of a mixture of logistics start, −m and m, in the unit of their coordinate.
 _MIXTURE_START = 1.5
+# How far a component can move from there. Between narrow components far apart the slope is exp(−distance/scale), which has to
+# stay a number of float32.
+_MIXTURE_REACH = 4.0
 # Steps of the inverse, safeguarded and plain: the first find the piece of the staircase that components far apart make, and the
-# last, from within some thousandths of the root, double its digits each.
-_MIXTURE_ITERATIONS, _MIXTURE_NEWTON_STEPS = 24, 3
+# last, from within a tenth of the root, double its digits each.
+_MIXTURE_ITERATIONS, _MIXTURE_NEWTON_STEPS = 16, 4
 
 
 @dataclass(frozen=True)
@@ -248,10 +251,11 @@ class MixtureOfLogistics:
         x = e^{a} \operatorname{logit}\left(\sum_{k=1}^{K} \pi_k\, \sigma\left((u - \mu_k) / s_k\right)\right) + b,
         \qquad g(u) = z .
 
-    It is increasing on the whole line, with slopes that vary as a spline's do and straight tails: there is no box. Sums are
-    taken of logarithms, so that both tails keep their digits. The parameters are K logits of the weights, K means, K
-    log-scales, b and a. Log-scales are clipped smoothly as in :class:`ShiftScale`. Ho et al. (2019), *Flow++: improving
-    flow-based generative models with variational dequantization and architecture design*, arXiv:1902.00275.
+    It is increasing on the whole line. Its slopes vary as a spline's do where the components are, at means between −5.5 and
+    5.5, and its tails are straight. Sums are taken of logarithms, so that both tails keep their digits. The parameters are K
+    logits of the weights, K means, K log-scales, b and a. Means and log-scales are clipped smoothly as in
+    :class:`ShiftScale`. Ho et al. (2019), *Flow++: improving flow-based generative models with variational dequantization
+    and architecture design*, arXiv:1902.00275.
 
     The paper takes z for u. Then the identity is the mixture of K equal components, where no parameter but a shift and a
     scale has an effect of first order: training sits at a saddle. Here half of the components start at −m, the others at
@@ -272,7 +276,7 @@ class MixtureOfLogistics:
     """
 
     num_components: int = 8
-    log_scale_bound: float = 3.0
+    log_scale_bound: float = 2.0
     closed_inverse = False
 
     def __post_init__(self) -> None:
@@ -328,7 +332,8 @@ class MixtureOfLogistics:
         start = _MIXTURE_START * (2 * (torch.arange(count, dtype=parameters.dtype, device=parameters.device) % 2) - 1)
         pace = torch.linspace(0.5, 1.5, count, dtype=parameters.dtype, device=parameters.device)
         log_scales = bound * torch.tanh(pace.flip(0) * log_scales / bound)
-        return (logits.log_softmax(-1), start + pace * means, log_scales), outer
+        means = start + _MIXTURE_REACH * torch.tanh(pace * means / _MIXTURE_REACH)
+        return (logits.log_softmax(-1), means, log_scales), outer
 
 
 def _refine(function: Callable, target: Tensor, root: Tensor, num_steps: int) -> Tensor:
@@ -346,23 +351,15 @@ def _refine(function: Callable, target: Tensor, root: Tensor, num_steps: int) ->
 def _logit_of_mixture(u: Tensor, log_weights: Tensor, means: Tensor, log_scales: Tensor) -> tuple[Tensor, Tensor]:
     """``log F − log(1 − F)`` for the mixture's distribution function F at u, and the logarithm of its derivative."""
     t = (u.unsqueeze(-1) - means) * (-log_scales).exp()
-    below, log_below = _log_shares(log_weights + logsigmoid(t))
-    above, log_above = _log_shares(log_weights + logsigmoid(-t))
+    below, above = log_weights + logsigmoid(t), log_weights + logsigmoid(-t)
+    log_below, log_above = below.logsumexp(-1), above.logsumexp(-1)
     # The derivative is f/(F(1 − F)). With the smaller of F and 1 − F it is a mean of what the components say, where the
     # large numbers far out cancel exactly.
     right = log_below > log_above
-    share = torch.where(right.unsqueeze(-1), above, below)
+    share = torch.where(right.unsqueeze(-1), above, below).log_softmax(-1)
     other = logsigmoid(torch.where(right.unsqueeze(-1), t, -t))
-    log_mean = torch.logsumexp(share + other - log_scales, -1)
+    log_mean = (share + other - log_scales).logsumexp(-1)
     return log_below - log_above, log_mean - torch.where(right, log_below, log_above)
-
-
-def _log_shares(log_terms: Tensor) -> tuple[Tensor, Tensor]:
-    """The logarithms of the shares of the terms in their sum, and of the sum."""
-    largest = log_terms.detach().amax(-1, keepdim=True)
-    shifted = log_terms - largest
-    log_sum = shifted.exp().sum(-1, keepdim=True).log()
-    return shifted - log_sum, (largest + log_sum).squeeze(-1)
 
 
 # Both are odd functions, computed at −|u| and −|z|, where no exponential overflows. With c = cosh m and w = exp(−|u|),

@@ -179,7 +179,7 @@ def test_the_mixture_is_the_formula_of_flow_plus_plus(num_components):
     z = torch.logit((torch.sigmoid(u - 1.5) + torch.sigmoid(u + 1.5)) / 2)
     logits, means, log_scales, outer = parameters.split([count, count, count, 2], -1)
     pace = torch.linspace(0.5, 1.5, count, dtype=torch.float64)
-    means = torch.tensor([-1.5, 1.5], dtype=torch.float64).repeat(count // 2) + pace * means
+    means = torch.tensor([-1.5, 1.5], dtype=torch.float64).repeat(count // 2) + 4 * torch.tanh(pace * means / 4)
     scales = (2 * torch.tanh(pace.flip(0) * log_scales / 2)).exp()
     mixed = (logits.softmax(-1) * torch.sigmoid((u.unsqueeze(-1) - means) / scales)).sum(-1)
     expected = torch.logit(mixed) * (2 * torch.tanh(outer[:, 1] / 2)).exp() + outer[:, 0]
@@ -229,10 +229,10 @@ def test_the_tails_of_a_mixture_are_straight(dtype):
     parameters = torch.tensor([0.3, -0.4, 0.5, 0.2, 0.9, -0.7, 0.0, 0.0], dtype=dtype)
     z = torch.tensor([200.0, 400.0], dtype=dtype)
     x, log_derivative = mixture.forward(z, parameters)
-    log_scale = 3 * torch.tanh(parameters[4] * 1.5 / 3)
+    log_scale = 2 * torch.tanh(parameters[4] * 1.5 / 2)
     weight = parameters[:2].softmax(0)[0]
     u = z + torch.tensor(1.5, dtype=dtype).cosh().log()
-    expected = (u - (0.5 * parameters[2] - 1.5)) / log_scale.exp() - weight.log()
+    expected = (u - (4 * torch.tanh(0.5 * parameters[2] / 4) - 1.5)) / log_scale.exp() - weight.log()
     torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(log_derivative, -log_scale.expand(2), rtol=1e-5, atol=1e-5)
 
