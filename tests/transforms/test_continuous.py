@@ -175,6 +175,7 @@ def test_a_point_that_the_inverse_cannot_settle_is_nan():
 
 
 @every_field
+@torch.no_grad()
 def test_what_half_the_step_changes_is_the_error(kind):
     flow, z = make(kind, num_steps=4), points(200)
     error = T.ode_error(T.Compose([flow, T.Reverse(D)]), z)
