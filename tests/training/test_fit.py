@@ -2,6 +2,7 @@
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from fits import Y, quick
@@ -262,3 +263,19 @@ def test_parameters_that_are_local_to_modules_are_trained_too():
     assert np.array_equal(first.losses, second.losses)
     # Without whitening a single loss may be far off.
     assert np.median(first.losses[-5:]) < np.median(first.losses[:5])
+
+
+@pytest.mark.slow
+def test_a_solver_that_leaves_more_than_the_error_of_the_elbo_is_a_warning():
+    def bent():
+        v = pyro.sample("v", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(2 * v**2, 0.3))
+
+    options = {"num_steps": 150, "num_particles": 16, "seed": 0, "progress": False}
+    with pytest.warns(
+        UserWarning, match=r"fit: the solver .* AutoContinuousFlow leaves an error of .* twice the num_steps"
+    ):
+        coarse = fg.fit(bent, fg.AutoContinuousFlow(bent, solver="euler", num_steps=1, num_units=8), **options)
+    assert coarse.guide.ode_error().log_det > coarse.elbo.se
+    fine = fg.fit(bent, fg.AutoContinuousFlow(bent, num_steps=8, num_units=8), **options)
+    assert fine.guide.ode_error().log_det < fine.elbo.se
