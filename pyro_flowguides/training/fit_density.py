@@ -110,6 +110,7 @@ def fit_density(
         Papamakarios et al. (2021), *Normalizing flows for probabilistic modeling and inference*, arXiv:1912.02762.
 
     Example:
+        >>> import torch
         >>> import pyro_flowguides as fg
         >>> x = torch.randn(400, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 3.0])
         >>> fit = fg.fit_density("coupling", x, num_steps=20, seed=0, progress=False)
