@@ -222,7 +222,7 @@ def moons_to_markdown(rows: dict[str, Any]) -> str:
         "## Two moons by maximum likelihood\n\n"
         f"Test log-likelihood in nats per point, one figure per seed: {_NUM_MOONS} training and test points, {_MOONS_STEPS} "
         f"steps of Adam at {_MOONS_RATE} with a cosine, batches of {_MOONS_BATCH}. Ours are trained by `fit_density`. The "
-        "notebook of torchcfm reports 326 s for its 1000 steps.\n\n"
+        "notebook of torchcfm reports 326 s on a GPU node for 1000 steps.\n\n"
         + markdown_table(["density", "test log-likelihood", "seconds", "parameters"], table)
     )
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from . import pareto
+from .arviz import arviz_generation
 
 NUM_BOOTSTRAP = 25
 # A tail of at least five draws is needed to fit its shape, and a fifth of the draws is taken as the tail.
@@ -164,7 +164,7 @@ def khat_threshold(num_samples: int) -> float:
 
 
 def psis(log_ratios: np.ndarray, where: str = "") -> tuple[np.ndarray, np.ndarray]:
-    """Pareto-smoothed, normalised log weights and the shape of their tail, see :mod:`pyro_flowguides.diagnostics.pareto`.
+    """Pareto-smoothed, normalised log weights and the shape of their tail, by ArviZ.
 
     Arguments:
         log_ratios: log p − log q of every draw, shape ``(..., S)``.
@@ -184,7 +184,16 @@ def psis(log_ratios: np.ndarray, where: str = "") -> tuple[np.ndarray, np.ndarra
     finite = np.where(np.isneginf(log_ratios), -1e30, log_ratios)
     # The quantiles of a very heavy tail overflow: the smoothed weights there are then as large as the largest one was.
     with np.errstate(over="ignore"):
-        return pareto.smooth(finite)
+        if arviz_generation() == 0:
+            import arviz as az
+
+            log_weights, khat = az.psislw(finite)
+        else:
+            from arviz_stats.base import array_stats
+
+            # This generation takes log-likelihoods to leave out, the opposite sign.
+            log_weights, khat = array_stats.psislw(-finite)
+    return np.asarray(log_weights), np.asarray(khat, dtype=np.float64)
 
 
 def _psis_error(log_ratios: np.ndarray, where: str) -> str | None:

@@ -20,7 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from .importance import psis
-from .pareto import MAX_ELEMENTS
+
+# The number of weights to smooth at a time; bounds the memory.
+MAX_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ def loo(log_likelihood: np.ndarray, log_ratios: np.ndarray | None = None) -> Loo
     for start in range(0, log_likelihood.shape[1], step):
         block = log_likelihood[:, start : start + step]
         columns = block[:, (block != 0).any(0)].T.astype(np.float64)
+        if not len(columns):
+            continue
         log_weights, khats = psis(offset - columns)
         blocks.append(Loo(np.logaddexp.reduce(log_weights + columns, axis=-1), khats))
     return joined(blocks)

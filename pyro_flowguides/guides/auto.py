@@ -55,8 +55,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
     Arguments:
         model: A Pyro model whose structure does not change. Its discrete latents are left out, to be summed out of the model.
         flow: The name of a recipe of :mod:`pyro_flowguides.flows` (``"continuous_planar"``, ``"continuous_sylvester"``,
-            ``"coupling"``, ``"ffjord"``, ``"glow"``, ``"iaf"``, ``"maf"``, ``"nice"``, ``"planar"``, ``"radial"``,
-            ``"residual"``, ``"spline_autoregressive"``, ``"spline_coupling"``, ``"sylvester"``), or a function
+            ``"coupling"``, ``"ffjord"``, ``"glow"``, ``"iaf"``, ``"maf"``, ``"mixture_coupling"``, ``"nice"``, ``"planar"``,
+            ``"radial"``, ``"residual"``, ``"spline_autoregressive"``, ``"spline_coupling"``, ``"sylvester"``), or a function
             ``flow(dim) -> FlowTransform``, for example a recipe with ``functools.partial`` for its options.
         damped: Whether couplings are damped until the guide is whitened or given to :func:`pyro_flowguides.fit`. A start that
             is far too narrow makes all couplings widen the guide together: outlying draws are pushed further by every layer, and

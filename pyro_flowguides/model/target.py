@@ -13,6 +13,7 @@ import torch
 from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..checks import warn
 from . import plates, supports
@@ -71,6 +72,7 @@ class _Block(torch.autograd.Function):
         return value
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outputs: Any) -> Any:
         (score,) = ctx.saved_tensors
         return outputs[0].unsqueeze(-1) * score, None

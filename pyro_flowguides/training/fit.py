@@ -21,11 +21,10 @@ from ..model.call import ModelCall
 from ..model.ownership import private_store
 from .batches import arguments
 from .checkpoint import Checkpoint
-from .loop import Loop
+from .loop import Loop, Options
 from .restarts import fit_repeatedly
 from .result import FitResult
 from .schedules import find_schedule
-from .steps import Options
 
 
 def fit(

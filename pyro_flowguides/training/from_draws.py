@@ -43,7 +43,8 @@ def fit_to_draws(
     .. math:: \max_q \frac1N \sum_n \log q(x_n),
 
     on the unconstrained draws. This minimises KL(p, q), which covers every mode that the draws are in, where ``fit`` minimises
-    KL(q, p). A fit that follows does not whiten the guide again.
+    KL(q, p). A fit that follows goes on from there as from any trained guide: it starts over if a Gaussian is better by more than
+    a nat of ELBO, and never with ``whiten=None``.
 
     With few draws it is the held-out ones that end the training; at worst the guide is the normal law of the draws.
 

@@ -31,7 +31,7 @@ from . import start
 from .checkpoint import Checkpoint
 from .fingerprint import Fingerprint, difference
 from .schedules import find_schedule
-from .steps import Options, Steps
+from .steps import StepOptions, Steps
 
 LogProb = Callable[[Tensor, "Tensor | None"], Tensor]
 
@@ -126,19 +126,14 @@ class Plan:
             if (value := getattr(self, name)) is not None:
                 check_positive_integer(owner, name, value)
 
-    def options(self, batches: Epochs) -> Options:
+    def options(self, batches: Epochs) -> StepOptions:
         """The options of the steps."""
-        return Options(
-            num_steps=self.num_steps,
-            num_particles=None,
+        return StepOptions(
             batches=batches,
-            args_are_a_batch=False,
             loss=as_objective(Trace_ELBO()),
             optim=self.optim,
             schedule=find_schedule(self.schedule),
             svi={"backend": self.backend, "ema_decay": None, "max_nonfinite_steps": self.max_nonfinite_steps},
-            whiten=None,
-            seed=None,
             checkpoint=self.checkpoint,
             callbacks=self.callbacks,
             progress=self.progress,

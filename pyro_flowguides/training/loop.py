@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from .fingerprint import density_difference, describe, difference, fingerprint, 
 from .first_draws import check_gradients, check_start
 from .result import FitResult
 from .schedules import Round, RoundScore, doubling_rounds, got_worse, is_worth_another
-from .steps import Options, Steps, default_optimizer
+from .steps import StepOptions, Steps, default_optimizer
 
 # Where the number of steps is fixed beforehand.
 NUM_STEPS = 3000
@@ -36,6 +36,18 @@ NUM_PARTICLES = 256
 NUM_FINAL_DRAWS = 10_000
 # Without vectorisation every particle is a run of the model.
 NUM_LOOPED_PARTICLES, NUM_LOOPED_DRAWS = 8, 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(StepOptions):
+    """The options of :func:`pyro_flowguides.fit`, checked."""
+
+    num_steps: int | None
+    num_particles: int | None
+    # Whether the arguments are the first of the batches.
+    args_are_a_batch: bool
+    whiten: str | None
+    seed: int | None
 
 
 class Loop:

@@ -18,9 +18,8 @@ from ..model.call import ModelCall
 from ..model.ownership import owned, private_store
 from ..model.sites import unchanged_random_state
 from . import start
-from .loop import Loop
+from .loop import Loop, Options
 from .result import FitResult
-from .steps import Options
 
 
 def fit_repeatedly(call: ModelCall, guide: Callable, options: Options, num_restarts: int) -> FitResult:

@@ -33,24 +33,15 @@ def default_optimizer() -> OptimizerFactory:
     return functools.partial(torch.optim.Adam, lr=LEARNING_RATE)
 
 
-@dataclass(frozen=True)
-class Options:
-    """The options of :func:`pyro_flowguides.fit`, checked."""
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """The options of steps, checked."""
 
-    # How long.
-    num_steps: int | None
-    num_particles: int | None
     batches: Iterable[Any] | None
-    # Whether the arguments are the first of the batches.
-    args_are_a_batch: bool
-    # What a step is.
     loss: Any
     optim: PyroOptim | OptimizerFactory | None
     schedule: Callable[[float], float] | None
     svi: dict[str, Any]
-    # Around the steps.
-    whiten: str | None
-    seed: int | None
     checkpoint: Checkpoint | None
     callbacks: Sequence[Callable[[int, float], bool | None]]
     progress: bool
@@ -63,7 +54,6 @@ class Training(Protocol):
         name: The name that messages begin with.
         call: The model with its arguments; steps take batches in their place, if there are any.
         guide: The guide.
-        options: The options.
         losses: The losses of the steps before these.
         interrupted: Whether an interrupt from the keyboard has ended the training.
     """
@@ -71,9 +61,13 @@ class Training(Protocol):
     name: str
     call: ModelCall
     guide: Callable
-    options: Options
     losses: list[float]
     interrupted: bool
+
+    @property
+    def options(self) -> StepOptions:
+        """The options of the steps."""
+        ...
 
     def save(self, steps: Steps) -> None:
         """Writes the checkpoint, if the options have one."""

@@ -60,6 +60,14 @@ def test_the_score_is_that_of_the_density():
     torch.testing.assert_close(score, expected.detach())
 
 
+def test_a_second_derivative_is_an_error_and_no_wrong_number():
+    target = make_target(conjugate, torch.tensor(Y, dtype=torch.float64))
+    points = torch.tensor([[0.0], [2.0]], dtype=torch.float64).requires_grad_()
+    (score,) = torch.autograd.grad(target.log_prob(points).square().sum(), points, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        score.sum().backward()
+
+
 def test_it_is_float64_for_a_model_in_float32():
     target = make_target(conjugate, torch.tensor(Y))
     points = torch.zeros(3, 1, dtype=torch.float64)

@@ -36,6 +36,13 @@ PARTS = {
         T.Radial(dim, context_dim=size),
         T.Sigmoid(dim),
     ],
+    "images": lambda dim, size: [
+        T.Pixelwise((dim, 1, 1), T.AffineCoupling(dim, context_dim=size)),
+        T.ImageCoupling((dim, 1, 1), hidden_channels=4, context_dim=size),
+        T.ImageCoupling((1, dim, 1), mask="checkerboard", flip=True, hidden_channels=4, context_dim=size),
+        T.InvertibleConvolution((dim, 1, 1), context_dim=size),
+        T.Split(dim, T.AffineCoupling(dim - 1, context_dim=size)),
+    ],
 }
 
 
@@ -250,6 +257,11 @@ def test_a_guide_trains_as_with_a_plain_composition(gradient):
         (T.Sylvester(3), False),
         (T.Residual(3), False),
         (T.AffineAutoregressive(3), False),
+        (T.MixtureCoupling(3), False),
+        (T.ElementwiseMixture(3), False),
+        (T.Continuous(3, T.PlanarField(3)), False),
+        (T.Pixelwise((3, 1, 1), T.Planar(3)), False),
+        (T.Split(3, T.Planar(2)), False),
         (T.Inverse(T.Planar(3)), True),
         (T.Inverse(T.Inverse(T.Planar(3))), False),
         (T.Compose([T.Reverse(3), T.Planar(3)]), False),
