@@ -65,7 +65,7 @@ CONDITIONAL = {
         dim, hidden_dims=(8, 5, 6), lipschitz=0.97, context_dim=context_dim
     ),
     "pixelwise": lambda dim, context_dim: T.Pixelwise(
-        _image_shape(dim), T.Planar(_image_shape(dim)[0], context_dim=context_dim)
+        _image_shape(dim), T.AffineCoupling(_image_shape(dim)[0], context_dim=context_dim)
     ),
     "invertible_convolution": lambda dim, context_dim: T.InvertibleConvolution(
         _image_shape(dim), context_dim=context_dim
