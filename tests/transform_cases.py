@@ -74,7 +74,7 @@ CONDITIONAL = {
         dim, T.NetworkField(dim, (8,), context_dim=context_dim), num_steps=3
     ),
     "pixelwise": lambda dim, context_dim: T.Pixelwise(
-        _image_shape(dim), T.Planar(_image_shape(dim)[0], context_dim=context_dim)
+        _image_shape(dim), T.AffineCoupling(_image_shape(dim)[0], context_dim=context_dim)
     ),
     "invertible_convolution": lambda dim, context_dim: T.InvertibleConvolution(
         _image_shape(dim), context_dim=context_dim
