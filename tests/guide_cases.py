@@ -17,8 +17,8 @@ class StudentTFlow(fg.AutoFlow):
 class ShortContinuousFlow(fg.AutoContinuousFlow):
     """Few ridges and steps, as many as a small model needs."""
 
-    def __init__(self, model, *, num_layers=1, **options):
-        super().__init__(model, num_units=8, num_steps=2, **options)
+    def __init__(self, model, *, num_layers=1, num_steps=2, **options):
+        super().__init__(model, num_units=8, num_steps=num_steps, **options)
 
 
 NORMAL_GUIDES = {

@@ -126,7 +126,8 @@ def test_reaches_the_exact_answer(Guide, model, log_evidence):
 @pytest.mark.parametrize(("model", "log_evidence"), list(TARGETS.values())[:2], ids=list(TARGETS)[:2])
 def test_trains_to_the_exact_answer(Guide, model, log_evidence):
     """Without whitening, from the prior's median; but a spline is the identity outside of its box, and would stay there."""
-    guide = Guide(model, init_scale=0.3)
+    # A longer training has a smaller error of the ELBO, and fit warns where that of the solver is larger.
+    guide = Guide(model, init_scale=0.3, **({"num_steps": 8} if issubclass(Guide, fg.AutoContinuousFlow) else {}))
     whiten = "auto" if Guide is fg.AutoSpline else None
     options = {"num_steps": 1500, "num_particles": 32, "seed": 0, "progress": False}
     result = fg.fit(model, guide, whiten=whiten, **options)
