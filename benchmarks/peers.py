@@ -1,22 +1,24 @@
 """The same layer in every library: one table, family → library → constructor.
 
 A constructor takes the dimension and returns ``(parameters, call)``, where ``call(z)`` returns the output and log_det of the
-direction that the library computes in one pass. On every side networks have two hidden layers of 64 with ReLU (the default of all
-peers), and splines have 8 pieces on [−5, 5].
+direction that the library computes in one pass, or the log density of a whole flow. On every side networks have two hidden layers of 64 with ReLU (the default of all
+peers), splines have 8 pieces on [−5, 5], and images have convolutions of 64 hidden channels.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import pyro.distributions as dist
 import pyro.distributions.transforms as P
 import torch
 from pyro.nn import AutoRegressiveNN, DenseNN
 from torch import Tensor, nn
 
+from pyro_flowguides import NormalizingFlow, flows
 from pyro_flowguides import transforms as T
 
 OURS = "ours"
@@ -26,10 +28,19 @@ BOUND = 5.0
 NUM_VECTORS = 8
 NUM_REFLECTIONS = 8
 NUM_TERMS = 20
+NUM_COMPONENTS = 8
+NUM_SOLVER_STEPS = 8
+# The images, of D numbers, and those of two levels.
+IMAGES = {64: (4, 4, 4), 512: (8, 8, 8)}
+LARGE_IMAGES = {64: (1, 8, 8), 512: (8, 8, 8)}
+NUM_GLOW_STEPS = 4
 
-Call = Callable[[Tensor], tuple[Tensor, Tensor]]
+Call = Callable[[Tensor], tuple[Tensor, ...]]
 Layer = tuple[list[nn.Parameter], Call]
 FAMILIES: dict[str, dict[str, Callable[[int], Layer]]] = {}
+# The D that a family can have, where not all, and the largest product of D and the batch that takes less than minutes.
+DIMS: dict[str, Iterable[int]] = {"Glow, one step": IMAGES, "Glow, density of two levels": LARGE_IMAGES}
+LARGEST: dict[str, int] = {"continuous, exact trace": 40_960}
 
 
 def _register(family: str, library: str, requires: str | None = None) -> Callable:
@@ -74,7 +85,25 @@ _OURS: dict[str, Callable[[int], T.FlowTransform]] = {
     "LU linear": T.LULinear,
     "householder": lambda dim: T.Householder(dim, num_reflections=NUM_REFLECTIONS),
     "permutation": lambda dim: T.Permutation(torch.randperm(dim)),
+    "mixture coupling": lambda dim: T.MixtureCoupling(dim, num_components=NUM_COMPONENTS, **_NETWORK),
+    "mixture autoregressive": lambda dim: T.MixtureAutoregressive(dim, num_components=NUM_COMPONENTS, **_NETWORK),
+    "continuous planar": lambda dim: T.Continuous(dim, T.PlanarField(dim, HIDDEN), num_steps=NUM_SOLVER_STEPS),
+    "continuous Sylvester": lambda dim: T.Continuous(
+        dim, T.SylvesterField(dim, NUM_VECTORS), num_steps=NUM_SOLVER_STEPS
+    ),
+    "continuous, exact trace": lambda dim: _continuous_network(dim, "exact"),
+    "continuous, random trace": lambda dim: _continuous_network(dim, "hutchinson"),
+    "Glow, one step": lambda dim: _glow_step(IMAGES[dim]),
 }
+
+
+def _continuous_network(dim: int, trace: str) -> T.FlowTransform:
+    return T.Continuous(dim, T.NetworkField(dim, (HIDDEN, HIDDEN)), trace=trace, num_steps=NUM_SOLVER_STEPS)
+
+
+def _glow_step(shape: tuple[int, int, int]) -> T.FlowTransform:
+    coupling = T.ImageCoupling(shape, hidden_channels=HIDDEN, activation=nn.ReLU)
+    return T.Compose([T.ImageActNorm(shape), T.InvertibleConvolution(shape), coupling])
 
 
 def _ours(constructor: Callable[[int], T.FlowTransform]) -> Callable[[int], Layer]:
@@ -115,6 +144,16 @@ for _family, _constructor in _OURS.items():
     _register(_family, OURS)(_basis_alone(_constructor) if "alone" in _family else _ours(_constructor))
 _register("sylvester, orthogonal", "Björck iteration")(_ours(lambda dim: BjorckSylvester(dim, NUM_VECTORS)))
 _register("sylvester, basis alone", "Björck iteration")(_basis_alone(lambda dim: BjorckSylvester(dim, NUM_VECTORS)))
+
+
+@_register("Glow, density of two levels", OURS)
+def _glow_density(dim: int) -> Layer:
+    flow = flows.glow_image(
+        dim, shape=LARGE_IMAGES[dim], num_levels=2, num_steps=NUM_GLOW_STEPS, hidden_channels=HIDDEN
+    )
+    density = NormalizingFlow(dist.Normal(torch.zeros(dim), 1.0).to_event(1), flow)
+    return _layer(flow, lambda z: (density.log_prob(z),))
+
 
 # --- Pyro --------------------------------------------------------------------------------------------------------------
 
@@ -236,6 +275,22 @@ def _(dim: int) -> Layer:
     return _zuko_layer(UnconditionalTransform(LULinearTransform, torch.eye(dim)))
 
 
+def _zuko_continuous(dim: int, exact: bool) -> Layer:
+    from zuko.flows.continuous import FFJTransform
+
+    return _zuko_layer(FFJTransform(dim, exact=exact, hidden_features=(HIDDEN, HIDDEN)))
+
+
+@_register("continuous, exact trace", "Zuko", "zuko")
+def _(dim: int) -> Layer:
+    return _zuko_continuous(dim, exact=True)
+
+
+@_register("continuous, random trace", "Zuko", "zuko")
+def _(dim: int) -> Layer:
+    return _zuko_continuous(dim, exact=False)
+
+
 @_register("permutation", "Zuko", "zuko")
 def _(dim: int) -> Layer:
     from zuko.transforms import PermutationTransform
@@ -342,6 +397,35 @@ def _(dim: int) -> nn.Module:
     from normflows.flows import Permute
 
     return Permute(dim)
+
+
+@_register("Glow, one step", "normflows", "normflows")
+def _(dim: int) -> Layer:
+    from normflows.flows import GlowBlock
+
+    shape = IMAGES[dim]
+    block = GlowBlock(shape[0], HIDDEN)
+    # The first call sets the scales from the points.
+    block.inverse(torch.randn(64, *shape))
+    return _layer(block, lambda z: block.inverse(z.reshape(-1, *shape)))
+
+
+@_register("Glow, density of two levels", "normflows", "normflows")
+def _(dim: int) -> Layer:
+    import normflows
+
+    channels, height, width = LARGE_IMAGES[dim]
+    coarse = (8 * channels, height // 4, width // 4)
+    fine = (2 * channels, height // 2, width // 2)
+    levels = [
+        [*(normflows.flows.GlowBlock(size, HIDDEN) for _ in range(NUM_GLOW_STEPS)), normflows.flows.Squeeze()]
+        for size in (8 * channels, 4 * channels)
+    ]
+    bases = [normflows.distributions.DiagGaussian(shape, trainable=False) for shape in (coarse, fine)]
+    flow = normflows.MultiscaleFlow(bases, levels, [normflows.flows.Merge()], class_cond=False)
+    images = (channels, height, width)
+    flow.log_prob(torch.randn(64, *images), None)
+    return _layer(flow, lambda z: (flow.log_prob(z.reshape(-1, *images), None),))
 
 
 def _normflows_residual(dim: int, num_terms: int | None) -> Layer:

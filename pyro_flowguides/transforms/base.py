@@ -178,7 +178,8 @@ class FlowTransform(TransformModule):
             point, _ = back(result, context)
         with torch.enable_grad():
             point = point.detach().requires_grad_()
-            return Recomputed((point,), lambda point: point, *there(point, context))
+            image, log_det = there(point, context)
+            return Recomputed((point,), (image,), log_det, lambda point: (point,), lambda point: point)
 
     # --- derived -------------------------------------------------------------------------------------------------------
 

@@ -176,7 +176,7 @@ class Coupling(ScalarState, FlowTransform):
             changed = changed.detach().requires_grad_()
             changed_again, log_derivative = there(changed, parameters)
             log_det = log_derivative.expand_as(changed_again).sum(-1)
-            return Recomputed((kept, changed), self._join, self._join(kept, changed_again), log_det)
+            return Recomputed((kept, changed), (kept, changed_again), log_det, self._split, self._join)
 
     def extra_repr(self) -> str:
         damped = ", damped=True" if self.damped else ""

@@ -82,15 +82,17 @@ class Recomputed(NamedTuple):
 
     Attributes:
         pieces: The point in pieces, leaves of a graph.
-        join: Makes a point of pieces, or a gradient of gradients to the pieces.
-        result: The image of the point, with the graph.
+        images: Its image in pieces, with the graph.
         log_det: The log-determinant, likewise.
+        split: Takes a point, or a gradient, to pieces.
+        join: Makes a point, or a gradient, of pieces.
     """
 
     pieces: tuple[Tensor, ...]
-    join: Callable[..., Tensor]
-    result: Tensor
+    images: tuple[Tensor, ...]
     log_det: Tensor
+    split: Callable[[Tensor], tuple[Tensor, ...]]
+    join: Callable[..., Tensor]
 
 
 # --- inverses ---------------------------------------------------------------------------------------------------------

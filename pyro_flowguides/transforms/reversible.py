@@ -230,7 +230,7 @@ class _Forgetful(torch.autograd.Function):
                 leaves[len(parameters)] = own_context
             wanted = {number: leaf for number, leaf in leaves.items() if leaf.requires_grad}
             # The log-determinant of some parts is a constant.
-            outputs = [(again.result, gradient), (again.log_det, log_det_gradient)]
+            outputs = [*zip(again.images, again.split(gradient), strict=True), (again.log_det, log_det_gradient)]
             outputs = [(output, its_gradient) for output, its_gradient in outputs if output.requires_grad]
             gradients = torch.autograd.grad(
                 [output for output, _ in outputs],
