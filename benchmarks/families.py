@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ FAMILIES: dict[str, Callable[[Callable], Any]] = {
     "coupling": fg.AutoCoupling,
     "IAF": fg.AutoIAF,
     "spline": fg.AutoSpline,
+    "mixture coupling": functools.partial(fg.AutoFlow, flow="mixture_coupling"),
+    "continuous planar": fg.AutoContinuousFlow,
 }
 NUM_DRAWS = 200_000
 # One round for every family, so that nothing but the family differs.

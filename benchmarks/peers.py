@@ -1,8 +1,8 @@
 """The same layer in every library: one table, family → library → constructor.
 
-A constructor takes the dimension and returns ``(parameters, call)``, where ``call(z)`` returns the output and log_det of the
-direction that the library computes in one pass, or the log density of a whole flow. On every side networks have two hidden layers of 64 with ReLU (the default of all
-peers), splines have 8 pieces on [−5, 5], and images have convolutions of 64 hidden channels.
+A constructor takes the dimension and returns ``(parameters, call)``. ``call(z)`` returns the output and log_det of the direction
+that the library computes in one pass, or the log density of a whole flow. On every side networks have two hidden layers of 64
+with ReLU (the default of all peers), splines have 8 pieces on [−5, 5], and images have convolutions of 64 hidden channels.
 """
 
 from __future__ import annotations

@@ -52,6 +52,8 @@ POSTERIORS: dict[str, Callable | None] = {
     "IAF, 4 layers": functools.partial(flows.iaf, num_layers=4, hidden_dims=(64,)),
     "Sylvester, 4 layers": functools.partial(flows.sylvester, num_layers=4, num_vectors=_LATENT_DIM, hidden_dims=()),
     "coupling, 4 layers": functools.partial(flows.coupling, num_layers=4, hidden_dims=(64,)),
+    "mixture coupling, 4 layers": functools.partial(flows.mixture_coupling, num_layers=4, hidden_dims=(64,)),
+    "continuous planar, 16 units": functools.partial(flows.continuous_planar, num_units=16, hidden_dims=()),
 }
 
 
@@ -219,13 +221,14 @@ def main() -> None:
     path = Path(options.out)
     results = json.loads(path.read_text()) if path.exists() else {}
     if results.get("settings") != settings:
-        results = {"settings": settings, "runs": {name: [] for name in POSTERIORS}}
+        results = {"settings": settings, "runs": {}}
     results["environment"] = environment("pyro-ppl", "scikit-learn")
     for index, seed in enumerate(seeds):
         for name, flow in POSTERIORS.items():
-            if len(results["runs"][name]) <= index:
-                results["runs"][name].append(measure(flow, seed, num_steps, num_draws))
-                print(seed, name, results["runs"][name][-1], flush=True)
+            runs = results["runs"].setdefault(name, [])
+            if len(runs) <= index:
+                runs.append(measure(flow, seed, num_steps, num_draws))
+                print(seed, name, runs[-1], flush=True)
                 write_results(path, results, "The runs are not complete.")
     write_results(path, results, report(results))
 

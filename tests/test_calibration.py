@@ -72,7 +72,7 @@ def test_an_exact_guide_passes():
     np.testing.assert_allclose(table["shift"], 0, atol=4 * (1 / 12 / NUM) ** 0.5)
 
 
-@pytest.mark.parametrize("scale", [0.5, 2.0])
+@pytest.mark.parametrize("scale", [0.5, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_a_wrong_width_is_flagged_by_its_law(scale):
     result = calibrate(guide_factory=guide_with(scale=scale))
     table = result.table()

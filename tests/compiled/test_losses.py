@@ -67,7 +67,7 @@ def test_the_bound_rises_to_the_log_evidence(y):
     assert log_evidence - means[3] < 0.1 * (log_evidence - means[0])
 
 
-@pytest.mark.parametrize("vectorize", [True, False])
+@pytest.mark.parametrize("vectorize", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_two_gradients_have_the_same_mean_and_less_variance(vectorize, y):
     guide = loose_guide(y)
 

@@ -29,6 +29,17 @@ REDUCED = [
     (r"\b(warmup_steps|num_samples)=\d{2,3}, (?=warmup|disable)", r"\1=30, "),
     (r"\b\d{1,2}_?000\b", "100"),
 ]
+# Ten seconds and more each.
+SLOW_PAGES = {
+    "docs/choosing_a_guide.md",
+    "docs/how_to/density.md",
+    "docs/how_to/log_density.md",
+    "docs/how_to/neutra.md",
+    "docs/how_to/own_transform.md",
+    "docs/how_to/ownership.md",
+    "docs/how_to/restarts.md",
+    "docs/how_to/weighted_draws.md",
+}
 
 
 def page_id(path):
@@ -43,7 +54,14 @@ def prose(page):
     return CODE.sub("", page.read_text())
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=page_id)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page_id(page), marks=pytest.mark.slow if page_id(page) in SLOW_PAGES else [])
+        for page in PAGES
+        if python_blocks(page)
+    ],
+)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     """All blocks of a page, one after the other, as a reader would run them."""
     loop = importlib.import_module("pyro_flowguides.training.loop")

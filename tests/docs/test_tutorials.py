@@ -16,7 +16,7 @@ plt = pytest.importorskip("matplotlib.pyplot")
 TUTORIALS = Path(__file__).parents[2] / "tutorials"
 CELL = re.compile(r"^```\{code-cell\}[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # The two that need the fewest seconds run always.
-FAST = {"01_eight_schools", "05_your_own_transform"}
+FAST = {"01_eight_schools"}
 PAGES = sorted(TUTORIALS.glob("[0-9][0-9]_*.md"))
 # What a tutorial may need beyond the package and its plots.
 OPTIONAL = {"sklearn", "statsmodels"}

@@ -345,7 +345,10 @@ def exact_encoder(data, full_size=None):
     return conjugate_answer(data)[0].unsqueeze(-1)
 
 
-@pytest.mark.parametrize("recipe", [None, RECIPES["planar"]], ids=["diagonal normal", "planar"])
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(None, id="diagonal normal"), pytest.param(RECIPES["planar"], id="planar", marks=pytest.mark.slow)],
+)
 def test_learns_a_conjugate_posterior_from_minibatches(recipe):
     data = make_data(40)
     guide = fg.AmortizedFlow(conjugate, exact_encoder, recipe, gradient="path").setup(data, 40)
@@ -379,6 +382,7 @@ def skewed(data):
         pyro.sample("count", dist.Poisson(rate), obs=data.squeeze(-1))
 
 
+@pytest.mark.slow
 def test_a_flow_is_closer_than_a_diagonal_normal():
     data = torch.tensor([[0.0], [1.0], [4.0], [0.0]], dtype=torch.float64)
     log_evidence = dist.GammaPoisson(data.new_tensor(0.5), 0.5).log_prob(data).sum()
@@ -440,6 +444,7 @@ def make_mixed_guide(local):
     return guide
 
 
+@pytest.mark.slow
 def test_globals_and_locals_in_one_svi():
     """From minibatches to the best ELBO of q(μ) ∏ q(z_n), which is out of the reach of mean field."""
     num_data, batch = 30, 10

@@ -275,7 +275,7 @@ def test_whitening_runs_the_model_without_drawing_from_its_priors():
     assert Counting.drawn - before <= 2
 
 
-@pytest.mark.parametrize("method", ["batch_and_match", "pathfinder"])
+@pytest.mark.parametrize("method", [pytest.param("batch_and_match", marks=pytest.mark.slow), "pathfinder"])
 def test_no_trial_point_ends_the_search(method):
     """Far from its start this density raises, for one point of a batch as for all of them."""
 

@@ -85,6 +85,7 @@ def test_target_and_guide_agree_draw_by_draw_and_together(model):
         assert values[site.name].shape == (6, *site.shape)
 
 
+@pytest.mark.slow
 def test_the_fit_is_the_posterior():
     """Against quadrature over a and b."""
     fit = fg.fit(below, fg.AutoFlow(below), Y, num_steps=1000, seed=0, progress=False)

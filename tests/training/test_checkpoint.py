@@ -281,7 +281,7 @@ def test_the_random_states_of_numpy_and_python_are_resumed(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("num_kills", [5, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_kills", [2, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_again_and_again(num_kills):
     """kill -9 at random moments, in the middle of a write or not, until the fit gets to its end."""
     script = str(Path(__file__).parent.parent / "kills.py")

@@ -200,6 +200,7 @@ def chain(y):
         pyro.sample(f"y_{t}", dist.Normal(torch.tensor([-1.0, 1.0])[z], 1.0), obs=y[t])
 
 
+@pytest.mark.slow
 def test_a_chain():
     fit = quick(chain, fg.AutoFlow(chain), Y[4:8])
     assert "discrete sites summed out: 4" in repr(fit)

@@ -230,6 +230,7 @@ def test_too_many_steps_that_are_not_finite_end_with_the_site(backend):
     assert len(steps) <= 6
 
 
+@pytest.mark.slow
 def test_an_exploding_learning_rate_is_taken_back():
     fit = quick(
         conjugate,

@@ -309,6 +309,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow
 def test_in_a_fresh_process(tmp_path):
     makes = [GUIDES["flow"], GUIDES["normal"], GUIDES["function"]]
     models = [mean_model, with_param, mean_model]

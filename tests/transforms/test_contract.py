@@ -274,6 +274,7 @@ def test_a_broken_law_is_found_and_named(make, options, message):
         check_transform(make(2), **options)
 
 
+@pytest.mark.slow
 def test_a_law_that_is_kept_passes_and_nothing_is_touched():
     transform = T.Compose([Scale(2), T.AffineCoupling(2, context_dim=1), T.Sigmoid(2)])
     before = {name: value.clone() for name, value in transform.state_dict().items()}

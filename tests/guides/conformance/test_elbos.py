@@ -109,7 +109,7 @@ def jit_elbo_is_the_eager_one(Guide, vectorize):
         torch.testing.assert_close(jit_gradient, eager_gradient, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("gradient", ["total", "path"])
+@pytest.mark.parametrize("gradient", ["total", pytest.param("path", marks=pytest.mark.slow)])
 def test_marginalises_discrete_sites(gradient):
     @config_enumerate
     def mixture(y):
