@@ -202,7 +202,7 @@ def report(results: dict) -> str:
             f"{tuple(settings['seeds'])}. Gains are over the diagonal normal of the same seed, with their standard error. "
             "−ELBO − NLL is the divergence from the guide to the true posterior, and a little less where importance sampling is "
             "not exact.",
-            describe(results["environment"]),
+            " ".join(describe(machine) for machine in results["environments"]),
             markdown_table(header, rows),
             _COMMENT,
         ]
@@ -222,7 +222,10 @@ def main() -> None:
     results = json.loads(path.read_text()) if path.exists() else {}
     if results.get("settings") != settings:
         results = {"settings": settings, "runs": {}}
-    results["environment"] = environment("pyro-ppl", "scikit-learn")
+    # Of all rows; they need not have been run on one machine.
+    machine, known = environment("pyro-ppl", "scikit-learn"), results.setdefault("environments", [])
+    if not any(machine["processor"] == other["processor"] for other in known):
+        known.append(machine)
     for index, seed in enumerate(seeds):
         for name, flow in POSTERIORS.items():
             runs = results["runs"].setdefault(name, [])

@@ -50,6 +50,26 @@ def test_the_guide_has_the_moments_of_the_draws_and_fit_goes_on():
     assert own.elbo.value < fit.elbo.value < 0.05
 
 
+def ridge():
+    tau = pyro.sample("tau", dist.LogNormal(1.0, 0.3))
+    pyro.sample("mu", dist.Normal(5 * tau, 0.1))
+
+
+def test_a_sharp_bent_ridge_keeps_its_width():
+    """A normal law of these draws is ten times too wide across the ridge."""
+    torch.manual_seed(0)
+    tau = dist.LogNormal(1.0, 0.3).sample((800,))
+    draws = {"tau": tau, "mu": 5 * tau + 0.1 * torch.randn(800)}
+    guide = fg.fit_to_draws(fg.AutoCoupling(ridge), draws, num_steps=200, **QUICK)
+    own = fg.draw(ridge, guide, num_samples=4000, seed=1)
+    for name, value in draws.items():
+        torch.testing.assert_close(own.values[name].std(0), value.std(0), rtol=0.1, atol=0)
+    across = own.values["mu"] - 5 * own.values["tau"]
+    assert 0.1 < float(across.std()) < 0.2
+    # The evidence is 1.
+    assert -0.5 < own.elbo.value < 0.02
+
+
 @pytest.mark.parametrize("form", ["dict", "InferenceData", "vectors"])
 def test_draws_come_in_three_forms(form):
     draws = exact(6)
