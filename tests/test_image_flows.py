@@ -141,3 +141,39 @@ def test_plain_svi_trains_an_image_flow():
     svi = SVI(_cox_process, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO(num_particles=8, vectorize_particles=True))
     losses = [svi.step(COUNTS) for _ in range(40)]
     assert sum(losses[-10:]) < sum(losses[:10])
+
+
+def _many_fields(counts):
+    """One field for every row of counts."""
+    with pyro.plate("image", len(counts)):
+        field = pyro.sample("field", dist.Normal(counts.new_zeros(4, 4), 1.0).to_event(2))
+        pyro.sample("counts", dist.Poisson(field.exp()).to_event(2), obs=counts)
+
+
+def _encoder():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 8), torch.nn.Tanh())
+
+
+@pytest.mark.parametrize("name", ["glow", "realnvp"])
+def test_an_encoder_gives_every_datum_an_image_flow_of_its_own(name):
+    counts = torch.poisson(torch.full((6, 4, 4), 2.0), generator=torch.Generator().manual_seed(0))
+    flow = functools.partial(CASES[name], num_steps=1, hidden_channels=4)
+    guide = fg.AmortizedFlow(_many_fields, _encoder(), flow).setup(counts)
+    perturb(guide, 0.5)
+    posterior = guide.get_posterior(counts)
+    z, log_q = posterior.rsample_and_log_prob((3,))
+    assert z.shape == (3, 6, 16)
+    torch.testing.assert_close(posterior.log_prob(z), log_q, rtol=1e-4, atol=1e-4)
+    # Row by row it is the flow of that row's context.
+    alone = guide.get_posterior(counts[2:3]).log_prob(z[:, 2:3])
+    torch.testing.assert_close(alone, log_q[:, 2:3], rtol=1e-4, atol=1e-4)
+    assert (guide.get_posterior(counts[3:4]).log_prob(z[:, 2:3]) - alone).abs().min() > 1e-3
+    svi = SVI(_many_fields, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    losses = [svi.step(counts) for _ in range(40)]
+    assert sum(losses[-10:]) < sum(losses[:10])
+
+
+def test_an_amortised_image_flow_of_another_size_says_so():
+    guide = fg.AmortizedFlow(_many_fields, _encoder(), functools.partial(flows.glow_image, shape=(1, 8, 8)))
+    with pytest.raises(ValueError, match=r"the shape \(1, 8, 8\) has 64 numbers, but dim = 16"):
+        guide.setup(COUNTS.expand(6, 4, 4))
