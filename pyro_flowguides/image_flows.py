@@ -27,6 +27,7 @@ def glow_image(
     hidden_channels: int = 32,
     univariate: Univariate | None = None,
     context_dim: int = 0,
+    damped: bool = False,
 ) -> T.FlowTransform:
     """Glow: levels of steps of a scale for each channel, an invertible 1×1 convolution and a coupling of the channels.
 
@@ -43,13 +44,14 @@ def glow_image(
         univariate: The scalar function of the couplings, of :mod:`pyro_flowguides.transforms.univariate`; by default the
             affine one.
         context_dim: The size of the context; 0 for none.
+        damped: Whether the couplings start damped, see :class:`~pyro_flowguides.transforms.Coupling`.
 
     Raises:
         ValueError: if the shape does not have ``dim`` numbers, or cannot be halved ``num_levels`` times.
     """
     image = _check_shape("glow_image", dim, shape, check_positive_integer("glow_image", "num_levels", num_levels))
     check_positive_integer("glow_image", "num_steps", num_steps)
-    couple = _couplings(hidden_channels, univariate, context_dim)
+    couple = _couplings(hidden_channels, univariate, context_dim, damped)
 
     def step(squeezed: Sequence[int], index: int) -> list[T.FlowTransform]:
         scale = T.ImageActNorm(squeezed, context_dim=context_dim)
@@ -74,6 +76,7 @@ def realnvp_image(
     hidden_channels: int = 32,
     univariate: Univariate | None = None,
     context_dim: int = 0,
+    damped: bool = False,
 ) -> T.FlowTransform:
     """Multi-scale RealNVP: couplings on a checkerboard, and couplings of the channels of 2 × 2 blocks of pixels.
 
@@ -91,6 +94,7 @@ def realnvp_image(
         univariate: The scalar function of the couplings, of :mod:`pyro_flowguides.transforms.univariate`; by default the
             affine one.
         context_dim: The size of the context; 0 for none.
+        damped: Whether the couplings start damped, see :class:`~pyro_flowguides.transforms.Coupling`.
 
     Raises:
         ValueError: if the shape does not have ``dim`` numbers, or cannot be halved often enough.
@@ -98,7 +102,7 @@ def realnvp_image(
     check_positive_integer("realnvp_image", "num_levels", num_levels)
     image = _check_shape("realnvp_image", dim, shape, num_levels - 1)
     check_positive_integer("realnvp_image", "num_steps", num_steps)
-    couple = _couplings(hidden_channels, univariate, context_dim)
+    couple = _couplings(hidden_channels, univariate, context_dim, damped)
     levels = []
     for level in range(num_levels):
         parts: list[T.FlowTransform] = []
@@ -112,7 +116,7 @@ def realnvp_image(
 
 
 def _couplings(
-    hidden_channels: int, univariate: Univariate | None, context_dim: int
+    hidden_channels: int, univariate: Univariate | None, context_dim: int, damped: bool
 ) -> Callable[[Sequence[int], str, int], T.FlowTransform]:
     def couple(shape: Sequence[int], mask: str, index: int) -> T.FlowTransform:
         return T.ImageCoupling(
@@ -122,6 +126,7 @@ def _couplings(
             flip=index % 2 == 1,
             hidden_channels=hidden_channels,
             context_dim=context_dim,
+            damped=damped,
         )
 
     return couple

@@ -45,6 +45,23 @@ def test_the_start_is_the_identity_with_gradients(recipe, context_dim):
         assert parameter.grad.abs().max() > 0, name
 
 
+@pytest.mark.parametrize("recipe", [CASES["glow"], CASES["realnvp"]], ids=["glow", "realnvp"])
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_damped_recipes_start_as_the_identity_and_can_be_undamped(recipe, context_dim):
+    torch.manual_seed(0)
+    damped = recipe(16, num_steps=2, hidden_channels=4, context_dim=context_dim, damped=True)
+    torch.manual_seed(0)
+    plain = recipe(16, num_steps=2, hidden_channels=4, context_dim=context_dim)
+    couplings = [part for part in damped.modules() if isinstance(part, T.Coupling)]
+    assert couplings and all(part.damped for part in couplings)
+    z, context = 4 * torch.randn(20, 16), torch.randn(20, context_dim) if context_dim else None
+    torch.testing.assert_close(damped.forward_and_log_det(z, context)[0], z, rtol=1e-6, atol=2e-6)
+    stored = {name: value for name, value in damped.named_parameters() if ".conditioner." in name}
+    torch.testing.assert_close(stored, {name: 8 * plain.get_parameter(name) for name in stored}, rtol=0, atol=0)
+    T.undamp(damped)
+    torch.testing.assert_close(damped.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
 @every_case
 @pytest.mark.parametrize("context_dim", [0, 2])
 def test_density_inverse_and_score_are_those_of_the_jacobian(recipe, context_dim):
@@ -136,8 +153,46 @@ def test_a_field_on_a_grid_is_fitted():
 
 
 def test_plain_svi_trains_an_image_flow():
+    """Damped, as couplings of vectors are, until it is whitened."""
     pyro.set_rng_seed(0)
     guide = fg.AutoFlow(_cox_process, functools.partial(CASES["realnvp"], num_steps=1, hidden_channels=4))
+    assert "damped=True" in repr(guide.setup(COUNTS))
     svi = SVI(_cox_process, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO(num_particles=8, vectorize_particles=True))
     losses = [svi.step(COUNTS) for _ in range(40)]
     assert sum(losses[-10:]) < sum(losses[:10])
+
+
+def _many_fields(counts):
+    """One field for every row of counts."""
+    with pyro.plate("image", len(counts)):
+        field = pyro.sample("field", dist.Normal(counts.new_zeros(4, 4), 1.0).to_event(2))
+        pyro.sample("counts", dist.Poisson(field.exp()).to_event(2), obs=counts)
+
+
+def _encoder():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 8), torch.nn.Tanh())
+
+
+@pytest.mark.parametrize("name", ["glow", "realnvp"])
+def test_an_encoder_gives_every_datum_an_image_flow_of_its_own(name):
+    counts = torch.poisson(torch.full((6, 4, 4), 2.0), generator=torch.Generator().manual_seed(0))
+    flow = functools.partial(CASES[name], num_steps=1, hidden_channels=4)
+    guide = fg.AmortizedFlow(_many_fields, _encoder(), flow).setup(counts)
+    perturb(guide, 0.5)
+    posterior = guide.get_posterior(counts)
+    z, log_q = posterior.rsample_and_log_prob((3,))
+    assert z.shape == (3, 6, 16)
+    torch.testing.assert_close(posterior.log_prob(z), log_q, rtol=1e-4, atol=1e-4)
+    # Row by row it is the flow of that row's context.
+    alone = guide.get_posterior(counts[2:3]).log_prob(z[:, 2:3])
+    torch.testing.assert_close(alone, log_q[:, 2:3], rtol=1e-4, atol=1e-4)
+    assert (guide.get_posterior(counts[3:4]).log_prob(z[:, 2:3]) - alone).abs().min() > 1e-3
+    svi = SVI(_many_fields, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    losses = [svi.step(counts) for _ in range(40)]
+    assert sum(losses[-10:]) < sum(losses[:10])
+
+
+def test_an_amortised_image_flow_of_another_size_says_so():
+    guide = fg.AmortizedFlow(_many_fields, _encoder(), functools.partial(flows.glow_image, shape=(1, 8, 8)))
+    with pytest.raises(ValueError, match=r"the shape \(1, 8, 8\) has 64 numbers, but dim = 16"):
+        guide.setup(COUNTS.expand(6, 4, 4))

@@ -431,7 +431,7 @@ def _damped(recipe: Callable[..., T.FlowTransform]) -> Callable[..., T.FlowTrans
     while isinstance(function, functools.partial):
         options = {**function.keywords, **options}
         function = function.func
-    ours = any(function is known for known in flows.RECIPES.values())
+    ours = any(function is known for known in [*flows.RECIPES.values(), *flows.IMAGE_RECIPES.values()])
     if not ours or "damped" in options or "damped" not in inspect.signature(function).parameters:
         return recipe
     return functools.partial(recipe, damped=True)

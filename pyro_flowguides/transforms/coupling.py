@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import FlowTransform
-from .networks import MLP, FreeParameters, ScalarState, scale_parameters
+from .networks import MLP, DampedNetwork, FreeParameters, ScalarState
 from .numerics import Recomputed, value_and_pull_back
 from .univariate import MixtureOfLogistics, RationalQuadraticSpline, Shift, ShiftScale, Univariate
 
@@ -38,7 +38,7 @@ class Coupling(ScalarState, FlowTransform):
 
     - its network sees :math:`z_A / \sqrt{1 + (z_A/r)^2}` with the reach :math:`r = 3` in place of :math:`z_A`. Its outputs
       no longer grow with a point far out, so a stack of couplings cannot amplify an outlying point layer by layer;
-    - its network moves 8 times less in a step of the optimizer, see :class:`~pyro_flowguides.transforms.networks.MLP`.
+    - its network moves 8 times less in a step of the optimizer, see :class:`~pyro_flowguides.transforms.networks.DampedNetwork`.
 
     A guide that starts at a Gaussian fitted to the posterior needs no damping, and the tails of a posterior want networks
     without limits: :func:`undamp` switches damping off. Both numbers are buffers, so that ``state_dict()`` alone determines
@@ -273,9 +273,9 @@ def undamp(flow: nn.Module) -> None:
     for module in flow.modules():
         if isinstance(module, Coupling) and module.damped:
             module.set_scalar("reach", math.inf)
-            if isinstance(network := module.conditioner, MLP):
-                scale_parameters(network, 1 / float(network.slowdown))
-                network.set_scalar("slowdown", 1.0)
+            for network in module.conditioner.modules():
+                if isinstance(network, DampedNetwork):
+                    network.undamp()
 
 
 def _kept_coordinates(dim: int, mask: str | Tensor, flip: bool) -> Tensor:

@@ -148,6 +148,7 @@ class ImageCoupling(Coupling):
         hidden_channels: The channels of the two hidden layers.
         activation: Makes the activation module of the network.
         context_dim: The size of the context, added to the first hidden layer by a linear map; 0 for none.
+        damped: Whether the coupling starts damped, see :class:`Coupling`.
 
     Raises:
         ValueError: if the mask is unknown, or leaves nothing to keep or to change.
@@ -169,6 +170,7 @@ class ImageCoupling(Coupling):
         hidden_channels: int = 32,
         activation: Callable[[], nn.Module] = nn.SiLU,
         context_dim: int = 0,
+        damped: bool = False,
     ) -> None:
         shape = check_image_shape("ImageCoupling", shape)
         if mask not in ("channel", "checkerboard"):
@@ -181,8 +183,10 @@ class ImageCoupling(Coupling):
             if kept.all() or not kept.any():
                 raise ValueError(f"ImageCoupling: a {mask} mask cannot part an image of shape {shape} in two")
             kept = kept ^ flip
-            network = _ImageNetwork(shape, kept, univariate.num_parameters, hidden_channels, activation, context_dim)
-        super().__init__(dim, univariate, mask=kept, context_dim=context_dim, conditioner=network)
+            network = _ImageNetwork(
+                shape, kept, univariate.num_parameters, hidden_channels, activation, context_dim, damped
+            )
+        super().__init__(dim, univariate, mask=kept, context_dim=context_dim, damped=damped, conditioner=network)
         self.shape = shape
 
     def extra_repr(self) -> str:
@@ -224,6 +228,7 @@ class _ImageNetwork(nn.Module):
         hidden_channels: int,
         activation: Callable[[], nn.Module],
         context_dim: int,
+        damped: bool,
     ) -> None:
         super().__init__()
         self.shape = shape
@@ -237,7 +242,7 @@ class _ImageNetwork(nn.Module):
         self.register_buffer("changed", (~kept).nonzero().squeeze(-1))
         self.register_buffer("place", torch.cat([kept.nonzero().squeeze(-1), self.changed]).argsort())
         self.network = ConvNet(
-            kept_channels, num_parameters * changed_channels, hidden_channels, activation, context_dim
+            kept_channels, num_parameters * changed_channels, hidden_channels, activation, context_dim, damped
         )
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -46,7 +46,41 @@ class ScalarState(nn.Module):
                 self.set_scalar(name, float(loaded))
 
 
-class MLP(ScalarState):
+class DampedNetwork(ScalarState):
+    """A network that an optimizer may move slowly.
+
+    The forward pass divides every parameter by the buffer ``slowdown``: 1, or 8 in a damped network, whose parameters are
+    stored 8 times as large. The function is the same, but a step of Adam in a stored parameter changes the parameter in use
+    8 times less (the equalised learning rate of Karras et al. 2018, *Progressive growing of GANs*, arXiv:1710.10196).
+    """
+
+    slowdown: Tensor
+    _slowdown: float
+
+    def _start(self, damped: bool) -> None:
+        """Sets the slowdown, once all layers are there."""
+        self.set_scalar("slowdown", SLOWDOWN if damped else 1.0)
+        if damped:
+            scale_parameters(self, SLOWDOWN)
+
+    def undamp(self) -> None:
+        """Sets the slowdown to 1; the function stays the same."""
+        scale_parameters(self, 1 / self._slowdown)
+        self.set_scalar("slowdown", 1.0)
+
+    def _apply_layer(self, layer: nn.Linear | nn.Conv2d, inputs: Tensor, scale: float = 1.0) -> Tensor:
+        scale = scale / self._slowdown
+        if scale == 1:
+            outputs: Tensor = layer(inputs)
+            return outputs
+        # On the weights, which are fewer numbers than the outputs of many draws.
+        weight, bias = scale * layer.weight, None if layer.bias is None else scale * layer.bias
+        if isinstance(layer, nn.Linear):
+            return linear(inputs, weight, bias)
+        return conv2d(inputs, weight, bias, padding=layer.padding)
+
+
+class MLP(DampedNetwork):
     r"""A fully connected network with smooth activations whose output starts at 0.
 
     SiLU is the default activation: with it flows fit clearly better than with ReLU or tanh.
@@ -55,10 +89,6 @@ class MLP(ScalarState):
     learning rate, whatever the width; without the division it would move the output by up to H times as much. That is the
     main source of noise when a flow is trained with few draws at a high learning rate. Jacot et al. (2018), *Neural tangent
     kernel: convergence and generalization in neural networks*, arXiv:1806.07572.
-
-    The forward pass divides every parameter by the buffer ``slowdown``: 1, or 8 in a damped network, whose parameters are
-    stored 8 times as large. The function is the same, but a step of Adam in a stored parameter changes the parameter in use
-    8 times less (the equalised learning rate of Karras et al. 2018, *Progressive growing of GANs*, arXiv:1710.10196).
 
     Arguments:
         in_features: The size of the input, at least 1.
@@ -71,9 +101,6 @@ class MLP(ScalarState):
     Raises:
         ValueError: if a size is smaller than 1.
     """
-
-    slowdown: Tensor
-    _slowdown: float
 
     def __init__(
         self,
@@ -99,23 +126,16 @@ class MLP(ScalarState):
             last.bias.zero_()
         self.layers: Any = nn.ModuleList([*layers, last])
         self.output_scale = hidden_dims[-1] ** -0.5 if hidden_dims else 1.0
-        self.set_scalar("slowdown", SLOWDOWN if damped else 1.0)
-        if damped:
-            scale_parameters(self, SLOWDOWN)
+        self._start(damped)
 
     def forward(self, inputs: Tensor) -> Tensor:
         *hidden_layers, last = self.layers
         for layer in hidden_layers:
-            inputs = self._linear(layer, inputs) if isinstance(layer, nn.Linear) else layer(inputs)
-        return self._linear(last, inputs, self.output_scale)
-
-    def _linear(self, layer: nn.Linear, inputs: Tensor, scale: float = 1.0) -> Tensor:
-        scale = scale / self._slowdown
-        # On the weights, which are fewer numbers than the outputs of many draws.
-        return layer(inputs) if scale == 1 else linear(inputs, scale * layer.weight, scale * layer.bias)
+            inputs = self._apply_layer(layer, inputs) if isinstance(layer, nn.Linear) else layer(inputs)
+        return self._apply_layer(last, inputs, self.output_scale)
 
 
-class ConvNet(nn.Module):
+class ConvNet(DampedNetwork):
     r"""A convolutional network of images whose output starts at 0: a 3 × 3, a 1 × 1 and a 3 × 3 convolution.
 
     Images keep their height and width; beyond their edges they are 0. The output is divided by :math:`3\sqrt{h}` for h hidden
@@ -127,6 +147,7 @@ class ConvNet(nn.Module):
         hidden_channels: The channels of the two hidden layers.
         activation: Makes an activation module; one is made per hidden layer.
         context_dim: The size of a context, which is added to the first hidden layer by a linear map; 0 for none.
+        damped: Whether steps of an optimizer move the network 8 times less.
 
     Raises:
         ValueError: if a number of channels is smaller than 1.
@@ -139,6 +160,7 @@ class ConvNet(nn.Module):
         hidden_channels: int = 32,
         activation: Callable[[], nn.Module] = nn.SiLU,
         context_dim: int = 0,
+        damped: bool = False,
     ) -> None:
         super().__init__()
         if min(in_channels, out_channels, hidden_channels) < 1:
@@ -156,18 +178,17 @@ class ConvNet(nn.Module):
             self.last.bias.zero_()
         self.activations = nn.ModuleList([activation(), activation()])
         self.output_scale = (9 * hidden_channels) ** -0.5
+        self._start(damped)
 
     def forward(self, images: Tensor, context: Tensor | None = None) -> Tensor:
         """Images of shape ``batch_shape + (channels, height, width)``, the context of shape ``batch_shape + (context_dim,)``."""
-        hidden = self.first(images.reshape(-1, *images.shape[-3:]))
+        hidden = self._apply_layer(self.first, images.reshape(-1, *images.shape[-3:]))
         if self.of_context is not None:
             assert context is not None
-            hidden = hidden + self.of_context(context).reshape(-1, hidden.shape[1], 1, 1)
-        hidden = self.activations[1](self.middle(self.activations[0](hidden)))
-        # On the weights, which are fewer numbers than the outputs of many draws.
-        scale, last = self.output_scale, self.last
-        assert last.bias is not None
-        outputs = conv2d(hidden, scale * last.weight, scale * last.bias, padding=1)
+            shift = self._apply_layer(self.of_context, context)
+            hidden = hidden + shift.reshape(-1, hidden.shape[1], 1, 1)
+        hidden = self.activations[1](self._apply_layer(self.middle, self.activations[0](hidden)))
+        outputs = self._apply_layer(self.last, hidden, self.output_scale)
         return outputs.reshape(*images.shape[:-3], *outputs.shape[1:])
 
 

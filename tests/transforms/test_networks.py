@@ -1,13 +1,14 @@
 """The networks: how far a step moves them, damping, the Lipschitz bound."""
 
 import copy
+import functools
 
 import pyro
 import pytest
 import torch
 from transform_cases import perturb
 
-from pyro_flowguides.transforms.networks import MLP, LipschitzMLP
+from pyro_flowguides.transforms.networks import MLP, ConvNet, LipschitzMLP
 
 
 def test_a_step_moves_a_wide_network_about_as_far_as_a_narrow_one():
@@ -42,18 +43,26 @@ def test_the_lipschitz_bound_is_reached():
     assert 0.89 < slopes.max().item() <= 0.9
 
 
-def test_a_damped_network_is_the_same_function_and_moves_eight_times_less():
-    plain, damped = perturb(MLP(3, 2, (5, 5))).double(), MLP(3, 2, (5, 5), damped=True).double()
+@pytest.mark.parametrize(
+    ("make", "sizes"),
+    [
+        (functools.partial(MLP, 3, 2, (5, 5)), [(64, 3)]),
+        (functools.partial(ConvNet, 1, 2, 3, context_dim=2), [(64, 1, 4, 4), (64, 2)]),
+    ],
+    ids=["MLP", "ConvNet"],
+)
+def test_a_damped_network_is_the_same_function_and_moves_eight_times_less(make, sizes):
+    plain, damped = perturb(make()).double(), make(damped=True).double()
     with torch.no_grad():
         for stored, used in zip(damped.parameters(), plain.parameters(), strict=True):
             stored.copy_(8 * used)
-    inputs = torch.randn(64, 3, dtype=torch.float64)
-    torch.testing.assert_close(damped(inputs), plain(inputs), rtol=0, atol=0)
+    inputs = [torch.randn(size, dtype=torch.float64) for size in sizes]
+    torch.testing.assert_close(damped(*inputs), plain(*inputs), rtol=0, atol=0)
     steps = []
     for network in (plain, damped):
         before = [parameter.detach() / network.slowdown for parameter in network.parameters()]
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-        network(inputs).sum().backward()
+        network(*inputs).sum().backward()
         optimizer.step()
         steps.append([p.detach() / network.slowdown - b for p, b in zip(network.parameters(), before, strict=True)])
     for of_plain, of_damped in zip(*steps, strict=True):
