@@ -185,6 +185,58 @@ def test_shows_a_progress_bar(capsys):
     assert "AutoCoupling" in capsys.readouterr().err
 
 
+class Bar:
+    """A progress bar that remembers."""
+
+    def __init__(self, **options):
+        self.options, self.counts, self.shown = options, [], []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def update(self, count):
+        self.counts.append(count)
+
+    def set_postfix(self, shown, refresh):
+        self.shown.append(shown)
+
+
+@pytest.mark.parametrize("every", [None, 30])
+def test_the_progress_bar_counts_all_steps_and_shows_the_mean_elbo_of_the_last_ones(every, tmp_path, monkeypatch):
+    bars = []
+    monkeypatch.setattr(steps, "tqdm", lambda **options: bars.append(Bar(**options)) or bars[-1])
+    broken = torch.tensor(False)
+    model = faulty(broken)
+
+    def break_one(step, loss):
+        broken.fill_(step == 54)
+
+    checkpoint = every and fg.Checkpoint(tmp_path / "fit.pt", every=every)
+    options = {"num_steps": 120, "checkpoint": checkpoint, "progress": True}
+    fit = quick(model, AutoNormal(model), torch.tensor(Y), callbacks=[break_one], **options)
+    (bar,) = bars
+    assert (bar.options["total"], bar.options["disable"], bar.options["desc"]) == (120, False, "AutoNormal")
+    counts = [50, 50, 20] if every is None else [30] * 4
+    assert [count for count in bar.counts if count] == counts
+    ends = np.cumsum(counts)
+    assert [shown["elbo"] for shown in bar.shown] == [
+        f"{-np.nanmean(fit.losses[end - count : end]):.3f}" for count, end in zip(counts, ends, strict=True)
+    ]
+    assert [shown["skipped"] for shown in bar.shown] == [int(end > 55) for end in ends]
+    if every:
+        quick(
+            model,
+            AutoNormal(model),
+            torch.tensor(Y),
+            **{**options, "checkpoint": fg.Checkpoint(tmp_path / "fit.pt", resume=True)},
+        )
+        # What was done before counts at once.
+        assert bars[1].counts == [120]
+
+
 # --- the guard --------------------------------------------------------------------------------------------------------
 
 
