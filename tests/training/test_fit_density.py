@@ -321,6 +321,17 @@ def test_few_rows_of_many_columns_are_standardised_with_a_warning():
         eager(small, normal_rows(30, 20))
 
 
+def test_contexts_of_another_shape_are_refused():
+    fit = eager(small, X, context=torch.stack([X[:, 0], X[:, 1]], -1), num_steps=1)
+    assert fit.sample(3, context=[0.5, 1.0]).shape == (3, 2)
+    assert fit.sample(3, context=torch.zeros(4, 5, 2)).shape == (3, 4, 5, 2)
+    for context in (0.5, torch.zeros(3)):
+        with pytest.raises(ValueError, match=r"DensityFit: a context must end in shape \(2,\), got \((3,)?\)"):
+            fit.sample(3, context=context)
+    with pytest.raises(ValueError, match="DensityFit: give context="):
+        fit.sample(3)
+
+
 def test_rows_of_another_shape_are_refused():
     fit = eager(small, X)
     with pytest.raises(ValueError, match=r"x must have shape \(rows, \*\(2,\)\)"):

@@ -67,6 +67,18 @@ def test_draws_come_in_three_forms(form):
     torch.testing.assert_close(unconstrained(guide.latents, given), expected)
 
 
+def test_draws_of_numpy_and_whole_numbers_are_taken():
+    """In torch's default dtype where they have none of their own."""
+    draws = exact(6)
+    guide = fg.AutoFlow(mixed, small).setup()
+    whole = draws | {"tau": torch.arange(1, 7), "mu": torch.arange(12).reshape(6, 2).numpy()}
+    x = unconstrained(guide.latents, whole)
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x[:, 0], torch.arange(1.0, 7.0).log())
+    torch.testing.assert_close(x[:, -2:], torch.arange(12.0).reshape(6, 2))
+    assert torch.equal(unconstrained(guide.latents, x.numpy()), x)
+
+
 def _posterior(values):
     """As either generation of ArviZ takes it."""
     return {"posterior": values} if int(az.__version__.split(".")[0]) == 0 else {"data": {"posterior": values}}
@@ -101,6 +113,10 @@ WRONG = {
         ValueError,
         "site 'tau' is not finite, or outside of the support",
     ),
+    "few": (lambda draws: {name: value[:1] for name, value in draws.items()}, ValueError, "at least two draws.* got 1"),
+    "infinite vectors": (lambda draws: torch.full((50, 5), torch.inf), ValueError, "all of them finite; got 50"),
+    "one vector": (lambda draws: torch.zeros(5), ValueError, r"must have shape \(n, 5\), got \(5,\)"),
+    "three dimensions": (lambda draws: torch.zeros(2, 5, 5), ValueError, r"must have shape \(n, 5\)"),
     "vectors": (lambda draws: draws["mu"], ValueError, r"must have shape \(n, 5\)"),
     "kind": (lambda draws: 3, TypeError, "draws must be a dict"),
     "constant": (lambda draws: draws | {"tau": torch.ones(50)}, ValueError, "latent coordinate 0 is constant"),

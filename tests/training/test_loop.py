@@ -183,6 +183,13 @@ def test_shows_a_progress_bar(capsys):
     assert capsys.readouterr().err == ""
     quick(conjugate, fg.AutoCoupling(conjugate), torch.tensor(Y), progress=True)
     assert "AutoCoupling" in capsys.readouterr().err
+    # By default there is one.
+    fg.fit(conjugate, AutoNormal(conjugate), torch.tensor(Y), num_steps=1, backend="eager")
+    assert "AutoNormal" in capsys.readouterr().err
+    fg.fit_density("nice", torch.randn(20, 2), num_steps=1)
+    assert "fit_density" in capsys.readouterr().err
+    fg.fit_to_draws(fg.AutoFlow(conjugate), torch.randn(20, 1), torch.tensor(Y), num_steps=1)
+    assert "fit_to_draws" in capsys.readouterr().err
 
 
 class Bar:

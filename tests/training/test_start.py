@@ -208,6 +208,15 @@ def test_small_steps_take_one_thread(worth, inside, monkeypatch):
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.parametrize(("num_elements", "inside"), [(10**6, 1), (2 * 10**6, 2)])
+def test_a_million_elements_are_worth_a_second_thread(num_elements, inside):
+    torch.set_num_threads(2)
+    with pytest.raises(KeyError), start.threads_for(num_elements):
+        assert torch.get_num_threads() == inside
+        raise KeyError
+    assert torch.get_num_threads() == 2
+
+
 def test_the_largest_tensor_counts():
     def model():
         x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
