@@ -151,6 +151,38 @@ def test_an_interrupt_ends_all_rounds(short_rounds):
         assert len(fit(skewed, scale_only(skewed), callbacks=[interrupt]).losses) == 5
 
 
+@pytest.mark.parametrize(("at", "num_steps"), [(1, 10), (2, 30)])
+def test_an_interrupt_of_the_draws_between_rounds_ends_the_training(at, num_steps, short_rounds, monkeypatch):
+    """They are made again; another interrupt, or one of the last draws, ends the fit."""
+    judgements = interrupted_draws(monkeypatch, {at})
+    result = fit(skewed, scale_only(skewed), num_particles=4)
+    assert result.interrupted
+    assert len(result.losses) == num_steps
+    assert len(judgements) == at + 1
+    assert len(result.draws) == 10_000
+
+
+@pytest.mark.parametrize(("at", "rounds"), [({1, 2}, None), ({1}, 5)])
+def test_an_interrupt_of_the_last_draws_ends_the_fit(at, rounds, short_rounds, monkeypatch):
+    interrupted_draws(monkeypatch, at)
+    with pytest.raises(KeyboardInterrupt):
+        fit(skewed, scale_only(skewed), num_particles=4, num_steps=rounds)
+
+
+def interrupted_draws(monkeypatch, at):
+    real, judgements = loop.draw_traced, []
+
+    def draw(tracer, number, **options):
+        if number > 2:
+            judgements.append(number)
+            if len(judgements) in at:
+                raise KeyboardInterrupt
+        return real(tracer, number, **options)
+
+    monkeypatch.setattr(loop, "draw_traced", draw)
+    return judgements
+
+
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
 def test_an_interrupt_before_the_first_step(ema_decay, monkeypatch):
     def interrupt(*args):
