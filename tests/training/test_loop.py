@@ -1,6 +1,8 @@
 """One fit: its rounds, its steps, how it ends, and the guard against steps that do harm."""
 
 import functools
+import re
+import types
 
 import numpy as np
 import pyro
@@ -118,6 +120,43 @@ def test_a_round_that_does_harm_is_taken_back():
         draws.log_weights.median() for draws in (result.draws, fg.draw(skewed, guide, num_samples=10_000, seed=1))
     )
     assert abs(float(ours - theirs)) < 0.1
+
+
+HALF = lambda progress: 1.0 if progress < 0.5 else 0.1  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "num_over", "taken", "schedule", "is_same"),
+    [
+        ([10, 20], [10, 20], 1, 5, schedules.cosine, True),
+        ([20], [40], 0, 20, schedules.constant, True),
+        ([20], [40], 0, 20, None, True),
+        ([40], [20], 0, 20, None, True),
+        ([40], [20], 0, 21, None, False),
+        ([20], [40], 0, 20, schedules.cosine, False),
+        ([20], [40], 0, 10, HALF, True),
+        ([20], [40], 0, 11, HALF, False),
+        ([10, 20], [10, 40], 1, 5, None, True),
+        ([10, 20], [10, 40], 0, 5, None, False),
+        ([10, 20], [11, 40], 1, 5, None, False),
+        ([10, 20, 40], [10, 20, 80], 2, 5, None, True),
+        ([10, 20, 40], [10, 20, 80], 1, 5, None, False),
+        ([10, 20, 40], [10, 21, 80], 2, 5, None, False),
+        ([10, 20, 40], [10, 20], 1, 5, None, False),
+    ],
+)
+def test_other_numbers_of_steps_are_the_same_fit_where_the_steps_so_far_are(
+    then, now, num_over, taken, schedule, is_same
+):
+    rounds = [schedules.Round(number, 4) for number in now]
+    fit = types.SimpleNamespace(rounds=rounds, options=types.SimpleNamespace(schedule=schedule))
+    saved = {"num_steps": then, "scores": [[0.0]] * num_over, "training": {"losses": [0.0] * taken}}
+    if is_same:
+        loop.Loop._check_num_steps(fit, saved)
+    else:
+        before, after = (" + ".join(map(str, each)) for each in (then, now))
+        with pytest.raises(ValueError, match=re.escape(f"of a fit with num_steps = {before}, here it is {after}:")):
+            loop.Loop._check_num_steps(fit, saved)
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------
