@@ -134,6 +134,39 @@ NEARLY = {
         17,
     ),
     "gradients of rows": (gradient(lambda x: x[:1].exp().sum() + x[1:].sin().sum()), 9),
+    "expanded, then exp": (lambda x: (x[:, :1].expand(2, 3) * 1.0).exp(), 3),
+    "expanded, then multiplied": (lambda x: (x[:, :1].expand(2, 3) * 1.0) @ DATA.t()[:, :2], 3),
+    "expanded, then summed": (lambda x: (x[:, :1].expand(2, 3) * 1.0).sum() * 2, 4),
+    "expanded, then summed over rows": (lambda x: (x[:, :1].expand(2, 3) * 1.0).sum(0) * 2, 4),
+    "expanded, then joined": (lambda x: torch.cat([(x[:, :1].expand(2, 3) * 1.0), x]), 3),
+    "expanded, then stacked": (lambda x: torch.stack([(x[:, :1].expand(2, 3) * 1.0), x]), 3),
+    "expanded, then selected": (lambda x: (x[:, :1].expand(2, 3) * 1.0).index_select(0, torch.tensor([1, 0])), 3),
+    "expanded, then cumulated": (lambda x: (x[:, :1].expand(2, 3) * 1.0).cumsum(1), 4),
+    "expanded, then both": (lambda x: (lambda e: e.exp() + e.cumsum(1))(x[:, :1].expand(2, 3) * 1.0), 6),
+    "transposed, then multiplied": (lambda x: (x.t().contiguous() + 0.0) @ x, 3),
+    "transposed, then summed": (lambda x: (x.t() + torch.zeros(3, 2)).sum(0), 2),
+    "cast twice": (lambda x: x.to(torch.float64).to(torch.float64) * 2, 2),
+    "cast to the same": (lambda x: aten._to_copy(x, dtype=torch.float32) * 2, 1),
+    "cast to another layout": (lambda x: aten._to_copy(x.t(), memory_format=torch.contiguous_format) * 2, 3),
+    "cast there and back": (lambda x: x.double().float() * 2, 3),
+    "nothing to squeeze": (lambda x: x.squeeze(0) * 2, 1),
+    "something to squeeze": (lambda x: x[:1].squeeze(0) * 2, 3),
+    "all rows": (lambda x: x[0:2] * 2, 1),
+    "all columns": (lambda x: aten.slice(x, 1, 0, 3) * 2, 1),
+    "detached": (lambda x: x.detach() * 2, 1),
+    "an element of a large constant": (lambda x: x.sum() + torch.zeros(1025, 1024)[0, 0] * 2, 1),
+    "everything that fills": (
+        lambda x: (
+            x * torch.ones_like(x)
+            + x.new_zeros(2, 3)
+            + torch.full_like(x, 2.0) * x.new_full((2, 3), 3.0)
+            + x.new_ones(2, 3)
+        ),
+        2,
+    ),
+    "a condition that fills": (lambda x: torch.where(torch.full_like(x, True, dtype=torch.bool), x, x * 2), 2),
+    "neutral numbers": (lambda x: aten.mul(x, 1) * aten.add(x, 0) * aten.sub(x, 0) * aten.div(x, 1), 3),
+    "the same view twice": (lambda x: x.exp().reshape(6) * x.exp().reshape(6).sin(), 4),
 }
 
 
