@@ -1,5 +1,6 @@
 """A guide that starts from draws of MCMC."""
 
+import contextlib
 import functools
 
 import arviz as az
@@ -82,6 +83,27 @@ def test_draws_of_numpy_and_whole_numbers_are_taken():
 def _posterior(values):
     """As either generation of ArviZ takes it."""
     return {"posterior": values} if int(az.__version__.split(".")[0]) == 0 else {"data": {"posterior": values}}
+
+
+@pytest.mark.parametrize("num_draws", [9, 10])
+def test_the_fixed_map_has_the_moments_of_the_draws(num_draws):
+    """Correlations where there are twice as many draws as coordinates."""
+    guide = fg.AutoFlow(mixed, small)
+    draws = exact(num_draws)
+    few = pytest.warns(UserWarning, match="fit_to_draws: 9 points are too few for the correlations of 5")
+    with few if num_draws == 9 else contextlib.nullcontext():
+        fg.fit_to_draws(guide, draws, validation=None, num_steps=1, optim=still, **QUICK)
+    x = unconstrained(guide.latents, draws)
+    torch.testing.assert_close(guide.fixed_map.loc, x.mean(0))
+    scale = guide.fixed_map.scale
+    if num_draws == 9:
+        torch.testing.assert_close(scale, x.std(0).diag())
+    else:
+        torch.testing.assert_close(scale @ scale.mT, torch.cov(x.mT))
+
+
+def still(parameters):
+    return torch.optim.SGD(parameters, lr=0.0)
 
 
 def two_modes():
