@@ -1,6 +1,7 @@
 """Densities of data by maximum likelihood: what they are, in the data's own units, and what goes wrong."""
 
 import math
+import pathlib
 
 import numpy as np
 import pandas as pd
@@ -247,6 +248,15 @@ def test_a_resumed_fit_is_the_same_bit_for_bit(tmp_path, num_levels, seed):
             checkpoint=fg.Checkpoint(path, resume=True),
             **options,
         )
+
+
+@pytest.mark.parametrize("kind", [str, pathlib.Path, fg.Checkpoint])
+def test_a_checkpoint_may_be_a_path(kind, tmp_path):
+    path = tmp_path / "fit"
+    eager(small, X, checkpoint=kind(path), num_steps=1)
+    assert [file.name for file in tmp_path.iterdir()] == ["fit"]
+    with pytest.raises(FileExistsError, match="fit' exists"):
+        eager(small, X, checkpoint=kind(path), num_steps=1)
 
 
 def test_a_rate_that_explodes_is_guarded():
