@@ -11,6 +11,7 @@ import torch
 
 import pyro_flowguides as fg
 from pyro_flowguides import flows
+from pyro_flowguides.training import from_draws
 from pyro_flowguides.training.from_draws import unconstrained
 
 small = functools.partial(flows.coupling, num_layers=2, hidden_dims=(8,))
@@ -100,6 +101,14 @@ def test_the_fixed_map_has_the_moments_of_the_draws(num_draws):
         torch.testing.assert_close(scale, x.std(0).diag())
     else:
         torch.testing.assert_close(scale @ scale.mT, torch.cov(x.mT))
+
+
+@pytest.mark.parametrize(("options", "expected"), [({"num_steps": 7}, 7), ({}, 1000)])
+def test_steps_are_counted_one_by_one(options, expected, monkeypatch):
+    monkeypatch.setattr(from_draws.MaximumLikelihood, "run", lambda training: trained.append(training.num_steps))
+    trained = []
+    fg.fit_to_draws(fg.AutoFlow(mixed, small), exact(600), **options, **QUICK)
+    assert trained == [expected]
 
 
 def still(parameters):

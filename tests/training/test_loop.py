@@ -122,6 +122,37 @@ def test_a_round_that_does_harm_is_taken_back():
     assert abs(float(ours - theirs)) < 0.1
 
 
+ONE_BY_ONE = {"vectorizes": False}
+PYRO = pyro.optim.Adam({"lr": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("options", "tracer", "expected"),
+    [
+        ({}, {}, [(1000, 256), (2000, 512), (4000, 1024)]),
+        ({"num_particles": 7}, {}, [(1000, 7), (2000, 7), (4000, 7)]),
+        ({"num_steps": 30}, {}, [(30, 256)]),
+        ({"num_steps": 30, "num_particles": 7}, {}, [(30, 7)]),
+        ({"loss": "own"}, {}, [(3000, 256)]),
+        ({"batches": []}, {}, [(3000, 256)]),
+        ({"optim": PYRO}, {}, [(3000, 256)]),
+        ({"optim": torch.optim.Adam}, {}, [(1000, 256), (2000, 512), (4000, 1024)]),
+        ({}, ONE_BY_ONE, [(3000, 8)]),
+        ({"num_particles": 7}, ONE_BY_ONE, [(3000, 7)]),
+        ({}, {"has_weights": False}, [(3000, 256)]),
+    ],
+)
+def test_the_rounds_that_fit_is_documented_to_have(options, tracer, expected):
+    given = {"num_steps": None, "num_particles": None, "loss": None, "batches": None, "optim": None, **options}
+    has_weights = tracer.get("has_weights", True)
+    fit = types.SimpleNamespace(
+        options=types.SimpleNamespace(**given),
+        tracer=types.SimpleNamespace(vectorizes=tracer.get("vectorizes", True)),
+        _has_weights=lambda: has_weights,
+    )
+    assert list(loop.Loop._choose_rounds(fit)) == expected
+
+
 HALF = lambda progress: 1.0 if progress < 0.5 else 0.1  # noqa: E731
 
 
