@@ -7,8 +7,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from fits import quick
+from pyro import poutine
 from pyro.infer import TraceGraph_ELBO
-from pyro.infer.autoguide import init_to_value
+from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_value
 from torch.distributions import constraints
 
 import pyro_flowguides as fg
@@ -45,6 +46,30 @@ def test_the_start_is_the_best_draw_of_the_prior():
     assert first_draws._begin_at_a_draw_of_the_prior(tracer, calls)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert float(guide.fixed_map.loc) == pytest.approx(5.0, abs=1.5)
+
+
+@pytest.mark.parametrize("what", ["trained", "two guides", "another guide", "subsampled"])
+def test_only_one_new_flow_guide_of_the_whole_model_is_moved(what):
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("plate", 4, subsample_size=2 if what == "subsampled" else None):
+            pyro.sample("b", dist.Normal(a, 1.0))
+
+    if what in ("two guides", "another guide"):
+        guide = AutoGuideList(model)
+        kinds = (fg.AutoFlow, fg.AutoFlow) if what == "two guides" else (AutoNormal, AutoNormal)
+        for name, kind in zip("ab", kinds, strict=True):
+            guide.append(kind(poutine.block(model, expose=[name])))
+    else:
+        guide = fg.AutoFlow(model)
+        guide.setup()
+    if what == "trained":
+        with torch.no_grad():
+            next(guide.parameters()).add_(0.1)
+    tracer, calls = start.set_up(ModelCall(model), guide)
+    before = [call.guide.fixed_map.loc.clone() for call in calls]
+    assert not first_draws._begin_at_a_draw_of_the_prior(tracer, calls)
+    assert all(torch.equal(call.guide.fixed_map.loc, loc) for call, loc in zip(calls, before, strict=True))
 
 
 def test_a_start_that_nobody_finds_says_what_init_loc_fn_is_for():

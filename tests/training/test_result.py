@@ -3,6 +3,7 @@
 import time
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -77,6 +78,18 @@ def test_the_options_of_an_export_reach_it():
             assert (tree[group][name].values == again[group][name].values).all()
     assert not hasattr(bare, "posterior_predictive")
     np.testing.assert_array_equal(tree["variational_fit"]["elbo"], -fit.losses)
+
+
+@pytest.mark.parametrize("kind", ["stats", "diagnostics", "all"])
+def test_the_options_of_a_summary_reach_the_draws(kind):
+    fit = quick(vector, AutoNormal(vector), num_steps=1)
+    options = {"quantiles": [0.25], "weighted": True, "coords": {"side": ["left", "right"]}, "dims": {"x": ["side"]}}
+    pd.testing.assert_frame_equal(fit.summary(kind=kind, **options), fit.draws.summary(kind=kind, **options))
+    assert "x[left]" in fit.summary(kind=kind, **options).index
+
+
+def vector():
+    pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
 
 # --- predictions on new arguments -------------------------------------------------------------------------------------
