@@ -71,7 +71,8 @@ def difference(there: Mapping[str, str], here: Mapping[str, str]) -> str | None:
 
 def _cut(text: str, other: str) -> str:
     """A long text from shortly before the place where it differs from another."""
-    same = next((index for index, (one, two) in enumerate(zip(text, other, strict=False)) if one != two), len(other))
+    pairs = enumerate(zip(text, other, strict=False))
+    same = next((index for index, (one, two) in pairs if one != two), min(len(text), len(other)))
     begin = max(0, same - 40)
     return text if len(text) <= MAX_SHOWN else f"{'…' if begin else ''}{text[begin : begin + MAX_SHOWN]}…"
 

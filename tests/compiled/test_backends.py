@@ -102,3 +102,41 @@ def test_where_inductor_fails_the_graph_is_replayed(monkeypatch, y):
         svi.run(60, y)
     assert len(caught) == 1
     assert svi.captures.num_compiled == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "inductor", "triton", "found", "expected"),
+    [
+        ("cpu", True, False, {"g++"}, True),
+        ("cpu", True, False, {"clang++"}, True),
+        ("cpu", True, False, {"cl"}, True),
+        ("cpu", True, True, {"gcc"}, False),
+        ("cpu", False, True, {"g++"}, False),
+        ("cuda", True, True, set(), True),
+        ("cuda", True, False, {"g++"}, False),
+        ("cuda", False, True, {"g++"}, False),
+    ],
+)
+def test_what_a_compiler_needs(kind, inductor, triton, found, expected, monkeypatch):
+    monkeypatch.setattr(internals, "has_standalone_compile", lambda: inductor)
+    monkeypatch.setattr(internals, "has_triton", lambda: triton)
+    monkeypatch.setattr(backends.shutil, "which", lambda name: name if name in found else None)
+    assert backends.has_compiler(torch.device(kind)) is expected
+
+
+def test_inductor_takes_the_random_numbers_of_the_graph(monkeypatch):
+    given = []
+    monkeypatch.setattr(internals, "standalone_compile", lambda *args: given.append((*args, torch.is_grad_enabled())))
+    example = [torch.zeros(2)]
+    backends.compile_with_inductor("module", example)
+    assert given == [("module", example, {"fallback_random": True, "cpp_wrapper": True}, False)]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, AttributeError])
+def test_a_graph_that_cannot_be_traced_runs_itself(error, monkeypatch):
+    def refuse(function, inputs):
+        raise error("no such operation")
+
+    module = internals.record(lambda x: [x + 1], [torch.zeros(3)])
+    monkeypatch.setattr(internals, "jit_function", refuse)
+    assert backends.replay(module, [torch.zeros(3)]) is module

@@ -124,3 +124,32 @@ def test_a_parameter_that_comes_later_leaves_the_counts_as_they_are(y):
     for number, more in enumerate([False, False, False, True, True]):
         svi.step(y, more)
         assert svi.scalars.step == number + 1
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_a_parameter_that_comes_later_leaves_what_is_kept_for_the_others(ema_decay):
+    """The moments of Adam, and the average: the steps of the first are those of a training without the second."""
+
+    def model(with_second):
+        pyro.factor("near 3", -((pyro.param("first", torch.tensor(0.0)) - 3) ** 2))
+        if with_second:
+            pyro.factor("near 5", -((pyro.param("second", torch.zeros(2)) - 5) ** 2).sum())
+
+    ends = []
+    for later in (False, True):
+        pyro.clear_param_store()
+        svi = CompiledSVI(
+            model,
+            lambda with_second: None,
+            pyro.optim.Adam({"lr": 0.3}),
+            Trace_ELBO(),
+            backend="eager",
+            ema_decay=ema_decay,
+        )
+        for step in range(8):
+            svi.step(later and step >= 4)
+        assert set(svi.parameters) == ({"first", "second"} if later else {"first"})
+        ends.append(svi.snapshot().rows["first"])
+    torch.testing.assert_close(*ends)
+    assert len(ends[0]) == (3 if ema_decay is None else 4)
+    assert bool((ends[0] != 0).all())

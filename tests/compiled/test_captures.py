@@ -17,7 +17,8 @@ from pyro.infer.autoguide import AutoNormal
 from svi_cases import at_two, compiled, observations, scaled
 
 from pyro_flowguides import CompiledSVI
-from pyro_flowguides.compiled import backends, captures
+from pyro_flowguides.compiled import backends, capture, captures
+from pyro_flowguides.compiled.arguments import Arguments
 from pyro_flowguides.model import recording
 
 
@@ -271,3 +272,116 @@ def test_auto_compiles_where_it_pays(steps_left, is_compiled, monkeypatch, y):
     assert svi.captures.num_compiled == 0
     svi.compile_step((y,), {}, steps_left)()
     assert svi.captures.num_compiled == is_compiled
+
+
+# --- the cache ---------------------------------------------------------------------------------------------------------
+
+
+def key_of(size):
+    return Arguments((torch.zeros(size),), {}).key()
+
+
+def used(num_runs, difference=None, constants=()):
+    """What was captured and has run so many times; perhaps something has changed since."""
+    guards = types.SimpleNamespace(difference=lambda: difference, changed_constants=lambda: list(constants))
+    step = captures.CapturedStep(None, lambda: None, guards)
+    for _ in range(num_runs):
+        step(())
+    return step
+
+
+def test_the_step_that_was_not_used_for_longest_is_dropped():
+    cache = captures.Captures()
+    steps = [used(captures.MIN_NUM_RUNS) for _ in range(captures.MAX_CAPTURES)]
+    for size, step in enumerate(steps):
+        assert cache.find(key_of(size)) is None
+        cache.add(key_of(size), step)
+    assert len(cache) == captures.MAX_CAPTURES
+    assert cache.find(key_of(0)) is steps[0]
+    assert cache.find(key_of(100)) is None
+    cache.add(key_of(100), steps[0])
+    assert [cache.find(key_of(size)) is steps[size] for size in (0, 2, 3, 4, 5, 6, 7)] == [True] * 7
+    assert cache.find(key_of(1)) is None
+
+
+def test_a_step_whose_surroundings_have_changed_is_dropped_with_what_others_write_to():
+    cache, constant = captures.Captures(), torch.zeros(3)
+    cache.add(key_of(1), used(captures.MIN_NUM_RUNS, "'a' is another", [constant]))
+    assert cache.find(key_of(1)) is None
+    assert len(cache) == 0
+    assert [each is constant for each in cache.varying] == [True]
+
+
+@pytest.mark.parametrize(("num_runs", "is_waste"), [(0, True), (49, True), (50, False), (60, False)])
+def test_only_steps_that_hardly_ran_are_wasted(num_runs, is_waste):
+    """Five of them are too many."""
+    cache = captures.Captures()
+    for number in range(5):
+        cache.add(key_of(1), used(num_runs, f"'a' is {number}"))
+        if number == 4 and is_waste:
+            with pytest.raises(captures.CaptureError, match="keeps changing, .* and now 'a' is 4. Give what changes"):
+                cache.find(key_of(1))
+        else:
+            assert cache.find(key_of(1)) is None
+
+
+@pytest.mark.parametrize(("steps_left", "pays"), [(8900, False), (9100, True)])
+def test_compiling_pays_where_half_of_the_time_left_is_three_times_its_own(steps_left, pays):
+    """Steps of 10 ms (in the median) from 100 operations, which take 10 s + 100 · 0.05 s to compile."""
+    graph = torch.fx.Graph()
+    for number in range(99):
+        graph.placeholder(f"x{number}")
+    graph.output(())
+    step = captures.CapturedStep(torch.fx.GraphModule({}, graph), lambda: None, None)
+    step.seconds.extend([0.01] * 48)
+    assert not step._pays(10**9)
+    step.seconds.extend([5.0, 5.0])
+    assert step._pays(steps_left) is pays
+
+
+def test_the_choice_of_a_compiler_is_made_once(monkeypatch):
+    seen = []
+    monkeypatch.setattr(backends, "has_compiler", lambda device: seen.append(device) or True)
+    monkeypatch.setattr(backends, "compile_with_inductor", lambda module, inputs: lambda: "compiled")
+    step = captures.CapturedStep(None, lambda: "replayed", None)
+    example = [torch.zeros(2)]
+    step.choose_backend("replay", lambda: example, 10**9)
+    step.choose_backend("auto", lambda: example, 10**9)
+    assert (step(()), step.is_settled, step.is_compiled, seen) == ("replayed", False, False, [])
+    for _ in range(2):
+        step.choose_backend("inductor", lambda: example, 0)
+        assert (step(()), step.is_settled, step.is_compiled) == ("compiled", True, True)
+    assert seen == [torch.device("cpu")]
+
+
+# --- the check against the step itself ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error", "difference"),
+    [
+        (torch.float64, 0.9e-7, None),
+        (torch.float64, 1.2e-7, "found"),
+        (torch.float32, 0.9e-3, None),
+        (torch.float32, 1.2e-3, "found"),
+    ],
+)
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_captured_and_eager_numbers_may_differ_by_rounding(what, dtype, error, difference):
+    """Relative to the largest of the numbers, 100 here."""
+    loss, gradients = (
+        torch.tensor(-100.0, dtype=dtype),
+        [torch.zeros(1, dtype=dtype), torch.tensor([1.0, 100.0], dtype=dtype)],
+    )
+    ours = (loss + 100 * error, gradients) if what == "loss" else (loss, [gradients[0], gradients[1] - 100 * error])
+    assert capture.compare(ours, (loss, gradients)) == (difference and what)
+
+
+def test_numbers_that_are_not_finite_must_be_so_on_both_sides():
+    one, nan = torch.tensor(1.0), torch.tensor(torch.nan)
+    assert capture.compare((nan, [nan]), (nan, [nan])) is None
+    assert capture.compare((nan, [one]), (one, [one])) == "loss"
+    assert capture.compare((one, [one]), (nan, [one])) == "loss"
+    assert capture.compare((one, [one, nan]), (one, [one, one])) == "gradient"
+    assert capture.compare((one, [one, nan]), (one, [one, nan])) is None
+    assert capture.compare((one, [2 * one, nan]), (one, [one, nan])) == "gradient"

@@ -13,7 +13,7 @@ from svi_cases import OPTIMIZERS, compiled, observations, per_parameter
 
 import pyro_flowguides as fg
 from pyro_flowguides import CompiledSVI
-from pyro_flowguides.compiled.rollback import NUM_DEVIATIONS, SLACK, ExplosionDetector
+from pyro_flowguides.compiled.rollback import NUM_DEVIATIONS, SLACK, ExplosionDetector, Watch
 
 
 @pytest.fixture
@@ -176,3 +176,60 @@ def test_losses_are_judged_by_the_last_good_window():
         assert detector.judge([expected + 1]) == "bad"
         assert detector.judge([np.inf, 1.0, 1.0]) == "exploded"
     assert detector.judge([1.0, 2.0, 3.0]) == "good"
+
+
+# --- the watch ---------------------------------------------------------------------------------------------------------
+
+
+def watched(watch, losses, finite=None):
+    """The verdicts on these losses, with the number of losses before each."""
+    verdicts = []
+    for number, loss in enumerate(losses, 1):
+        is_finite = np.isfinite(loss) if finite is None else finite[number - 1]
+        if watch.add(torch.tensor(loss), torch.tensor(bool(is_finite))):
+            verdicts.append((number, watch.judge()))
+    return verdicts
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("every", "most", "losses", "expected"),
+    [
+        (4, 9, [1.0, 2.0] * 6, [(4, "good"), (8, "good"), (12, "good")]),
+        (4, 3, [1.0, 2.0] * 3, [(3, "good"), (6, "good")]),
+        # In a row, also from one window to the next.
+        (4, 6, [1.0, 2.0, NAN, NAN, NAN, NAN, NAN, NAN], [(4, "good"), (8, "lost")]),
+        (4, 6, [1.0, 2.0, NAN, NAN, NAN, NAN, NAN, 1.0], [(4, "good"), (8, "bad")]),
+        (4, 6, [NAN, NAN, NAN, 1.0, NAN, NAN, NAN, NAN], [(4, "bad"), (8, "bad")]),
+        (2, 6, [NAN] * 6, [(2, "bad"), (4, "bad"), (6, "lost")]),
+        (10, 50, [1.0, 2.0] * 5 + [99.0] * 10, [(10, "good"), (20, "exploded")]),
+    ],
+)
+def test_losses_are_judged_together(every, most, losses, expected):
+    assert watched(Watch(every, most), losses) == expected
+
+
+def test_a_finite_loss_without_a_finite_gradient_is_lost_too():
+    assert watched(Watch(4, 4), [1.0, 2.0, 1.0, 2.0], [False] * 4) == [(4, "lost")]
+
+
+@pytest.mark.parametrize("cut", [3, 4, 5, 8])
+def test_a_watch_goes_on_from_its_state(cut):
+    losses = [1.0, 2.0, NAN, NAN, NAN, NAN, 50.0, NAN, NAN, NAN, NAN, NAN]
+    whole = watched(Watch(4, 5), losses)
+    first, second = Watch(4, 5), Watch(4, 5)
+    before = watched(first, losses[:cut])
+    second.load_state_dict(first.state_dict(), torch.device("cpu"))
+    after = [(cut + number, verdict) for number, verdict in watched(second, losses[cut:])]
+    assert before + after == whole == [(4, "good"), (8, "bad"), (12, "lost")]
+
+
+def test_a_watch_that_begins_anew_has_nothing_to_judge_by():
+    watch = Watch(4, 50)
+    watch.good = "a snapshot"
+    assert watched(watch, [1.0, 2.0, 1.0, 2.0]) == [(4, "good")]
+    watch.begin_anew()
+    assert watch.good is None
+    assert watched(watch, [100.0, 200.0, 100.0, 200.0]) == [(4, "good")]

@@ -138,6 +138,28 @@ def test_wrong_options(kind, y):
             svi.step()
 
 
+@pytest.mark.parametrize("backend", ["eager", "replay"])
+def test_the_average_takes_the_place_of_the_parameters(backend, y):
+    svi = compiled(conjugate, backend=backend, ema_decay=0.99)
+    visited = []
+    for _ in range(6):
+        svi.step(y)
+        visited.append(svi.snapshot().parameters)
+    svi.use_ema()
+    for name, value in svi.parameters.items():
+        # A memory that long is the plain mean of a few steps.
+        torch.testing.assert_close(value.detach(), torch.stack([each[name] for each in visited]).mean(0))
+
+
+def test_no_average_without_a_decay(y):
+    svi = compiled(conjugate, backend="eager")
+    svi.step(y)
+    before = parameters()
+    with pytest.raises(ValueError, match="no average of the parameters is kept; give ema_decay="):
+        svi.use_ema()
+    assert all(torch.equal(before[name], value) for name, value in parameters().items())
+
+
 def resident_megabytes():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20

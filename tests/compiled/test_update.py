@@ -1,6 +1,7 @@
 """The update of a step: the optimisers against their originals, clipping, the average, and steps that are not finite."""
 
 import functools
+import inspect
 
 import pyro.optim.clipped_adam
 import pytest
@@ -25,10 +26,17 @@ ORIGINALS = {
     "Adam": functools.partial(torch.optim.Adam, lr=0.1, betas=(0.8, 0.95), eps=1e-4),
     "Adam with decay": functools.partial(torch.optim.Adam, lr=0.1, weight_decay=0.3),
     "AdamW": functools.partial(torch.optim.AdamW, lr=0.1, weight_decay=0.3),
+    "AdamW without decay": functools.partial(torch.optim.AdamW, lr=0.1, weight_decay=0.0),
     "ClippedAdam": functools.partial(
         pyro.optim.clipped_adam.ClippedAdam, lr=0.1, lrd=0.9, clip_norm=0.5, weight_decay=0.1, betas=(0.8, 0.95)
     ),
 }
+
+
+if "decoupled_weight_decay" in inspect.signature(torch.optim.Adam).parameters:
+    ORIGINALS["Adam, decoupled"] = functools.partial(
+        torch.optim.Adam, lr=0.1, weight_decay=0.3, decoupled_weight_decay=True
+    )
 
 
 @pytest.mark.parametrize("name", ORIGINALS)
@@ -51,6 +59,7 @@ def test_optimizers(name, dtype, tolerance):
     [
         functools.partial(torch.optim.Adam, lr=0.1, amsgrad=True),
         functools.partial(torch.optim.Adam, lr=0.1, maximize=True),
+        functools.partial(torch.optim.Adam, lr=0.1, differentiable=True),
         functools.partial(torch.optim.SGD, lr=0.1),
         functools.partial(pyro.optim.clipped_adam.ClippedAdam, lr=0.1, centered_variance=True),
     ],
@@ -95,6 +104,20 @@ def test_clipping_by_the_running_norm(dtype):
     assert norms[:50] == pytest.approx([1.0] * 50, rel=1e-5)
     assert 2.0 <= norms[50] < 2.1
     assert norms[50] <= norms[51] < 2.1
+
+
+@pytest.mark.parametrize(("clip_norm", "expected"), [(0.5, 0.5), (1e3, 2.5)])
+def test_the_lower_of_two_bounds_on_the_norm_holds(clip_norm, expected, dtype):
+    """Twice the running norm, or the bound that was given."""
+    update = Update(None, clip_norm=clip_norm, clip_factor=2.0)
+    state = update.start([start(dtype)])
+    one = torch.tensor(1.0, dtype=dtype)
+    gradient = torch.ones(7, dtype=dtype) / 7**0.5
+    for size in (1.0, 1.0, 1.0, 1e4):
+        state, (clipped,), _ = update(state, one, [size * gradient], 0.1 * one)
+    # The outlier counts as twice the norms before: a quarter of it is in their mean.
+    assert float(Scalars(*state.scalars).norm_mean) == pytest.approx(1.25, rel=1e-5)
+    assert float(clipped.norm()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_average_is_a_mean_at_first_and_then_forgets(dtype, tolerance):

@@ -6,9 +6,11 @@ import pytest
 import torch
 from fits import Y, quick
 from models import conjugate
+from pyro import poutine
 
 import pyro_flowguides as fg
-from pyro_flowguides.training.batches import Batches
+from pyro_flowguides.model.call import ModelCall
+from pyro_flowguides.training.batches import Batches, warn_of_plate_of_the_batch
 
 
 def minibatch_model(y, size=40):
@@ -106,6 +108,44 @@ def test_a_plate_with_its_full_size_is_not_suspicious():
     y = torch.linspace(-1.0, 3.0, 40)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(y), batch_size=10)
     quick(minibatch_model, fg.AutoFlow(minibatch_model), y, batches=loader, whiten=None)
+
+
+def scaled_to_the_data(y):
+    with poutine.scale(scale=4.0):
+        plate_of_the_batch(y)
+
+
+def two_plates(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    with pyro.plate("groups", 3):
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=torch.zeros(3))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("model", "num_rows", "size", "as_list", "is_named"),
+    [
+        (plate_of_the_batch, 40, 10, True, True),
+        (plate_of_the_batch, 10, 10, False, True),
+        (plate_of_the_batch, 40, 40, False, False),
+        (plate_of_the_batch, 10, 10, True, False),
+        (scaled_to_the_data, 40, 10, False, False),
+        (two_plates, 40, 10, True, True),
+    ],
+    ids=["list", "loader", "all of the data", "batches as large as the data", "scaled", "second plate"],
+)
+def test_which_plates_are_those_of_a_batch(model, num_rows, size, as_list, is_named, recwarn):
+    """A plate of another size than at the arguments of the fit; where there are none, one as large as a batch of a loader."""
+    y = torch.linspace(-1.0, 3.0, 40)
+    batches = [y[:size]]
+    if not as_list:
+        batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(y), batch_size=size)
+    prototype = poutine.trace(model).get_trace(y[:num_rows])
+    warn_of_plate_of_the_batch(ModelCall(model, (y[:size],)), batches, prototype)
+    found = [str(each.message) for each in recwarn]
+    assert len(found) == is_named
+    assert all("site 'y' is in plate 'data' of size 10" in each for each in found)
 
 
 @pytest.mark.parametrize(

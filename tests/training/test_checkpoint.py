@@ -574,6 +574,11 @@ def test_a_model_parameter_of_another_shape_is_refused(tmp_path):
         )
 
 
+def test_the_defaults_of_a_checkpoint():
+    assert repr(fg.Checkpoint("a/fit.pt")) == "Checkpoint('a/fit.pt', every=500, resume=False)"
+    assert repr(fg.Checkpoint("fit.pt", 7, True).of_restart(2)) == "Checkpoint('fit-2.pt', every=7, resume=True)"
+
+
 def test_a_checkpoint_is_not_overwritten(tmp_path):
     path = tmp_path / "fit.pt"
     run("flow", path)

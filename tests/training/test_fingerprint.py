@@ -1,6 +1,8 @@
 """A checkpoint knows what it belongs to: what is refused, by which sentence, and what may change."""
 
+import collections
 import functools
+import math
 
 import numpy as np
 import pyro
@@ -221,3 +223,87 @@ def test_values_are_described():
     ]
     for one, other in different:
         assert fingerprint.describe(one) != fingerprint.describe(other), (one, other)
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "message"),
+    [
+        ({"seed": "0"}, {"seed": "0"}, None),
+        ({"seed": "0", "loss": "a"}, {"seed": "1", "loss": "b"}, "it is of another fit: seed was 0, and is 1 here"),
+        ({"loss": "a", "seed": "0"}, {"seed": "1", "loss": "a"}, "it is of another fit: seed was 0, and is 1 here"),
+        ({"old": "0"}, {}, "it is of another fit: old was 0, and is none here"),
+        ({}, {"new": "0"}, "it is of another fit: new was none, and is 0 here"),
+        ({"guide.flow": "A"}, {"guide.flow": "B"}, "it is of another guide: guide.flow was A, and is B here"),
+        ({"guide": "A"}, {"guide": "B"}, "it is of another guide: guide was A, and is B here"),
+        ({"a guide": "A"}, {"a guide": "B"}, "it is of another fit: a guide was A, and is B here"),
+        # Texts too long to be shown begin a little before the place where they differ.
+        ({"x": "a" * 120}, {"x": "b"}, f"it is of another fit: x was {'a' * 120}, and is b here"),
+        ({"x": "a" * 121}, {"x": "b"}, f"it is of another fit: x was {'a' * 120}…, and is b here"),
+        (
+            {"x": 100 * "." + "a" + 50 * "."},
+            {"x": 100 * "." + "b"},
+            f"it is of another fit: x was …{40 * '.'}a{50 * '.'}…, and is {100 * '.'}b here",
+        ),
+        ({"x": 200 * "."}, {"x": 150 * "."}, f"it is of another fit: x was …{90 * '.'}…, and is …{40 * '.'}… here"),
+    ],
+)
+def test_the_first_difference_is_named(there, here, message):
+    assert fingerprint.difference(there, here) == message
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "is_same"),
+    [
+        (1.0, 1.0 + 0.9e-5, True),
+        (1.0, 1.0 - 1.5e-5, False),
+        (-1e4, -1e4 + 0.09, True),
+        (-1e4, -1e4 - 0.15, False),
+        (0.0, 0.9e-5, True),
+        (0.0, 1.5e-5, False),
+        (math.nan, math.nan, True),
+        (-math.inf, -math.inf, True),
+        (math.nan, 0.0, False),
+        (0.0, None, False),
+        (None, 0.0, False),
+    ],
+)
+def test_log_densities_are_the_same_up_to_rounding(there, here, is_same):
+    there, here = ({"x": 0.5} | ({} if value is None else {"y": value}) for value in (there, here))
+    found = fingerprint.density_difference(there, here)
+    assert (found is None) is is_same
+    assert is_same or "it is of another model or guide: with its parameters y had log-density" in found
+
+
+def test_what_values_are_described_by():
+    assert fingerprint.describe({"a": [1, (2.5, None)], "b": "c"}) == "{'a': [1, [2.5, None]], 'b': 'c'}"
+    assert fingerprint.describe(torch.nn.ReLU) == "ReLU"
+    assert fingerprint.describe(len) == "len"
+    assert fingerprint.describe(functools.partial(len, 1, two=2)) == "len([1], {'two': 2})"
+    # Attributes of objects of torch and Pyro; of others nothing but their class and length.
+    assert fingerprint.describe(dist.constraints.interval(0.0, 2.0)) == "_Interval(lower_bound=0.0, upper_bound=2.0)"
+    assert fingerprint.describe(collections.deque([1, 2])) == "deque of length 2"
+    assert fingerprint.describe(object()) == "object"
+    # Not deeper than four levels.
+    assert fingerprint.describe([[[[[1]]]]]) == "[[[[[1]]]]]"
+    assert fingerprint.describe([[[[[[1], 2]]]]]) == "[[[[[list, 2]]]]]"
+
+
+def test_functions_are_described_by_their_numbers_names_and_closures():
+    def make(number, exponent=2):
+        def inner(x, scale=3):
+            return number * torch.sin(x) ** scale
+
+        return inner
+
+    one, same, other = make(1), make(1), make(2)
+    assert fingerprint.describe(one) == fingerprint.describe(same) != fingerprint.describe(other)
+    for part in ("inner", "'sin'", "[1]", "[3]"):
+        assert part in fingerprint.describe(one)
+
+    def not_filled():
+        return later
+
+    description = fingerprint.describe(not_filled)
+    later = 5
+    assert description.startswith("not_filled")
+    assert fingerprint.describe(not_filled) != description

@@ -1,6 +1,7 @@
 """Densities of data by maximum likelihood: what they are, in the data's own units, and what goes wrong."""
 
 import math
+import pathlib
 
 import numpy as np
 import pandas as pd
@@ -249,6 +250,15 @@ def test_a_resumed_fit_is_the_same_bit_for_bit(tmp_path, num_levels, seed):
         )
 
 
+@pytest.mark.parametrize("kind", [str, pathlib.Path, fg.Checkpoint])
+def test_a_checkpoint_may_be_a_path(kind, tmp_path):
+    path = tmp_path / "fit"
+    eager(small, X, checkpoint=kind(path), num_steps=1)
+    assert [file.name for file in tmp_path.iterdir()] == ["fit"]
+    with pytest.raises(FileExistsError, match="fit' exists"):
+        eager(small, X, checkpoint=kind(path), num_steps=1)
+
+
 def test_a_rate_that_explodes_is_guarded():
     x = normal_rows(300)
     options = {"schedule": lambda progress: 1.0 if progress < 0.5 else 3e3, "patience": None}
@@ -303,6 +313,9 @@ WRONG = {
     "no context": (lambda dim, context_dim: T.Affine(dim), X, {"context": X}, "takes no context"),
     "context": (small, X, {"context": X[:20]}, r"the context must have shape \(30, 2\)"),
     "validation": (small, X, {"validation": 1.5}, "validation must be a fraction between 0 and 1"),
+    "validation is true": (small, X, {"validation": True}, "validation must be a fraction, .* got True"),
+    "validation is whole": (small, X, {"validation": 5}, "validation must be a fraction, .* got 5"),
+    "validation is text": (small, X, {"validation": "a"}, "validation must be a fraction, .* got 'a'"),
     "validation rows": (small, X, {"validation": torch.zeros(5, 3)}, r"validation must have shape \(rows, \*\(2,\)\)"),
     "length": (small, X, {"num_epochs": 3}, "num_steps or num_epochs, not both"),
     "whiten": (small, X, {"whiten": "full"}, 'whiten must be "auto", "diagonal" or None'),
@@ -319,6 +332,17 @@ def test_what_cannot_be_fitted_is_an_error_that_says_why(flow, data, options, me
 def test_few_rows_of_many_columns_are_standardised_with_a_warning():
     with pytest.warns(UserWarning, match="27 points are too few for the correlations of 20 coordinates"):
         eager(small, normal_rows(30, 20))
+
+
+def test_contexts_of_another_shape_are_refused():
+    fit = eager(small, X, context=torch.stack([X[:, 0], X[:, 1]], -1), num_steps=1)
+    assert fit.sample(3, context=[0.5, 1.0]).shape == (3, 2)
+    assert fit.sample(3, context=torch.zeros(4, 5, 2)).shape == (3, 4, 5, 2)
+    for context in (0.5, torch.zeros(3)):
+        with pytest.raises(ValueError, match=r"DensityFit: a context must end in shape \(2,\), got \((3,)?\)"):
+            fit.sample(3, context=context)
+    with pytest.raises(ValueError, match="DensityFit: give context="):
+        fit.sample(3)
 
 
 def test_rows_of_another_shape_are_refused():

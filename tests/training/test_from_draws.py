@@ -1,5 +1,6 @@
 """A guide that starts from draws of MCMC."""
 
+import contextlib
 import functools
 
 import arviz as az
@@ -10,6 +11,7 @@ import torch
 
 import pyro_flowguides as fg
 from pyro_flowguides import flows
+from pyro_flowguides.training import from_draws
 from pyro_flowguides.training.from_draws import unconstrained
 
 small = functools.partial(flows.coupling, num_layers=2, hidden_dims=(8,))
@@ -87,9 +89,50 @@ def test_draws_come_in_three_forms(form):
     torch.testing.assert_close(unconstrained(guide.latents, given), expected)
 
 
+def test_draws_of_numpy_and_whole_numbers_are_taken():
+    """In torch's default dtype where they have none of their own."""
+    draws = exact(6)
+    guide = fg.AutoFlow(mixed, small).setup()
+    whole = draws | {"tau": torch.arange(1, 7), "mu": torch.arange(12).reshape(6, 2).numpy()}
+    x = unconstrained(guide.latents, whole)
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x[:, 0], torch.arange(1.0, 7.0).log())
+    torch.testing.assert_close(x[:, -2:], torch.arange(12.0).reshape(6, 2))
+    assert torch.equal(unconstrained(guide.latents, x.numpy()), x)
+
+
 def _posterior(values):
     """As either generation of ArviZ takes it."""
     return {"posterior": values} if int(az.__version__.split(".")[0]) == 0 else {"data": {"posterior": values}}
+
+
+@pytest.mark.parametrize("num_draws", [9, 10])
+def test_the_fixed_map_has_the_moments_of_the_draws(num_draws):
+    """Correlations where there are twice as many draws as coordinates."""
+    guide = fg.AutoFlow(mixed, small)
+    draws = exact(num_draws)
+    few = pytest.warns(UserWarning, match="fit_to_draws: 9 points are too few for the correlations of 5")
+    with few if num_draws == 9 else contextlib.nullcontext():
+        fg.fit_to_draws(guide, draws, validation=None, num_steps=1, optim=still, **QUICK)
+    x = unconstrained(guide.latents, draws)
+    torch.testing.assert_close(guide.fixed_map.loc, x.mean(0))
+    scale = guide.fixed_map.scale
+    if num_draws == 9:
+        torch.testing.assert_close(scale, x.std(0).diag())
+    else:
+        torch.testing.assert_close(scale @ scale.mT, torch.cov(x.mT))
+
+
+@pytest.mark.parametrize(("options", "expected"), [({"num_steps": 7}, 7), ({}, 1000)])
+def test_steps_are_counted_one_by_one(options, expected, monkeypatch):
+    monkeypatch.setattr(from_draws.MaximumLikelihood, "run", lambda training: trained.append(training.num_steps))
+    trained = []
+    fg.fit_to_draws(fg.AutoFlow(mixed, small), exact(600), **options, **QUICK)
+    assert trained == [expected]
+
+
+def still(parameters):
+    return torch.optim.SGD(parameters, lr=0.0)
 
 
 def two_modes():
@@ -121,6 +164,10 @@ WRONG = {
         ValueError,
         "site 'tau' is not finite, or outside of the support",
     ),
+    "few": (lambda draws: {name: value[:1] for name, value in draws.items()}, ValueError, "at least two draws.* got 1"),
+    "infinite vectors": (lambda draws: torch.full((50, 5), torch.inf), ValueError, "all of them finite; got 50"),
+    "one vector": (lambda draws: torch.zeros(5), ValueError, r"must have shape \(n, 5\), got \(5,\)"),
+    "three dimensions": (lambda draws: torch.zeros(2, 5, 5), ValueError, r"must have shape \(n, 5\)"),
     "vectors": (lambda draws: draws["mu"], ValueError, r"must have shape \(n, 5\)"),
     "kind": (lambda draws: 3, TypeError, "draws must be a dict"),
     "constant": (lambda draws: draws | {"tau": torch.ones(50)}, ValueError, "latent coordinate 0 is constant"),

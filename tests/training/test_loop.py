@@ -1,6 +1,8 @@
 """One fit: its rounds, its steps, how it ends, and the guard against steps that do harm."""
 
 import functools
+import re
+import types
 
 import numpy as np
 import pyro
@@ -120,6 +122,74 @@ def test_a_round_that_does_harm_is_taken_back():
     assert abs(float(ours - theirs)) < 0.1
 
 
+ONE_BY_ONE = {"vectorizes": False}
+PYRO = pyro.optim.Adam({"lr": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("options", "tracer", "expected"),
+    [
+        ({}, {}, [(1000, 256), (2000, 512), (4000, 1024)]),
+        ({"num_particles": 7}, {}, [(1000, 7), (2000, 7), (4000, 7)]),
+        ({"num_steps": 30}, {}, [(30, 256)]),
+        ({"num_steps": 30, "num_particles": 7}, {}, [(30, 7)]),
+        ({"loss": "own"}, {}, [(3000, 256)]),
+        ({"batches": []}, {}, [(3000, 256)]),
+        ({"optim": PYRO}, {}, [(3000, 256)]),
+        ({"optim": torch.optim.Adam}, {}, [(1000, 256), (2000, 512), (4000, 1024)]),
+        ({}, ONE_BY_ONE, [(3000, 8)]),
+        ({"num_particles": 7}, ONE_BY_ONE, [(3000, 7)]),
+        ({}, {"has_weights": False}, [(3000, 256)]),
+    ],
+)
+def test_the_rounds_that_fit_is_documented_to_have(options, tracer, expected):
+    given = {"num_steps": None, "num_particles": None, "loss": None, "batches": None, "optim": None, **options}
+    has_weights = tracer.get("has_weights", True)
+    fit = types.SimpleNamespace(
+        options=types.SimpleNamespace(**given),
+        tracer=types.SimpleNamespace(vectorizes=tracer.get("vectorizes", True)),
+        _has_weights=lambda: has_weights,
+    )
+    assert list(loop.Loop._choose_rounds(fit)) == expected
+
+
+HALF = lambda progress: 1.0 if progress < 0.5 else 0.1  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "num_over", "taken", "schedule", "is_same"),
+    [
+        ([10, 20], [10, 20], 1, 5, schedules.cosine, True),
+        ([20], [40], 0, 20, schedules.constant, True),
+        ([20], [40], 0, 20, None, True),
+        ([40], [20], 0, 20, None, True),
+        ([40], [20], 0, 21, None, False),
+        ([20], [40], 0, 20, schedules.cosine, False),
+        ([20], [40], 0, 10, HALF, True),
+        ([20], [40], 0, 11, HALF, False),
+        ([10, 20], [10, 40], 1, 5, None, True),
+        ([10, 20], [10, 40], 0, 5, None, False),
+        ([10, 20], [11, 40], 1, 5, None, False),
+        ([10, 20, 40], [10, 20, 80], 2, 5, None, True),
+        ([10, 20, 40], [10, 20, 80], 1, 5, None, False),
+        ([10, 20, 40], [10, 21, 80], 2, 5, None, False),
+        ([10, 20, 40], [10, 20], 1, 5, None, False),
+    ],
+)
+def test_other_numbers_of_steps_are_the_same_fit_where_the_steps_so_far_are(
+    then, now, num_over, taken, schedule, is_same
+):
+    rounds = [schedules.Round(number, 4) for number in now]
+    fit = types.SimpleNamespace(rounds=rounds, options=types.SimpleNamespace(schedule=schedule))
+    saved = {"num_steps": then, "scores": [[0.0]] * num_over, "training": {"losses": [0.0] * taken}}
+    if is_same:
+        loop.Loop._check_num_steps(fit, saved)
+    else:
+        before, after = (" + ".join(map(str, each)) for each in (then, now))
+        with pytest.raises(ValueError, match=re.escape(f"of a fit with num_steps = {before}, here it is {after}:")):
+            loop.Loop._check_num_steps(fit, saved)
+
+
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
@@ -149,6 +219,38 @@ def test_an_interrupt_ends_all_rounds(short_rounds):
 
     with pytest.warns(UserWarning, match="interrupted after 5 of 10 steps"):
         assert len(fit(skewed, scale_only(skewed), callbacks=[interrupt]).losses) == 5
+
+
+@pytest.mark.parametrize(("at", "num_steps"), [(1, 10), (2, 30)])
+def test_an_interrupt_of_the_draws_between_rounds_ends_the_training(at, num_steps, short_rounds, monkeypatch):
+    """They are made again; another interrupt, or one of the last draws, ends the fit."""
+    judgements = interrupted_draws(monkeypatch, {at})
+    result = fit(skewed, scale_only(skewed), num_particles=4)
+    assert result.interrupted
+    assert len(result.losses) == num_steps
+    assert len(judgements) == at + 1
+    assert len(result.draws) == 10_000
+
+
+@pytest.mark.parametrize(("at", "rounds"), [({1, 2}, None), ({1}, 5)])
+def test_an_interrupt_of_the_last_draws_ends_the_fit(at, rounds, short_rounds, monkeypatch):
+    interrupted_draws(monkeypatch, at)
+    with pytest.raises(KeyboardInterrupt):
+        fit(skewed, scale_only(skewed), num_particles=4, num_steps=rounds)
+
+
+def interrupted_draws(monkeypatch, at):
+    real, judgements = loop.draw_traced, []
+
+    def draw(tracer, number, **options):
+        if number > 2:
+            judgements.append(number)
+            if len(judgements) in at:
+                raise KeyboardInterrupt
+        return real(tracer, number, **options)
+
+    monkeypatch.setattr(loop, "draw_traced", draw)
+    return judgements
 
 
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
@@ -183,6 +285,65 @@ def test_shows_a_progress_bar(capsys):
     assert capsys.readouterr().err == ""
     quick(conjugate, fg.AutoCoupling(conjugate), torch.tensor(Y), progress=True)
     assert "AutoCoupling" in capsys.readouterr().err
+    # By default there is one.
+    fg.fit(conjugate, AutoNormal(conjugate), torch.tensor(Y), num_steps=1, backend="eager")
+    assert "AutoNormal" in capsys.readouterr().err
+    fg.fit_density("nice", torch.randn(20, 2), num_steps=1)
+    assert "fit_density" in capsys.readouterr().err
+    fg.fit_to_draws(fg.AutoFlow(conjugate), torch.randn(20, 1), torch.tensor(Y), num_steps=1)
+    assert "fit_to_draws" in capsys.readouterr().err
+
+
+class Bar:
+    """A progress bar that remembers."""
+
+    def __init__(self, **options):
+        self.options, self.counts, self.shown = options, [], []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def update(self, count):
+        self.counts.append(count)
+
+    def set_postfix(self, shown, refresh):
+        self.shown.append(shown)
+
+
+@pytest.mark.parametrize("every", [None, 30])
+def test_the_progress_bar_counts_all_steps_and_shows_the_mean_elbo_of_the_last_ones(every, tmp_path, monkeypatch):
+    bars = []
+    monkeypatch.setattr(steps, "tqdm", lambda **options: bars.append(Bar(**options)) or bars[-1])
+    broken = torch.tensor(False)
+    model = faulty(broken)
+
+    def break_one(step, loss):
+        broken.fill_(step == 54)
+
+    checkpoint = every and fg.Checkpoint(tmp_path / "fit.pt", every=every)
+    options = {"num_steps": 120, "checkpoint": checkpoint, "progress": True}
+    fit = quick(model, AutoNormal(model), torch.tensor(Y), callbacks=[break_one], **options)
+    (bar,) = bars
+    assert (bar.options["total"], bar.options["disable"], bar.options["desc"]) == (120, False, "AutoNormal")
+    counts = [50, 50, 20] if every is None else [30] * 4
+    assert [count for count in bar.counts if count] == counts
+    ends = np.cumsum(counts)
+    assert [shown["elbo"] for shown in bar.shown] == [
+        f"{-np.nanmean(fit.losses[end - count : end]):.3f}" for count, end in zip(counts, ends, strict=True)
+    ]
+    assert [shown["skipped"] for shown in bar.shown] == [int(end > 55) for end in ends]
+    if every:
+        quick(
+            model,
+            AutoNormal(model),
+            torch.tensor(Y),
+            **{**options, "checkpoint": fg.Checkpoint(tmp_path / "fit.pt", resume=True)},
+        )
+        # What was done before counts at once.
+        assert bars[1].counts == [120]
 
 
 # --- the guard --------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from models import conjugate
 from pyro.infer.autoguide import AutoNormal
 
 import pyro_flowguides as fg
+from pyro_flowguides.training import loop
 
 
 def ready(Guide, model):
@@ -116,6 +117,45 @@ def test_an_interrupt_ends_the_restarts():
             conjugate, AutoNormal(conjugate), torch.tensor(Y), num_steps=5, num_restarts=4, callbacks=[interrupt]
         )
     assert len(fit.restarts) == 2
+
+
+def test_where_all_restarts_fail_the_first_error_is_raised():
+    broken = torch.tensor(False)
+    model = faulty(broken)
+
+    def break_three(step, loss):
+        broken.fill_(step < 3)
+
+    with (
+        pytest.warns(UserWarning, match="restart . of 2 failed"),
+        pytest.raises(RuntimeError, match="3 steps in a row .* up to step 6;"),
+    ):
+        quick(model, AutoNormal(model), torch.tensor(Y), num_restarts=2, max_nonfinite_steps=3, callbacks=[break_three])
+
+
+def test_an_interrupt_before_the_first_restart_is_through_is_raised(monkeypatch):
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Loop, "_choose_rounds", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        quick(conjugate, AutoNormal(conjugate), torch.tensor(Y), num_restarts=2)
+
+
+def test_a_restart_that_is_interrupted_outside_of_its_steps_is_left_out(monkeypatch):
+    real, runs = loop.Loop._choose_rounds, []
+
+    def interrupt_second(self):
+        runs.append(1)
+        if len(runs) == 2:
+            raise KeyboardInterrupt
+        return real(self)
+
+    monkeypatch.setattr(loop.Loop, "_choose_rounds", interrupt_second)
+    fit = quick(conjugate, AutoNormal(conjugate), torch.tensor(Y), num_steps=2, num_restarts=4)
+    assert (len(fit.restarts), fit.interrupted) == (1, True)
+    whole = quick(conjugate, AutoNormal(conjugate), torch.tensor(Y), num_steps=2, num_restarts=2)
+    assert (len(whole.restarts), whole.interrupted) == (2, False)
 
 
 def test_a_restart_that_fails_is_left_out():

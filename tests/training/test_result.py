@@ -2,6 +2,8 @@
 
 import time
 
+import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -43,6 +45,16 @@ def test_a_fit_prints_what_one_wants_to_know():
     assert "±" in str(fit.elbo)
 
 
+@pytest.mark.parametrize(("number", "shown"), [(1, "p0"), (4, "p0, p1, p2, p3"), (6, "p0, p1, p2, p3 and 2 more")])
+def test_a_fit_prints_the_first_parameters_of_its_model(number, shown):
+    def model():
+        shift = sum(pyro.param(f"p{index}", torch.tensor(0.0)) for index in range(number))
+        pyro.sample("x", dist.Normal(shift, 1.0))
+
+    fit = quick(model, AutoNormal(model), num_steps=1)
+    assert f"; owns the parameters {shown} of the model; {fit.verdict}" in repr(fit)
+
+
 def test_summary_is_that_of_the_draws():
     fit = quick(conjugate, AutoNormal(conjugate), torch.tensor(Y))
     summary = fit.summary(quantiles=[0.5], kind="stats")
@@ -50,6 +62,34 @@ def test_summary_is_that_of_the_draws():
     weighted = fit.summary(weighted=True)
     assert weighted.loc["mu", "mean"] == pytest.approx(float(fit.draws.mean()["mu"]), rel=1e-6)
     assert weighted.loc["mu", "mean"] != summary.loc["mu", "mean"]
+
+
+def test_the_options_of_an_export_reach_it():
+    y = torch.tensor(Y)
+    fit = quick(conjugate, AutoNormal(conjugate), y, num_steps=1)
+    names = {"coords": {"person": list("abcde")}, "dims": {"y": ["person"]}}
+    tree = fit.to_arviz(30, prior=False, seed=1, **names)
+    assert tree["posterior_predictive"]["y"].shape == (1, 30, 5)
+    assert list(tree["observed_data"]["y"].coords["person"]) == list("abcde")
+    assert not hasattr(tree, "prior")
+    again, bare = fit.to_arviz(30, prior=False, seed=1), fit.to_arviz(30, predictive=False, seed=1)
+    for group in ("posterior", "posterior_predictive"):
+        for name in tree[group].data_vars:
+            assert (tree[group][name].values == again[group][name].values).all()
+    assert not hasattr(bare, "posterior_predictive")
+    np.testing.assert_array_equal(tree["variational_fit"]["elbo"], -fit.losses)
+
+
+@pytest.mark.parametrize("kind", ["stats", "diagnostics", "all"])
+def test_the_options_of_a_summary_reach_the_draws(kind):
+    fit = quick(vector, AutoNormal(vector), num_steps=1)
+    options = {"quantiles": [0.25], "weighted": True, "coords": {"side": ["left", "right"]}, "dims": {"x": ["side"]}}
+    pd.testing.assert_frame_equal(fit.summary(kind=kind, **options), fit.draws.summary(kind=kind, **options))
+    assert "x[left]" in fit.summary(kind=kind, **options).index
+
+
+def vector():
+    pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
 
 # --- predictions on new arguments -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import pickle
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch.distributions import constraints
 
 import pyro_flowguides as fg
+from pyro_flowguides.training import saving
 
 FitResult = fg.FitResult
 
@@ -148,7 +150,8 @@ def test_a_damaged_file_is_refused_and_executes_nothing(damage, path, tmp_path):
             else:
                 np.savez(file, description=described(format=2) if damage == "format" else described())
     trace.unlink(missing_ok=True)
-    with pytest.raises(ValueError, match=r"^FitResult.load: '.*a\.fit' is (damaged or )?no saved fit"):
+    reason = {"format": ": its format is 2, and this version reads 1", "lacking": ": it lacks 'losses'"}.get(damage, "")
+    with pytest.raises(ValueError, match=rf"^FitResult.load: '.*a\.fit' is (damaged or )?no saved fit{reason}"):
         FitResult.load(path)
     assert not trace.exists()
 
@@ -183,3 +186,87 @@ def test_a_fit_of_a_script_is_loaded_or_refused_with_a_sentence(tmp_path):
     with pytest.raises(pickle.UnpicklingError, match=r"needs 'model', .* \(__main__\): define it .* fit.save\(path\)"):
         pickle.loads(pickled.read_bytes())
     assert "mu" in FitResult.load(saved).summary().index
+
+
+def test_values_come_back_as_they_were(tmp_path):
+    content = {
+        "plain": [None, True, 3, 0.1, "text", math.inf],
+        "nested": {"a": ({"b": [1, (2,)]}, []), "empty": {}},
+        "tensor": torch.arange(6.0, dtype=torch.float64).reshape(2, 3),
+        "array": np.array([1, 2], dtype=np.int32),
+        "scalar": torch.tensor(2),
+    }
+    path = tmp_path / "a.npz"
+    saving.write(path, content | {"parameter": torch.nn.Parameter(torch.ones(2))})
+    found = saving.read(path)
+    parameter = found.pop("parameter")
+    assert torch.equal(parameter, torch.ones(2))
+    assert list(found) == list(content)
+    for name in ("plain", "nested"):
+        assert found[name] == content[name]
+    for name in ("tensor", "scalar"):
+        assert torch.equal(found[name], content[name])
+        assert found[name].dtype == content[name].dtype
+    assert isinstance(found["array"], np.ndarray)
+    np.testing.assert_array_equal(found["array"], content["array"], strict=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.array(["a"], dtype=object), "an array of objects cannot be written without a pickle"),
+        ({1: 2}, "a dict whose keys are not strings cannot be written"),
+        ([object()], "a object cannot be written without a pickle"),
+    ],
+)
+def test_what_cannot_be_written(value, message, tmp_path):
+    with pytest.raises(TypeError, match=message):
+        saving.write(tmp_path / "a.npz", {"value": value})
+    assert not list(tmp_path.iterdir())
+    assert not saving.can_be_written({"value": value})
+    assert saving.can_be_written({"value": [1, torch.ones(2)]})
+
+
+@pytest.mark.parametrize("value", [object(), torch.tensor([1.0, 2.0])])
+def test_arguments_that_cannot_be_saved_leave_the_results(value, tmp_path):
+    """A model of an object of one's own: the file has no arguments, and says so where the model is given."""
+
+    def model(given):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(0.3))
+
+    fit = quick(model, AutoNormal(model), value, num_steps=1)
+    fit.save(tmp_path / "a.fit")
+    assert "mu" in FitResult.load(tmp_path / "a.fit").summary().index
+    if isinstance(value, torch.Tensor):
+        assert torch.equal(FitResult.load(tmp_path / "a.fit", model=model).args[0], value)
+    else:
+        with pytest.raises(
+            ValueError, match="FitResult.load: the arguments of the model were no arrays or plain values"
+        ):
+            FitResult.load(tmp_path / "a.fit", model=model)
+
+
+def test_a_parameter_of_another_shape_is_refused(fit, path):
+    def other(y, x=None):
+        pyro.param("scale", torch.tensor(2.0), constraint=constraints.positive)
+        pyro.param("shift", torch.zeros(3))
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    state = torch.random.get_rng_state()
+    with pytest.raises(ValueError, match=r"the model has no parameter 'shift' of shape \(2,\)"):
+        FitResult.load(path, model=other)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_only_a_module_has_values_to_be_given_to_a_guide(tmp_path):
+    def guide(y):
+        pyro.sample("mu", dist.Normal(pyro.param("at", torch.tensor(0.3)), 1.0))
+
+    fit = quick(conjugate, guide, torch.tensor(Y), num_steps=1)
+    fit.save(tmp_path / "a.fit")
+    for given in (guide, AutoNormal(conjugate)):
+        with pytest.raises(ValueError, match="the values of a guide that is a plain function are not saved"):
+            FitResult.load(tmp_path / "a.fit", model=conjugate, guide=given)

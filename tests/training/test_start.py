@@ -191,6 +191,82 @@ def test_a_flow_guide_inside_of_another_guide_is_whitened_and_captured(wrap):
     assert float(fit.losses[0]) == pytest.approx(-float(evidence), abs=0.1)
 
 
+def two_sites(y):
+    a, b = (pyro.sample(name, dist.Normal(0.0, 1.0)) for name in "ab")
+    pyro.sample("y", dist.Normal(a + b, 1.0), obs=y)
+
+
+def subsampled_sites(y):
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 4, subsample_size=2):
+        pyro.sample("y", dist.Normal(a, 1.0), obs=y)
+
+
+def with_discrete(y):
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    which = pyro.sample("which", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+    pyro.sample("y", dist.Normal(a + which, 1.0), obs=y)
+
+
+def flow_list(model):
+    guide = AutoGuideList(model)
+    for name in "ab":
+        guide.append(fg.AutoFlow(poutine.block(model, expose=[name])))
+    return guide
+
+
+def flow_and_normal(model):
+    guide = AutoGuideList(model)
+    guide.append(fg.AutoFlow(poutine.block(model, expose=["a"])))
+    guide.append(AutoNormal(poutine.block(model, expose=["b"])))
+    return guide
+
+
+@pytest.mark.parametrize(
+    ("model", "Guide", "method", "trained", "may_start_over", "expected"),
+    [
+        (two_sites, fg.AutoFlow, "auto", False, True, "auto"),
+        (two_sites, fg.AutoFlow, "init", False, False, "init"),
+        (two_sites, fg.AutoFlow, None, False, True, None),
+        (two_sites, lambda model: Wrapper(fg.AutoFlow(model)), "auto", False, True, "auto"),
+        (two_sites, flow_list, "auto", False, True, None),
+        (two_sites, flow_and_normal, "auto", False, True, None),
+        (with_discrete, fg.AutoFlow, "auto", False, True, "auto"),
+        (with_discrete, lambda model: Wrapper(fg.AutoFlow(model)), "auto", False, True, "auto"),
+        (two_sites, fg.AutoFlow, "auto", True, True, "if better"),
+        (two_sites, fg.AutoFlow, "auto", True, False, None),
+        (two_sites, fg.AutoFlow, None, True, True, None),
+        (two_sites, fg.AutoFlow, "init", True, True, "init"),
+        (subsampled_sites, fg.AutoFlow, "auto", True, True, None),
+        (subsampled_sites, fg.AutoFlow, "auto", False, True, "auto"),
+    ],
+)
+def test_what_is_whitened(model, Guide, method, trained, may_start_over, expected, monkeypatch):
+    """The flow guide that draws all latents that are not summed out, by itself or inside of another guide."""
+    done, undamped = [], []
+
+    def whiten(self, *args, method, model_kwargs, **options):
+        done.append((method, args, dict(model_kwargs)))
+
+    def start_over(self, target):
+        done.append(("if better", target.call.args, dict(target.call.kwargs)))
+        torch.rand(3)
+
+    monkeypatch.setattr(fg.AutoFlow, "whiten", whiten)
+    monkeypatch.setattr(fg.AutoFlow, "start_over_if_better", start_over)
+    monkeypatch.setattr(fg.AutoFlow, "is_trained", lambda self: trained)
+    monkeypatch.setattr(fg.AutoFlow, "undamp", lambda self: undamped.append(self))
+    y = torch.tensor([0.3, 0.1]) if model is subsampled_sites else torch.tensor(0.3)
+    guide = Guide(model)
+    tracer, calls = start.set_up(ModelCall(model, (y,)), guide)
+    state = torch.random.get_rng_state()
+    start.whiten(calls, guide, method, tracer, may_start_over=may_start_over)
+    assert done == ([] if expected is None else [(expected, (y,), {})])
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert undamped == [each.guide for each in calls]
+    assert len(undamped) == (2 if Guide is flow_list else 1)
+
+
 @pytest.mark.parametrize(("worth", "inside"), [(10**9, 1), (10, 2)])
 def test_small_steps_take_one_thread(worth, inside, monkeypatch):
     """The autouse fixture sets one thread again."""
@@ -205,6 +281,14 @@ def test_small_steps_take_one_thread(worth, inside, monkeypatch):
         callbacks=[lambda *_: seen.append(torch.get_num_threads())],
     )
     assert seen == [inside] * 3
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(("num_elements", "inside"), [(10**6, 1), (2 * 10**6, 2)])
+def test_a_million_elements_are_worth_a_second_thread(num_elements, inside):
+    torch.set_num_threads(2)
+    with start.threads_for(num_elements):
+        assert torch.get_num_threads() == inside
     assert torch.get_num_threads() == 2
 
 
