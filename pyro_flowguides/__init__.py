@@ -18,6 +18,7 @@ from .diagnostics import (
     plot_elbo,
     plot_flow,
     plot_marginals,
+    plot_modes,
     plot_weights,
     to_arviz,
 )
@@ -70,6 +71,7 @@ __all__ = [
     "plot_elbo",
     "plot_flow",
     "plot_marginals",
+    "plot_modes",
     "plot_weights",
     "to_arviz",
     "transforms",

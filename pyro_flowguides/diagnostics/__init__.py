@@ -5,7 +5,7 @@ from .draws import Draws
 from .importance import Estimate, Verdict, VerdictKind
 from .mode_finder import find_modes
 from .modes import Mode, Modes
-from .plots import plot_elbo, plot_flow, plot_marginals, plot_weights
+from .plots import plot_elbo, plot_flow, plot_marginals, plot_modes, plot_weights
 from .posterior import to_arviz
 from .sampling import draw
 
@@ -22,6 +22,7 @@ __all__ = [
     "plot_elbo",
     "plot_flow",
     "plot_marginals",
+    "plot_modes",
     "plot_weights",
     "to_arviz",
 ]

@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from torch import Tensor
 
-from ..checks import check_positive_integer
+from ..checks import check_positive_integer, warn
 from ..guides.auto import init_or_feasible
 from ..model import supports
 from ..model.ascent import without_errors
@@ -37,6 +37,15 @@ NUM_STARTS = 64
 NUM_PRIOR_STARTS = 16
 MAX_STEPS = 200
 NUM_DRAWS = 4000
+# After a fit, one batch of the target for so many training steps is at most a tenth of them.
+STEPS_PER_BATCH, STEPS_PER_LOOPED_BATCH = 20, 40
+# Batches beside those of an ascent: curvature, mass, draws of the prior.
+NUM_OTHER_BATCHES = 8
+MIN_STEPS = 20
+MAX_BATCHES_AFTER_FIT = 4
+NUM_LOOPED_DRAWS = 400
+# Above this number of latents the curvature of a mode costs too much to be looked at by default.
+MAX_DIM = 200
 # Points of one batch of the target.
 MAX_POINTS = 4096
 # The number of scalars that say where a mode is.
@@ -100,6 +109,51 @@ def find_modes(
             draws = draw_traced(tracer, 10_000 if tracer.vectorizes else 1000)
         search = Search(call, tracer, draws)
         return search.run(num_starts, MAX_STEPS, mode_search.MAX_BATCHES, NUM_DRAWS)
+
+
+def search_after_fit(
+    tracer: Tracer, draws: Draws, num_steps: int, *, asked_for: bool | None, seed: int
+) -> Modes | None:
+    """A search within a tenth of what a fit has cost, that leaves the random numbers of the fit as they are.
+
+    A batch of the target costs half a training step or less, or where every draw is a run of the model, two steps.
+
+    Arguments:
+        tracer: What traces the fitted guide with its model.
+        draws: Its draws.
+        num_steps: The number of training steps.
+        asked_for: Whether to search in any case, or where that is cheap (None), or not at all.
+        seed: The seed of the search.
+
+    Returns:
+        The modes; None if there was no search.
+    """
+    together = tracer.vectorizes
+    max_steps = num_steps // (STEPS_PER_BATCH if together else STEPS_PER_LOOPED_BATCH) - NUM_OTHER_BATCHES
+    if asked_for:
+        max_steps = MAX_STEPS
+    elif asked_for is False or max_steps < MIN_STEPS:
+        return None
+    with unchanged_random_state(), pyro.validation_enabled(False):
+        pyro.set_rng_seed(seed)
+        try:
+            search = Search(tracer.call, tracer, draws)
+        except ERRORS_OF_MODELS as error:
+            if asked_for:
+                warn(f"fit: modes were not looked for: {error}")
+            return None
+        if asked_for is None and len(search.latents.init_loc) > MAX_DIM:
+            return None
+        try:
+            return search.run(
+                NUM_STARTS if together else NUM_PRIOR_STARTS,
+                min(max_steps, MAX_STEPS),
+                MAX_BATCHES_AFTER_FIT,
+                (NUM_DRAWS if together else NUM_LOOPED_DRAWS) // 2,
+            )
+        except ERRORS_OF_MODELS as error:
+            warn(f"fit: the search for modes failed: {' '.join(str(error).split())[:300]}")
+            return None
 
 
 class Search:
@@ -214,8 +268,8 @@ class Search:
 
     def _modes(self, found: Comparison, maxima: Maxima, loc: Tensor, scale_tril: Tensor) -> tuple[Mode, ...]:
         points = loc + maxima.points @ scale_tril.mT
-        order = np.argsort(-found.mass, kind="stable")
-        order = order[found.mass[order] >= mode_search.MIN_MASS * found.mass[order[0]]]
+        order = np.lexsort((-found.mass, found.is_lost))
+        order = order[found.mass[order] >= mode_search.MIN_MASS * found.mass.max()]
         with torch.no_grad(), pyro.validation_enabled(False):
             values = self.target.constrain(points.to(self.latents.init_loc.dtype))
         proposals, log_det = found.masses.maxima, float(scale_tril.diagonal().log().sum())

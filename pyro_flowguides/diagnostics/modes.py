@@ -60,10 +60,11 @@ class Mode:
 
 @dataclass(frozen=True, repr=False)
 class Modes:
-    """The modes of a posterior, the heaviest first. Made by :func:`pyro_flowguides.find_modes`; ``print`` gives a sentence.
+    """The modes of a posterior. Made by :func:`pyro_flowguides.find_modes`; ``print`` gives a sentence.
 
     Attributes:
-        modes: The modes with at least a hundredth of the mass of the heaviest.
+        modes: The modes with at least a hundredth of the mass of the heaviest: those that the guide draws, then those that it has
+            lost, and the heaviest of each first.
         num_starts: The number of starts of the search.
         num_arrived: The number of them that have come to one of these modes.
         has_guide: Whether the draws of a guide were compared with them.
@@ -114,7 +115,10 @@ class Modes:
             return f"{self.num_starts} starts found no other mode."
         first, number = self.lost[0], len(self.lost)
         if number == 1:
-            return f"a mode at {first.where} with about {first.mass.value:.0%} of the mass has not been drawn."
+            image = ""
+            if first.symmetric_to is not None:
+                image = f"; it is mode {first.symmetric_to} of fit.modes with {first.symmetry}"
+            return f"a mode at {first.where} with about {first.mass.value:.0%} of the mass has not been drawn{image}."
         return (
             f"{number} modes with about {self.lost_mass:.0%} of the mass have not been drawn, the heaviest at {first.where} with "
             f"about {first.mass.value:.0%}."
