@@ -34,7 +34,6 @@ from .symmetry import find_symmetries
 from .tracer import Tracer
 
 NUM_STARTS = 64
-NUM_PRIOR_STARTS = 16
 MAX_STEPS = 200
 NUM_DRAWS = 4000
 # After a fit, one batch of the target for so many training steps is at most a tenth of them.
@@ -43,7 +42,7 @@ STEPS_PER_BATCH, STEPS_PER_LOOPED_BATCH = 20, 40
 NUM_OTHER_BATCHES = 8
 MIN_STEPS = 20
 MAX_BATCHES_AFTER_FIT = 4
-NUM_LOOPED_DRAWS = 400
+NUM_LOOPED_STARTS, NUM_LOOPED_DRAWS = 16, 400
 # Above this number of latents the curvature of a mode costs too much to be looked at by default.
 MAX_DIM = 200
 # Points of one batch of the target.
@@ -65,7 +64,8 @@ def find_modes(
     Starts are draws of the prior, draws of the guide inflated by 1 to 30, and uniform points in boxes of many sizes. All climb
     log p together by L-BFGS, one batch of values and scores per step. Maxima are distinct if they are apart in the metric of
     their Hessians and log p falls between them. The mass of each is measured by importance sampling from a Student-t distribution
-    around it. As long as some mode was found by a single start only, there is another batch of starts, up to 16.
+    around it. As long as a batch of starts finds new modes, or some mode was found by a single start only, there is another
+    batch, up to 16.
 
     A maximum with less than a hundredth of the mass of the heaviest mode is none: the density of a model may have no maximum, or
     one far from all of its mass. A start whose density rises without an end is left out. With a guide, the masses of the modes
@@ -146,7 +146,7 @@ def search_after_fit(
             return None
         try:
             return search.run(
-                NUM_STARTS if together else NUM_PRIOR_STARTS,
+                NUM_STARTS if together else NUM_LOOPED_STARTS,
                 min(max_steps, MAX_STEPS),
                 MAX_BATCHES_AFTER_FIT,
                 (NUM_DRAWS if together else NUM_LOOPED_DRAWS) // 2,
@@ -194,7 +194,7 @@ class Search:
             max_batches: The largest number of batches of starts.
             num_draws: The number of draws to measure masses with.
         """
-        prior = self._prior_draws(min(num_starts, NUM_PRIOR_STARTS))
+        prior = self._prior_draws(num_starts // 4)
         loc, scale_tril = self._coordinates(prior)
         log_density = self._log_density(loc, scale_tril)
 
@@ -211,7 +211,6 @@ class Search:
         maxima, total = mode_search.search(
             log_density,
             torch.cat(starts),
-            lambda number: mode_search.uniform(number, **like),
             max_steps,
             max_batches=max_batches,
             rounding=self.rounding,
@@ -306,6 +305,8 @@ class Search:
             spread = np.array([drawn[label].std() for label in labels])
         else:
             center, spread = table.mean(0), np.ones(len(labels))
+        # An ascent ends near 0 and not at it.
+        table = np.where(np.abs(table) < 1e-3 * np.abs(table).max(), 0.0, table)
         away = np.abs(table - center) / np.maximum(spread, 1e-12)
         places = []
         for row, distance in zip(table, away, strict=True):

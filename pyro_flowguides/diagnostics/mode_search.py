@@ -6,7 +6,6 @@ Everything here is in coordinates in which 1 is a sensible distance, and in floa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -71,6 +70,11 @@ class Maxima:
         chosen = self.nats_of_mass().argsort(descending=True)[:number]
         return self[chosen.sort().values]
 
+    def with_mass(self) -> Maxima:
+        """Those that have a mass to speak of by Laplace's method."""
+        nats = self.nats_of_mass()
+        return self[nats > nats.max() + math.log(MIN_MASS)] if len(self) else self
+
     def nats_of_mass(self) -> Tensor:
         """The log of the mass of each by Laplace's method, shape (K,)."""
         dim = self.points.shape[-1]
@@ -108,21 +112,28 @@ def around(maxima: Maxima, number: int) -> Tensor:
     return maxima.points[chosen] + (maxima.scale_trils[chosen] @ noise.unsqueeze(-1)).squeeze(-1)
 
 
+def between(maxima: Maxima, number: int) -> Tensor:
+    """Starts from the box that holds the maxima that are known, and as much again around it."""
+    low, high = maxima.points.amin(0), maxima.points.amax(0)
+    fractions = 2 * torch.rand(number, len(low), dtype=low.dtype, device=low.device) - 0.5
+    return low + fractions * (high - low)
+
+
 def search(
     log_density: LogProb,
-    first: Tensor,
-    more: Callable[[int], Tensor],
+    starts: Tensor,
     max_steps: int,
     *,
     max_batches: int = MAX_BATCHES,
     rounding: float = 0.0,
 ) -> tuple[Maxima, int]:
-    """Distinct maxima from a batch of starts, and from further ones as long as some mode was found by a single start.
+    """Distinct maxima from a batch of starts, and from further ones as long as a batch finds new modes or one has a single start.
+
+    The starts of later batches are around the maxima that are known, and in the box that holds them.
 
     Arguments:
         log_density: The target.
-        first: The first starts, shape (starts, D).
-        more: Makes as many starts as it is told; half of those of later batches, the others are around the maxima that are known.
+        starts: The first starts, shape (starts, D).
         max_steps: The longest ascent, in batches of the target.
         max_batches: The largest number of batches of starts.
         rounding: The relative rounding error of log p.
@@ -130,16 +141,17 @@ def search(
     Returns:
         The maxima, and the number of starts.
     """
-    num_starts, difference = len(first), 1e-4 if rounding < 1e-10 else 1e-3
-    maxima = _distinct(log_density, None, *_arrivals(log_density, first, max_steps, rounding), difference)
-    for _ in range(max_batches - 1):
-        nats = maxima.nats_of_mass()
-        if len(maxima) < 2 or not bool((maxima.counts[nats > nats.max() + math.log(MIN_MASS)] == 1).any()):
-            break
-        starts = torch.cat([around(maxima, len(first) // 2), more(len(first) - len(first) // 2)])
+    number, difference = len(starts), 1e-4 if rounding < 1e-10 else 1e-3
+    maxima = _distinct(log_density, None, *_arrivals(log_density, starts, max_steps, rounding), difference)
+    before = 1
+    for batch in range(1, max_batches):
+        modes = maxima.with_mass()
+        if len(modes) < 2 or (len(modes) <= before and not bool((modes.counts == 1).any())):
+            return maxima, batch * number
+        before = len(modes)
+        starts = torch.cat([around(modes, number // 2), between(modes, number - number // 2)])
         maxima = _distinct(log_density, maxima, *_arrivals(log_density, starts, max_steps, rounding), difference)
-        num_starts += len(first)
-    return maxima, num_starts
+    return maxima, max_batches * number
 
 
 def _arrivals(log_density: LogProb, starts: Tensor, max_steps: int, rounding: float) -> tuple[Tensor, Tensor]:

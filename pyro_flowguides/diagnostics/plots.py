@@ -225,7 +225,7 @@ def plot_modes(modes: Any, labels: Sequence[str] | None = None, *, ax: Any = Non
 
     Arguments:
         modes: :class:`Modes`, or a fit with ``fit.modes``.
-        labels: One scalar or two, an element of a vector as ``"theta[0]"``; by default the two that differ most between the modes.
+        labels: One scalar or two, an element of a vector as ``"theta[0]"``; by default the two that differ most.
         ax: The matplotlib Axes to draw on; made if not given.
 
     Returns:

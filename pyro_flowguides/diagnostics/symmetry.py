@@ -78,7 +78,7 @@ def _symmetry(latents: Latents, log_density: LogProb, point: Tensor, first: np.n
         if _is_symmetric(log_density, nearby, images):
             return words
     # A latent of the real line may change its sign.
-    if len(first) == len(point) and all(site.transform.domain is site.transform.codomain for site in latents.sites):
+    if len(first) == len(point) and np.allclose(first, point.cpu().numpy()):
         signs = np.where(np.abs(first + second) < np.abs(first - second), -1.0, 1.0)
         if np.allclose(signs * first, second, atol=scale, rtol=0):
             images = nearby * torch.as_tensor(signs).to(nearby)
