@@ -212,6 +212,8 @@ class Search:
             log_density,
             torch.cat(starts),
             max_steps,
+            # Without a guide the first batch knows nothing of the scale of the posterior.
+            min_batches=min(max_batches, 2 if self.drawn is None else 1),
             max_batches=max_batches,
             rounding=self.rounding,
         )
@@ -223,8 +225,8 @@ class Search:
         if self.drawn is None or self.draws is None:
             found = Comparison.without_guide(masses)
         else:
-            weights = self.draws.weights
-            found = compare(masses, standard(self.drawn), self.draws.log_weights.double() - log_det, weights._psis[1])
+            khat = self.draws.verdict.khat
+            found = compare(masses, standard(self.drawn), self.draws.log_weights.double() - log_det, khat)
         modes = self._modes(found, maxima, loc, scale_tril)
         return Modes(modes, total, sum(mode.num_found for mode in modes), self.draws is not None)
 

@@ -124,6 +124,7 @@ def search(
     starts: Tensor,
     max_steps: int,
     *,
+    min_batches: int = 1,
     max_batches: int = MAX_BATCHES,
     rounding: float = 0.0,
 ) -> tuple[Maxima, int]:
@@ -135,7 +136,8 @@ def search(
         log_density: The target.
         starts: The first starts, shape (starts, D).
         max_steps: The longest ascent, in batches of the target.
-        max_batches: The largest number of batches of starts.
+        min_batches: The smallest number of batches of starts.
+        max_batches: The largest.
         rounding: The relative rounding error of log p.
 
     Returns:
@@ -146,7 +148,8 @@ def search(
     before = 1
     for batch in range(1, max_batches):
         modes = maxima.with_mass()
-        if len(modes) < 2 or (len(modes) <= before and not bool((modes.counts == 1).any())):
+        settled = len(modes) <= before and (len(modes) < 2 or not bool((modes.counts == 1).any()))
+        if not len(modes) or (batch >= min_batches and settled):
             return maxima, batch * number
         before = len(modes)
         starts = torch.cat([around(modes, number // 2), between(modes, number - number // 2)])
