@@ -50,6 +50,7 @@ class Options:
     svi: dict[str, Any]
     # Around the steps.
     whiten: str | None
+    search_modes: bool | None
     seed: int | None
     checkpoint: Checkpoint | None
     callbacks: Sequence[Callable[[int, float], bool | None]]
