@@ -20,6 +20,7 @@ from ..model.ascent import without_errors
 from ..model.call import ModelCall
 from ..model.enumeration import is_summed_out
 from ..model.latents import Latents
+from ..model.memory import draws_at_once
 from ..model.missing import FillMissing
 from ..model.sites import is_subsample, quiet_trace, unchanged_random_state
 from ..model.target import ERRORS_OF_MODELS, LogProb, Target
@@ -28,7 +29,7 @@ from .draws import Draws, to_numpy
 from .importance import Estimate
 from .mode_search import Comparison, Maxima, compare
 from .modes import Mode, Modes
-from .sampling import batch_size_within_memory, draw_traced
+from .sampling import draw_traced
 from .summary import scalars
 from .symmetry import find_symmetries
 from .tracer import Tracer
@@ -181,7 +182,7 @@ class Search:
         vectorize, batched = (None, None) if tracer is None else (tracer.vectorizes, tracer.batched)
         with unchanged_random_state():
             self.target = Target(call, self.latents, vectorize=vectorize, batched=batched)
-        self.max_points = MAX_POINTS if tracer is None else batch_size_within_memory(tracer, MAX_POINTS)
+        self.max_points = MAX_POINTS if tracer is None else min(MAX_POINTS, draws_at_once(tracer.elements_per_draw))
         self.rounding = 4 * float(torch.finfo(self.latents.init_loc.dtype).eps)
         self.drawn = None if draws is None else pack(self.latents, draws)
 

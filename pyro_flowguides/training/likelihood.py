@@ -138,6 +138,7 @@ class Plan:
             schedule=find_schedule(self.schedule),
             svi={"backend": self.backend, "ema_decay": None, "max_nonfinite_steps": self.max_nonfinite_steps},
             whiten=None,
+            search_modes=False,
             seed=None,
             checkpoint=self.checkpoint,
             callbacks=self.callbacks,

@@ -222,7 +222,7 @@ class Loop:
         if self.options.args_are_a_batch or self.interrupted:
             return None
         num_steps = sum(round.num_steps for round in self.rounds[: len(self.scores)])
-        with start.threads_for(self.largest * NUM_PARTICLES):
+        with start.threads_for(self.tracer.elements_per_draw * NUM_PARTICLES):
             try:
                 return search_after_fit(
                     self.tracer, draws, num_steps, asked_for=self.options.search_modes, seed=self.options.seed or 0
