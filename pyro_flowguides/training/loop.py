@@ -17,6 +17,8 @@ from ..compiled.losses import KL
 from ..compiled.recorded import BatchedCalls
 from ..compiled.snapshot import Snapshot
 from ..diagnostics.draws import Draws
+from ..diagnostics.mode_finder import search_after_fit
+from ..diagnostics.modes import Modes
 from ..diagnostics.sampling import draw_traced
 from ..model.call import ModelCall
 from ..model.missing import FillMissing
@@ -47,6 +49,7 @@ class Options(StepOptions):
     # Whether the arguments are the first of the batches.
     args_are_a_batch: bool
     whiten: str | None
+    search_modes: bool | None
     seed: int | None
 
 
@@ -118,6 +121,7 @@ class Loop:
                 self._load(saved)
         draws = self._train_and_judge(saved)
         start.warn_of_ode_error(flow_guides, draws.elbo)
+        modes = self._search(draws)
         model, guide, parameters = owned(self.call.model, self.guide)
         return FitResult(
             model,
@@ -135,6 +139,7 @@ class Loop:
             draws=draws,
             columns=self.call.columns,
             interrupted=self.interrupted,
+            modes=modes,
         )
 
     def _train_and_judge(self, saved: dict[str, Any] | None) -> Draws:
@@ -226,6 +231,20 @@ class Loop:
         # Draws of a poor fit may leave the support of the model, which is no error: they weigh nothing.
         with pyro.validation_enabled(False):
             return draw_traced(self.tracer, num_samples, log_likelihood=self.log_likelihood)
+
+    def _search(self, draws: Draws) -> Modes | None:
+        """Modes that the guide may have lost; None where they cannot be looked for, or an interrupt has ended that."""
+        if self.options.args_are_a_batch or self.interrupted:
+            return None
+        num_steps = sum(round.num_steps for round in self.rounds[: len(self.scores)])
+        with start.threads_for(self.tracer.elements_per_draw * NUM_PARTICLES):
+            try:
+                return search_after_fit(
+                    self.tracer, draws, num_steps, asked_for=self.options.search_modes, seed=self.options.seed or 0
+                )
+            except KeyboardInterrupt:
+                self.interrupted = True
+                return None
 
     # --- checkpoints -----------------------------------------------------------------------------------------------------
 
