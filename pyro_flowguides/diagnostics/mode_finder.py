@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,18 +17,18 @@ from torch import Tensor
 from ..checks import check_positive_integer, warn
 from ..guides.auto import init_or_feasible
 from ..model import supports
-from ..model.ascent import without_errors
+from ..model.ascent import ascend, without_errors
 from ..model.call import ModelCall
 from ..model.enumeration import is_summed_out
 from ..model.latents import Latents
-from ..model.memory import draws_at_once
 from ..model.missing import FillMissing
 from ..model.sites import is_subsample, quiet_trace, unchanged_random_state
-from ..model.target import ERRORS_OF_MODELS, LogProb, Target
+from ..model.target import ERRORS_OF_MODELS, Target
 from . import mode_search
 from .draws import Draws, to_numpy
 from .importance import Estimate
-from .mode_search import Comparison, Maxima, compare
+from .mode_masses import Comparison, compare, weigh
+from .mode_search import Maxima, Metered
 from .modes import Mode, Modes
 from .sampling import draw_traced
 from .summary import scalars
@@ -35,19 +36,19 @@ from .symmetry import find_symmetries
 from .tracer import Tracer
 
 NUM_STARTS = 64
-MAX_STEPS = 200
 NUM_DRAWS = 4000
-# After a fit, one batch of the target for so many training steps is at most a tenth of them.
-STEPS_PER_BATCH, STEPS_PER_LOOPED_BATCH = 20, 40
-# Batches beside those of an ascent: curvature, mass, draws of the prior.
-NUM_OTHER_BATCHES = 8
-MIN_STEPS = 20
-MAX_BATCHES_AFTER_FIT = 4
-NUM_LOOPED_STARTS, NUM_LOOPED_DRAWS = 16, 400
-# Above this number of latents the curvature of a mode costs too much to be looked at by default.
-MAX_DIM = 200
-# Points of one batch of the target.
-MAX_POINTS = 4096
+# Draws of the prior: starts, and the scale of the search where there is no guide.
+NUM_PRIOR_DRAWS = 16
+# Up to so many points a batch of the target takes the same time.
+SMALL_BATCH = 64
+# Where every draw is a run of the model.
+NUM_LOOPED_STARTS, NUM_LOOPED_DRAWS = 16, 200
+# By default a search may ask for so many points per training step, which is less than a tenth of what the step costs.
+POINTS_PER_STEP, POINTS_PER_LOOPED_STEP = 6, 0.8
+# By default there is no search that could not take so many steps with all of its starts.
+MIN_STEPS = 40
+# More latents have a matrix of curvature that is too large.
+MAX_DIM = 4096
 # The number of scalars that say where a mode is.
 NUM_SHOWN = 3
 
@@ -108,8 +109,7 @@ def find_modes(
         elif guide is not None:
             tracer = Tracer(call, guide, differentiable=True)
             draws = draw_traced(tracer, 10_000 if tracer.vectorizes else 1000)
-        search = Search(call, tracer, draws)
-        return search.run(num_starts, MAX_STEPS, mode_search.MAX_BATCHES, NUM_DRAWS)
+        return Search(call, tracer, draws).run(num_starts, NUM_DRAWS)
 
 
 def search_after_fit(
@@ -117,7 +117,7 @@ def search_after_fit(
 ) -> Modes | None:
     """A search within a tenth of what a fit has cost, that leaves the random numbers of the fit as they are.
 
-    A batch of the target costs half a training step or less, or where every draw is a run of the model, two steps.
+    What it may cost is counted in points of the target and not in seconds, so that the same fit has the same modes again.
 
     Arguments:
         tracer: What traces the fitted guide with its model.
@@ -130,28 +130,23 @@ def search_after_fit(
         The modes; None if there was no search.
     """
     together = tracer.vectorizes
-    max_steps = num_steps // (STEPS_PER_BATCH if together else STEPS_PER_LOOPED_BATCH) - NUM_OTHER_BATCHES
-    if asked_for:
-        max_steps = MAX_STEPS
-    elif asked_for is False or max_steps < MIN_STEPS:
+    num_starts, num_draws = (NUM_STARTS, NUM_DRAWS // 2) if together else (NUM_LOOPED_STARTS, NUM_LOOPED_DRAWS)
+    allowance = math.inf if asked_for else num_steps * (POINTS_PER_STEP if together else POINTS_PER_LOOPED_STEP)
+    if asked_for is False or allowance < MIN_STEPS * num_starts + num_draws:
         return None
     with unchanged_random_state(), pyro.validation_enabled(False):
         pyro.set_rng_seed(seed)
         try:
             search = Search(tracer.call, tracer, draws)
+            # Two maxima at least.
+            if allowance < MIN_STEPS * num_starts + num_draws + 8 * search.dim:
+                return None
         except ERRORS_OF_MODELS as error:
             if asked_for:
                 warn(f"fit: modes were not looked for: {error}")
             return None
-        if asked_for is None and len(search.latents.init_loc) > MAX_DIM:
-            return None
         try:
-            return search.run(
-                NUM_STARTS if together else NUM_LOOPED_STARTS,
-                min(max_steps, MAX_STEPS),
-                MAX_BATCHES_AFTER_FIT,
-                (NUM_DRAWS if together else NUM_LOOPED_DRAWS) // 2,
-            )
+            return search.run(num_starts, num_draws, allowance)
         except ERRORS_OF_MODELS as error:
             warn(f"fit: the search for modes failed: {' '.join(str(error).split())[:300]}")
             return None
@@ -178,56 +173,62 @@ class Search:
                 reason = f"they lack site '{missing[0]}'"
             if reason is not None:
                 raise ValueError(f"find_modes: the draws of the guide cannot be compared with modes: {reason}")
-        self.call, self.draws = call, draws
+        self.call, self.draws, self.dim = call, draws, len(self.latents.init_loc)
+        if self.dim > MAX_DIM:
+            raise ValueError(
+                f"find_modes: the model has {self.dim} latents; the curvature of a mode is a matrix of {self.dim} × {self.dim}, "
+                f"which is too large above {MAX_DIM}"
+            )
         vectorize, batched = (None, None) if tracer is None else (tracer.vectorizes, tracer.batched)
         with unchanged_random_state():
             self.target = Target(call, self.latents, vectorize=vectorize, batched=batched)
-        self.max_points = MAX_POINTS if tracer is None else min(MAX_POINTS, draws_at_once(tracer.elements_per_draw))
         self.rounding = 4 * float(torch.finfo(self.latents.init_loc.dtype).eps)
         self.drawn = None if draws is None else pack(self.latents, draws)
 
-    def run(self, num_starts: int, max_steps: int, max_batches: int, num_draws: int) -> Modes:
+    def run(self, num_starts: int, num_draws: int, allowance: float = math.inf) -> Modes:
         """Searches; see :func:`find_modes`.
 
         Arguments:
             num_starts: The number of starts of a batch.
-            max_steps: The longest ascent.
-            max_batches: The largest number of batches of starts.
             num_draws: The number of draws to measure masses with.
+            allowance: How many points of the target may be asked for, about.
         """
-        prior = self._prior_draws(num_starts // 4)
+        prior = self._prior_draws(NUM_PRIOR_DRAWS)
         loc, scale_tril = self._coordinates(prior)
-        log_density = self._log_density(loc, scale_tril)
+        log_density = Metered(
+            self._log_density(loc, scale_tril), allowance - num_draws, SMALL_BATCH if self.target.runs_together else 1
+        )
 
         def standard(x: Tensor) -> Tensor:
             return torch.linalg.solve_triangular(scale_tril, (x - loc).mT, upper=False).mT
 
+        def climb(points: Tensor) -> Tensor:
+            return ascend(log_density, points, mode_search.MAX_STEPS, rounding=self.rounding).points
+
         like: Any = {"dim": len(loc), "dtype": loc.dtype, "device": loc.device}
-        rest = num_starts - len(prior)
+        from_prior = prior[: num_starts // 4]
+        rest = num_starts - len(from_prior)
         starts = [
-            standard(prior),
+            standard(from_prior),
             mode_search.inflated(rest - rest // 2, **like),
             mode_search.uniform(rest // 2, **like),
         ]
         maxima, total = mode_search.search(
             log_density,
             torch.cat(starts),
-            max_steps,
             # Without a guide the first batch knows nothing of the scale of the posterior.
-            min_batches=min(max_batches, 2 if self.drawn is None else 1),
-            max_batches=max_batches,
+            min_batches=2 if self.drawn is None else 1,
             rounding=self.rounding,
         )
         if not len(maxima):
             return Modes((), total, 0, self.draws is not None)
-        maxima = maxima.heaviest(mode_search.MAX_MODES)
         log_det = scale_tril.diagonal().log().sum()
-        masses = mode_search.weigh(log_density, maxima, num_draws)
+        masses = weigh(log_density, maxima, num_draws)
         if self.drawn is None or self.draws is None:
             found = Comparison.without_guide(masses)
         else:
-            khat = self.draws.verdict.khat
-            found = compare(masses, standard(self.drawn), self.draws.log_weights.double() - log_det, khat)
+            log_weights = self.draws.log_weights.double() - log_det
+            found = compare(masses, standard(self.drawn), log_weights, self.draws.verdict.khat, climb)
         modes = self._modes(found, maxima, loc, scale_tril)
         return Modes(modes, total, sum(mode.num_found for mode in modes), self.draws is not None)
 
@@ -252,19 +253,19 @@ class Search:
         init = self.latents.init_loc.double()
         if len(points) < 2:
             return init, torch.eye(len(init)).to(init)
-        sds = points.std(0).clamp(min=1e-6)
+        sds = points.std(0)
+        sds = torch.where(sds > 1e-6, sds, 1.0)
         if self.drawn is not None and len(points) > 2 * len(init):
             factor, failed = torch.linalg.cholesky_ex(torch.cov(points.mT).reshape(len(init), -1))
             if not int(failed):
                 return points.mean(0), factor
         return points.mean(0), sds.diag()
 
-    def _log_density(self, loc: Tensor, scale_tril: Tensor) -> LogProb:
+    def _log_density(self, loc: Tensor, scale_tril: Tensor) -> Callable[[Tensor], Tensor]:
         safe = without_errors(self.target.log_prob)
 
         def log_density(z: Tensor) -> Tensor:
-            x = loc + z @ scale_tril.mT
-            return torch.cat([safe(part) for part in x.split(self.max_points)])
+            return safe(loc + z @ scale_tril.mT)
 
         return log_density
 

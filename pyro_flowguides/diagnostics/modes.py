@@ -92,7 +92,7 @@ class Modes:
         if self.has_guide:
             return self.finding
         if not self.modes:
-            return f"{self.num_starts} starts found no mode."
+            return f"none of {self.num_starts} starts came to a maximum of the density."
         number = "one mode" if len(self) == 1 else f"{len(self)} modes"
         return f"{self.num_starts} starts found {number}: {'; '.join(map(_described, self.modes[:NUM_NAMED]))}" + (
             f"; and {len(self) - NUM_NAMED} more." if len(self) > NUM_NAMED else "."
@@ -111,6 +111,8 @@ class Modes:
     @property
     def finding(self) -> str:
         """What the search says about the guide, in a sentence."""
+        if not self.modes:
+            return f"none of {self.num_starts} starts came to a maximum of the density, so nothing is known of other modes."
         if not self.lost:
             return f"{self.num_starts} starts found no other mode."
         first, number = self.lost[0], len(self.lost)

@@ -19,7 +19,7 @@ SHORTEST_STEP = 1e-6
 TOLERANCE = 1e-8
 # Steps of differences, in units of the conditional standard deviation along a coordinate.
 DIFFERENCE = 0.1
-# Points of one batch of differences.
+# Points of one batch of differences, or those of one maximum.
 MAX_POINTS = 4096
 
 
@@ -131,7 +131,7 @@ def negative_hessians(log_density: LogProb, points: Tensor, first_difference: fl
         first_difference: The first step.
 
     Returns:
-        Shape (K, D, D); NaN where a score is not finite. Cost: 4 D scores for every point.
+        Shape (K, D, D); NaN where a score is not finite. Cost: 4 D scores for every point, those of 4096 / (2 D) points at once.
     """
     steps = torch.full_like(points, first_difference)
     rough = _differences(log_density, points, steps).diagonal(dim1=-2, dim2=-1)
@@ -142,11 +142,14 @@ def negative_hessians(log_density: LogProb, points: Tensor, first_difference: fl
 
 def _differences(log_density: LogProb, points: Tensor, steps: Tensor) -> Tensor:
     dim = points.shape[-1]
-    away = torch.diag_embed(steps)
-    moved = torch.stack([points.unsqueeze(-2) + away, points.unsqueeze(-2) - away]).reshape(-1, dim)
-    scores = torch.cat([value_and_score(log_density, part)[1] for part in moved.split(MAX_POINTS)])
-    ahead, behind = scores.reshape(2, len(points), dim, dim)
-    return (behind - ahead) / (2 * steps.unsqueeze(-1))
+    at_once = max(1, MAX_POINTS // (2 * dim))
+    found = []
+    for some, away in zip(points.split(at_once), torch.split(steps, at_once), strict=True):
+        offsets = torch.diag_embed(away)
+        moved = torch.stack([some.unsqueeze(-2) + offsets, some.unsqueeze(-2) - offsets]).reshape(-1, dim)
+        ahead, behind = value_and_score(log_density, moved)[1].reshape(2, len(some), dim, dim)
+        found.append((behind - ahead) / (2 * away.unsqueeze(-1)))
+    return torch.cat(found)
 
 
 def without_errors(log_density: LogProb) -> LogProb:

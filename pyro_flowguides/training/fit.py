@@ -103,9 +103,10 @@ def fit(
             the training always goes on. The flows inside an ``AutoGuideList`` are left alone, since its parts have no posterior
             of their own; docs/how_to/initialise.md says how to choose where those start.
         search_modes: Whether to look for modes that the guide has not drawn, by :func:`pyro_flowguides.find_modes`. By default
-            where it takes at most a tenth of the fit, with as many steps as that allows; with True in any case. The training and
-            the draws are the same with it and without. There is no search where the draws have no weights, or there are batches
-            alone.
+            from some 700 steps on, with a number of evaluations of the model that grows with the steps, about a tenth of the
+            time of a fit of the default guide; with True in any case and with no such limit. The training and the draws are the
+            same with it and without, and a fit with a seed finds the same modes again. There is no search where the draws have no
+            weights, there are batches alone, or an interrupt has ended the training.
         backend: How a step is run, see :class:`pyro_flowguides.CompiledSVI`.
         ema_decay: Keep an exponential moving average of the parameters with this decay, such as 0.99, and return it.
         checkpoint: A :class:`pyro_flowguides.Checkpoint`, or its path alone: the file to write the state of the fit to, and

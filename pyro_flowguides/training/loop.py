@@ -13,6 +13,7 @@ import pyro
 import torch
 from pyro.optim import PyroOptim
 
+from ..checks import warn
 from ..compiled.losses import KL
 from ..compiled.recorded import BatchedCalls
 from ..compiled.snapshot import Snapshot
@@ -65,7 +66,7 @@ class Loop:
     Attributes:
         losses: The loss of every step of the rounds that are over.
         scores: How good the guide was after each of them.
-        interrupted: Whether an interrupt from the keyboard has ended the training.
+        interrupted: Whether an interrupt from the keyboard has ended the training, or the search for modes after it.
     """
 
     name = "fit"
@@ -234,13 +235,19 @@ class Loop:
 
     def _search(self, draws: Draws) -> Modes | None:
         """Modes that the guide may have lost; None where they cannot be looked for, or an interrupt has ended that."""
-        if self.options.args_are_a_batch or self.interrupted:
+        if self.interrupted:
             return None
-        num_steps = sum(round.num_steps for round in self.rounds[: len(self.scores)])
+        asked_for = self.options.search_modes
+        if self.options.args_are_a_batch:
+            if asked_for:
+                warn(
+                    "fit: modes were not looked for: the arguments are a batch, whose posterior is not that of all data"
+                )
+            return None
         with start.threads_for(self.tracer.elements_per_draw * NUM_PARTICLES):
             try:
                 return search_after_fit(
-                    self.tracer, draws, num_steps, asked_for=self.options.search_modes, seed=self.options.seed or 0
+                    self.tracer, draws, len(self.losses), asked_for=asked_for, seed=self.options.seed or 0
                 )
             except KeyboardInterrupt:
                 self.interrupted = True

@@ -54,7 +54,7 @@ class FitResult:
         wall_time: The seconds that the fit took, final draws included.
         vectorization: How the model was run for many draws: ``"broadcast"`` with an extra batch dimension, ``"recorded"`` once
             and repeated for all draws, or ``"looped"`` draw by draw.
-        interrupted: Whether an interrupt from the keyboard has ended the training before its end.
+        interrupted: Whether an interrupt from the keyboard has ended the training before its end, or the search for modes.
         draws: Draws from the fitted guide with their densities, 10,000 (1000 for a model that cannot be vectorised).
         parameters: The trained parameters of the model (``pyro.param``, ``pyro.module``, ``PyroModule``) by name, in their own
             (constrained) space.
