@@ -29,7 +29,7 @@ import pyro_flowguides as fg
 from benchmarks.common import describe, environment, markdown_table, write_results
 from benchmarks.posteriors.database import posteriors
 from benchmarks.posteriors.known import KnownPosterior
-from benchmarks.posteriors.targets import targets
+from benchmarks.posteriors.targets import planar_posterior, targets
 from pyro_flowguides.training import loop
 
 NUM_STEPS = 1000
@@ -75,10 +75,16 @@ def apart(masses: tuple[float, ...], dim: int) -> Truth:
     return normals(masses, 10 / 2**0.5 * torch.eye(dim)[: len(masses)])
 
 
-def forty() -> Truth:
-    """Forty normals in the plane, as in FAB (Midgley et al. 2022): centres uniform on (−40, 40), sd log(1 + e)."""
-    centers = 80 * torch.rand(40, 2, generator=torch.Generator().manual_seed(0)) - 40
+def forty(dim: int) -> Truth:
+    """Forty normals, in the plane as in FAB (Midgley et al. 2022): centres uniform on (−40, 40), sd log(1 + e)."""
+    centers = 80 * torch.rand(40, dim, generator=torch.Generator().manual_seed(0)) - 40
     return normals((1 / 40,) * 40, centers, math.log1p(math.e), num_starts=256)
+
+
+def first_energy() -> Truth:
+    """U1 of Rezende and Mohamed (2015) on [−4, 4]²; its two modes are mirror images."""
+    known = planar_posterior("U1")
+    return Truth(known.model, known.args, torch.zeros(0, 0).double(), torch.tensor([0.5, 0.5]), known.log_evidence)
 
 
 def many_wells() -> Truth:
@@ -126,7 +132,9 @@ def data() -> Tensor:
 SEVERAL: dict[str, Callable[[], Truth]] = {
     **{f"two normals, D = {dim}": functools.partial(apart, (0.7, 0.3), dim) for dim in (2, 10, 50)},
     **{f"three normals, D = {dim}": functools.partial(apart, (0.6, 0.3, 0.1), dim) for dim in (2, 10, 50)},
-    "forty normals in the plane": forty,
+    "U1": first_energy,
+    "forty normals, D = 2": functools.partial(forty, 2),
+    "forty normals, D = 50": functools.partial(forty, 50),
     "many-well 32": many_wells,
     "mixture of two normals, labels": lambda: two_labels(mixture_model, data()),
     "hidden Markov model, labels": lambda: two_labels(markov_model, data()),

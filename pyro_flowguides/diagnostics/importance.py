@@ -176,8 +176,8 @@ def after_search(verdict: Verdict, finding: str, lost_mass: float) -> Verdict:
         lost_mass: The fraction of the mass of modes that the guide has not drawn; above ``NEGLIGIBLE_MASS`` it is doubtful.
 
     Example:
-        >>> print(after_search(judge(0.31, 0.95, 10_000), "64 starts found no other mode.", 0.0))
-        good: k-hat 0.31 is below 0.70 and 95% of the draws are effective. 64 starts found no other mode.
+        >>> print(after_search(judge(0.31, 0.95, 10_000), "128 starts found no other mode.", 0.0))
+        good: k-hat 0.31 is below 0.70 and 95% of the draws are effective. 128 starts found no other mode.
     """
     if verdict.kind is VerdictKind.UNKNOWN:
         return verdict

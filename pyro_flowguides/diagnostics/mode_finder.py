@@ -27,7 +27,7 @@ from ..model.target import ERRORS_OF_MODELS, Target
 from . import mode_search
 from .draws import Draws, to_numpy
 from .importance import Estimate
-from .mode_masses import Comparison, compare, weigh
+from .mode_masses import MIN_DRAWS_OF_A_MODE, Comparison, compare, weigh
 from .mode_search import Maxima, Metered
 from .modes import Mode, Modes
 from .sampling import draw_traced
@@ -35,18 +35,18 @@ from .summary import scalars
 from .symmetry import find_symmetries
 from .tracer import Tracer
 
-NUM_STARTS = 64
-NUM_DRAWS = 4000
+NUM_STARTS = 128
+NUM_DRAWS = 8192
 # Draws of the prior: starts, and the scale of the search where there is no guide.
 NUM_PRIOR_DRAWS = 16
-# Up to so many points a batch of the target takes the same time.
-SMALL_BATCH = 64
 # Where every draw is a run of the model.
-NUM_LOOPED_STARTS, NUM_LOOPED_DRAWS = 16, 200
-# By default a search may ask for so many points per training step, which is less than a tenth of what the step costs.
-POINTS_PER_STEP, POINTS_PER_LOOPED_STEP = 6, 0.8
+NUM_LOOPED_STARTS, NUM_LOOPED_DRAWS = 16, 256
+# Up to so many points a batch of the target takes the same time, the time of a training step of the default guide or less.
+SMALL_BATCH = 256
+# What a search may take by default: such a batch for 20 training steps, or a tenth of the runs of a model that runs draw by draw.
+POINTS_PER_STEP, POINTS_PER_LOOPED_STEP = SMALL_BATCH / 20, 0.8
 # By default there is no search that could not take so many steps with all of its starts.
-MIN_STEPS = 40
+MIN_STEPS = 30
 # More latents have a matrix of curvature that is too large.
 MAX_DIM = 4096
 # The number of scalars that say where a mode is.
@@ -74,7 +74,7 @@ def find_modes(
     that it draws are those of its weighted draws; a mode is lost if the guide draws less than half of its mass, and its weighted
     draws have less than half of the mass that there is in a ball around the mode.
 
-    Cost: up to 200 batches of ``num_starts`` gradients, 4 D gradients for every mode, and 4000 values.
+    Cost: up to 200 batches of ``num_starts`` gradients, 4 D gradients for every mode, and 8192 values.
 
     Arguments:
         model: The model. Its discrete latents are summed out.
@@ -130,16 +130,17 @@ def search_after_fit(
         The modes; None if there was no search.
     """
     together = tracer.vectorizes
-    num_starts, num_draws = (NUM_STARTS, NUM_DRAWS // 2) if together else (NUM_LOOPED_STARTS, NUM_LOOPED_DRAWS)
+    num_starts, num_draws = (NUM_STARTS, NUM_DRAWS // 4) if together else (NUM_LOOPED_STARTS, NUM_LOOPED_DRAWS)
     allowance = math.inf if asked_for else num_steps * (POINTS_PER_STEP if together else POINTS_PER_LOOPED_STEP)
-    if asked_for is False or allowance < MIN_STEPS * num_starts + num_draws:
+    needed = MIN_STEPS * (SMALL_BATCH if together else num_starts) + num_draws
+    if asked_for is False or allowance < needed:
         return None
     with unchanged_random_state(), pyro.validation_enabled(False):
         pyro.set_rng_seed(seed)
         try:
             search = Search(tracer.call, tracer, draws)
-            # Two maxima at least.
-            if allowance < MIN_STEPS * num_starts + num_draws + 8 * search.dim:
+            # The curvature of two maxima.
+            if allowance < needed + 8 * search.dim:
                 return None
         except ERRORS_OF_MODELS as error:
             if asked_for:
@@ -223,6 +224,7 @@ class Search:
         if not len(maxima):
             return Modes((), total, 0, self.draws is not None)
         log_det = scale_tril.diagonal().log().sum()
+        maxima = maxima.heaviest(max(2, num_draws // MIN_DRAWS_OF_A_MODE))
         masses = weigh(log_density, maxima, num_draws)
         if self.drawn is None or self.draws is None:
             found = Comparison.without_guide(masses)

@@ -23,7 +23,7 @@ MIN_ESS = 10
 # A mode is lost where the guide draws less than this fraction of its mass.
 LOST = 0.5
 # Draws of the guide that climb.
-NUM_CLIMBERS = 64
+NUM_CLIMBERS = 32
 # The worst shape of weights at which a Gaussian is left as it is.
 GOOD_KHAT = 0.7
 
@@ -69,7 +69,7 @@ def weigh(log_density: LogProb, maxima: Maxima, num_draws: int) -> Masses:
     Arguments:
         log_density: The target; NaN, which weighs nothing, where it has no value.
         maxima: The modes.
-        num_draws: The number of draws, at least 64 from each.
+        num_draws: The number of draws, the same from each.
     """
     masses, x, ratios = _weigh(log_density, maxima, num_draws)
     heavy = torch.as_tensor(~(masses.khats < GOOD_KHAT), device=x.device)
@@ -82,7 +82,7 @@ def weigh(log_density: LogProb, maxima: Maxima, num_draws: int) -> Masses:
 
 def _weigh(log_density: LogProb, maxima: Maxima, num_draws: int) -> tuple[Masses, Tensor, Tensor]:
     count, dim = maxima.points.shape
-    each = max(MIN_DRAWS_OF_A_MODE, num_draws // count)
+    each = num_draws // count
     noise = torch.randn(count, each, dim, dtype=maxima.points.dtype, device=maxima.points.device)
     freedom = float(dim + 4)
     chi = torch.distributions.Chi2(torch.full((), freedom, dtype=noise.dtype, device=noise.device))

@@ -53,9 +53,9 @@ class Metered:
         self.left -= max(len(points), self.small_batch)
         return self.log_density(points)
 
-    def steps_left(self, num_starts: int) -> int:
-        """The number of batches of so many points that are left, at most ``MAX_STEPS``."""
-        return max(0, int(min(MAX_STEPS, self.left // max(num_starts, self.small_batch))))
+    def steps_left(self, num_starts: int, dim: int) -> int:
+        """The number of batches of so many points that are left beside two Hessians, at most ``MAX_STEPS``."""
+        return max(0, int(min(MAX_STEPS, (self.left - 8 * dim) // max(num_starts, self.small_batch))))
 
     def hessians_left(self, dim: int) -> int:
         """The number of maxima whose curvature can be looked at."""
@@ -166,7 +166,7 @@ def search(log_density: Metered, starts: Tensor, *, min_batches: int = 1, roundi
     for batch in range(1, MAX_BATCHES):
         modes = maxima.with_mass()
         settled = len(modes) <= before and (len(modes) < 2 or not bool((modes.counts == 1).any()))
-        if not len(modes) or (batch >= min_batches and settled) or not log_density.steps_left(number):
+        if not len(modes) or (batch >= min_batches and settled) or not log_density.steps_left(*starts.shape):
             return maxima, batch * number
         before = len(modes)
         starts = torch.cat([around(modes, number // 2), between(modes, number - number // 2)])
@@ -175,7 +175,7 @@ def search(log_density: Metered, starts: Tensor, *, min_batches: int = 1, roundi
 
 
 def _arrivals(log_density: Metered, starts: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
-    ascent = ascend(log_density, starts, log_density.steps_left(len(starts)), rounding=rounding)
+    ascent = ascend(log_density, starts, log_density.steps_left(*starts.shape), rounding=rounding)
     order = ascent.values[ascent.arrived].argsort(descending=True)
     return ascent.points[ascent.arrived][order], ascent.values[ascent.arrived][order]
 

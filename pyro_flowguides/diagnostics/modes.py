@@ -114,7 +114,8 @@ class Modes:
         if not self.modes:
             return f"none of {self.num_starts} starts came to a maximum of the density, so nothing is known of other modes."
         if not self.lost:
-            return f"{self.num_starts} starts found no other mode."
+            arrived = "" if self.num_arrived > self.num_starts / 2 else f", {self.num_arrived} of which came to a maximum,"
+            return f"{self.num_starts} starts{arrived} found no other mode."
         first, number = self.lost[0], len(self.lost)
         if number == 1:
             image = ""

@@ -16,7 +16,7 @@ SUFFICIENT = 1e-4
 # A start that gains nothing by the shortest step stays where it is.
 SHORTEST_STEP = 1e-6
 # A start has arrived where a step is expected to gain no more, in nats.
-TOLERANCE = 1e-8
+TOLERANCE = 1e-5
 # Steps of differences, in units of the conditional standard deviation along a coordinate.
 DIFFERENCE = 0.1
 # Points of one batch of differences, or those of one maximum.

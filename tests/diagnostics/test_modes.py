@@ -100,9 +100,9 @@ def test_masses_of_a_mixture_of_normals(masses, dim):
 
 def test_further_starts_follow_while_modes_are_found_by_one_start_only():
     grid = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0)) * 12
-    modes = fg.find_modes(mixture([1 / 16] * 16, grid), num_starts=16, seed=0)
+    modes = fg.find_modes(mixture([1 / 16] * 16, grid), num_starts=32, seed=0)
     assert len(modes) == 16
-    assert modes.num_starts > 16
+    assert modes.num_starts > 64
     assert all(abs(mode.mass.value - 1 / 16) < 4 * mode.mass.se for mode in modes)
 
 
@@ -240,7 +240,7 @@ def test_where_nothing_comes_to_a_maximum_nothing_is_said_of_other_modes():
     model = fg.LogDensity(neck, 3)
     fit = quick(model, AutoNormal(model), num_steps=20, search_modes=True)
     assert len(fit.modes) == 0
-    assert "none of 64 starts came to a maximum of the density, so nothing is known of other modes" in fit.modes.finding
+    assert "none of 128 starts came to a maximum of the density, so nothing is known of other modes" in fit.modes.finding
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -265,7 +265,8 @@ def test_many_latents_take_bounded_batches():
 
     modes = fg.find_modes(fg.LogDensity(log_density, 300), num_starts=8, seed=0)
     assert len(modes) == 1
-    assert max(largest) <= 4096 * 300
+    # All Hessians at once would take 4 · 128 · 300 points.
+    assert max(largest) <= 8192 * 300
     # Their Hessians, at 8 bytes for a number, would take 2 GB at 256 modes.
     assert max_modes(1000) == 16
 
