@@ -114,17 +114,22 @@ class Modes:
         if not self.modes:
             return f"none of {self.num_starts} starts came to a maximum of the density, so nothing is known of other modes."
         if not self.lost:
-            arrived = "" if self.num_arrived > self.num_starts / 2 else f", {self.num_arrived} of which came to a maximum,"
+            arrived = (
+                "" if self.num_arrived > self.num_starts / 2 else f", {self.num_arrived} of which came to a maximum,"
+            )
             return f"{self.num_starts} starts{arrived} found no other mode."
         first, number = self.lost[0], len(self.lost)
+        are_images = all(mode.symmetric_to is not None and not self[mode.symmetric_to].is_lost for mode in self.lost)
+        mass = f"about {first.mass.value:.0%} of the mass"
         if number == 1:
-            image = ""
-            if first.symmetric_to is not None:
-                image = f"; it is mode {first.symmetric_to} of fit.modes with {first.symmetry}"
-            return f"a mode at {first.where} with about {first.mass.value:.0%} of the mass has not been drawn{image}."
+            image = f"it is mode {first.symmetric_to} of fit.modes with {first.symmetry}; what this leaves unchanged is right"
+            return f"a mode at {first.where} with {mass} has not been drawn{'; ' + image if are_images else ''}."
+        images = (
+            "all are images of modes that have been, by symmetries of the model; what these leave unchanged is right"
+        )
         return (
             f"{number} modes with about {self.lost_mass:.0%} of the mass have not been drawn, the heaviest at {first.where} with "
-            f"about {first.mass.value:.0%}."
+            f"{mass}{'; ' + images if are_images else ''}."
         )
 
     def judge(self, verdict: Verdict) -> Verdict:

@@ -162,7 +162,9 @@ def posterior_from_tree(tree: Any) -> Posterior:
     ]
     seconds = float(group("variational_fit").get("wall_time", np.nan))
     coords = {dim: posterior[dim].values for dim in posterior.coords}
-    modes = (str(posterior.attrs["modes"]), float(posterior.attrs["lost_mass"])) if "modes" in posterior.attrs else None
+    modes = (
+        (str(posterior.attrs["modes"]), float(posterior.attrs["lost_mass"])) if "lost_mass" in posterior.attrs else None
+    )
     return Posterior(chains, coords=coords, seconds=seconds, modes=modes)
 
 

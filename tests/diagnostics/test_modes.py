@@ -240,7 +240,9 @@ def test_where_nothing_comes_to_a_maximum_nothing_is_said_of_other_modes():
     model = fg.LogDensity(neck, 3)
     fit = quick(model, AutoNormal(model), num_steps=20, search_modes=True)
     assert len(fit.modes) == 0
-    assert "none of 128 starts came to a maximum of the density, so nothing is known of other modes" in fit.modes.finding
+    assert (
+        "none of 128 starts came to a maximum of the density, so nothing is known of other modes" in fit.modes.finding
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
