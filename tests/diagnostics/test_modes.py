@@ -1,5 +1,6 @@
 """Modes: found from many starts, weighed, named where a symmetry maps one to another, and lost by a guide."""
 
+import itertools
 import math
 
 import pyro
@@ -360,6 +361,22 @@ def test_a_small_lost_mode_is_named_and_does_not_make_a_fit_doubtful():
     )
     assert verdict.kind is fg.VerdictKind.GOOD
     assert str(verdict).endswith("effective. A mode at x = 3 with about 2% of the mass has not been drawn.")
+
+
+def test_images_of_a_drawn_mode_are_told_apart():
+    center = torch.tensor([-6.0, 0.0, 6.0])
+    images = torch.stack([center[list(order)] for order in itertools.permutations(range(3))])
+    model = mixture([1 / 6] * 6, images)
+
+    def guide():
+        pyro.sample("x", dist.Normal(center, 1.0).to_event(1))
+
+    modes = fg.find_modes(model, guide=guide, seed=0)
+    assert [mode.symmetric_to for mode in modes] == [None, 0, 0, 0, 0, 0]
+    assert str(modes).startswith("5 modes with about 83% of the mass have not been drawn, the heaviest at ")
+    assert str(modes).endswith(
+        "; all are images of modes that have been, by symmetries of the model; what these leave unchanged is right."
+    )
 
 
 # --- errors --------------------------------------------------------------------------------------------------------------
