@@ -40,7 +40,7 @@ NUM_DRAWS = 8192
 # Draws of the prior: starts, and the scale of the search where there is no guide.
 NUM_PRIOR_DRAWS = 16
 # Where every draw is a run of the model.
-NUM_LOOPED_STARTS, NUM_LOOPED_DRAWS = 16, 256
+NUM_LOOPED_STARTS, NUM_LOOPED_DRAWS = 16, 1024
 # Up to so many points a batch of the target takes the same time, the time of a training step of the default guide or less.
 SMALL_BATCH = 256
 # What a search may take by default: such a batch for 20 training steps, or a tenth of the runs of a model that runs draw by draw.
@@ -48,7 +48,7 @@ POINTS_PER_STEP, POINTS_PER_LOOPED_STEP = SMALL_BATCH / 20, 0.8
 # By default there is no search that could not take so many steps with all of its starts.
 MIN_STEPS = 30
 # More latents have a matrix of curvature that is too large.
-MAX_DIM = 4096
+MAX_DIM = 1000
 # The number of scalars that say where a mode is.
 NUM_SHOWN = 3
 
@@ -71,10 +71,12 @@ def find_modes(
 
     A maximum with less than a hundredth of the mass of the heaviest mode is none: the density of a model may have no maximum, or
     one far from all of its mass. A start whose density rises without an end is left out. With a guide, the masses of the modes
-    that it draws are those of its weighted draws; a mode is lost if the guide draws less than half of its mass, and its weighted
-    draws have less than half of the mass that there is in a ball around the mode.
+    that it draws are those of its weighted draws. Which modes count as lost:
+    :func:`pyro_flowguides.diagnostics.mode_masses.compare`.
 
-    Cost: up to 200 batches of ``num_starts`` gradients, 4 D gradients for every mode, and 8192 values.
+    Cost: up to 200 batches of ``num_starts`` gradients for each batch of starts, 4 D gradients for every mode, and 8192 values,
+    or 1024 where every draw is a run of the model. The Hessians take D² numbers each; there are 256 modes at most, and fewer
+    above 256 latents.
 
     Arguments:
         model: The model. Its discrete latents are summed out.
@@ -89,7 +91,7 @@ def find_modes(
 
     Raises:
         ValueError: if ``num_starts`` is below 1, the model has no continuous latents, or the draws of the guide have no weights,
-            since the data are subsampled for example.
+            since the data are subsampled for example; or if there are more than 1000 latents.
 
     Example:
         >>> import pyro_flowguides as fg, torch
@@ -109,7 +111,8 @@ def find_modes(
         elif guide is not None:
             tracer = Tracer(call, guide, differentiable=True)
             draws = draw_traced(tracer, 10_000 if tracer.vectorizes else 1000)
-        return Search(call, tracer, draws).run(num_starts, NUM_DRAWS)
+        search = Search(call, tracer, draws)
+        return search.run(num_starts, NUM_DRAWS if search.target.runs_together else NUM_LOOPED_DRAWS)
 
 
 def search_after_fit(
@@ -130,7 +133,8 @@ def search_after_fit(
         The modes; None if there was no search.
     """
     together = tracer.vectorizes
-    num_starts, num_draws = (NUM_STARTS, NUM_DRAWS // 4) if together else (NUM_LOOPED_STARTS, NUM_LOOPED_DRAWS)
+    num_starts, num_draws = (NUM_STARTS, NUM_DRAWS) if together else (NUM_LOOPED_STARTS, NUM_LOOPED_DRAWS)
+    num_draws //= 4
     allowance = math.inf if asked_for else num_steps * (POINTS_PER_STEP if together else POINTS_PER_LOOPED_STEP)
     needed = MIN_STEPS * (SMALL_BATCH if together else num_starts) + num_draws
     if asked_for is False or allowance < needed:
