@@ -17,7 +17,7 @@ from torch import Tensor
 from ..checks import check_positive_integer, warn
 from ..guides.auto import init_or_feasible
 from ..model import supports
-from ..model.ascent import ascend, without_errors
+from ..model.ascent import ascend
 from ..model.call import ModelCall
 from ..model.enumeration import is_summed_out
 from ..model.latents import Latents
@@ -218,9 +218,12 @@ class Search:
             mode_search.inflated(rest - rest // 2, **like),
             mode_search.uniform(rest // 2, **like),
         ]
+        from_the_inside = torch.cat(starts)
+        from_the_inside = from_the_inside[from_the_inside.norm(dim=-1).argsort()]
         maxima, total = mode_search.search(
             log_density,
-            torch.cat(starts),
+            # Where the model raises far outside, it is a part of the batch.
+            from_the_inside,
             # Without a guide the first batch knows nothing of the scale of the posterior.
             min_batches=2 if self.drawn is None else 1,
             rounding=self.rounding,
@@ -268,12 +271,7 @@ class Search:
         return points.mean(0), sds.diag()
 
     def _log_density(self, loc: Tensor, scale_tril: Tensor) -> Callable[[Tensor], Tensor]:
-        safe = without_errors(self.target.log_prob)
-
-        def log_density(z: Tensor) -> Tensor:
-            return safe(loc + z @ scale_tril.mT)
-
-        return log_density
+        return lambda z: self.target.log_prob(loc + z @ scale_tril.mT)
 
     def _modes(self, found: Comparison, maxima: Maxima, loc: Tensor, scale_tril: Tensor) -> tuple[Mode, ...]:
         points = loc + maxima.points @ scale_tril.mT

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model.ascent import ascend, negative_hessians
+from ..model.ascent import ascend, negative_hessians, without_errors
 from ..model.target import LogProb, value_and_score
 
 # Starts are inflated up to this many standard deviations; uniform ones have a box of up to this half-width.
@@ -38,18 +38,23 @@ MIN_MASS = 0.01
 
 
 class Metered:
-    """A log density that counts the points that it is asked for.
+    """A log density that counts the points that it is asked for, and is NaN where it raises.
 
     Arguments:
-        log_density: The density.
+        log_density: The density, in float64.
         left: How many points may be asked for before a search comes to its end.
         small_batch: Up to so many points a batch takes the same time, and counts the same.
     """
 
     def __init__(self, log_density: LogProb, left: float = math.inf, small_batch: int = 1) -> None:
         self.log_density, self.left, self.small_batch = log_density, left, small_batch
+        self._safe = without_errors(self._counted)
 
     def __call__(self, points: Tensor) -> Tensor:
+        return self._safe(points)
+
+    def _counted(self, points: Tensor) -> Tensor:
+        # Also where it raises: a batch that is halved takes longer.
         self.left -= max(len(points), self.small_batch)
         return self.log_density(points)
 
@@ -175,7 +180,13 @@ def search(log_density: Metered, starts: Tensor, *, min_batches: int = 1, roundi
 
 
 def _arrivals(log_density: Metered, starts: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
-    ascent = ascend(log_density, starts, log_density.steps_left(*starts.shape), rounding=rounding)
+    ascent = ascend(
+        log_density,
+        starts,
+        log_density.steps_left(*starts.shape),
+        rounding=rounding,
+        is_over=lambda: not log_density.steps_left(1, starts.shape[-1]),
+    )
     order = ascent.values[ascent.arrived].argsort(descending=True)
     return ascent.points[ascent.arrived][order], ascent.values[ascent.arrived][order]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ SHORTEST_STEP = 1e-6
 TOLERANCE = 1e-5
 # Steps of differences, in units of the conditional standard deviation along a coordinate.
 DIFFERENCE = 0.1
+# A batch that raises is divided into no more parts.
+NUM_PARTS = 16
 # Points of one batch of differences, or those of one maximum.
 MAX_POINTS = 4096
 
@@ -40,7 +43,14 @@ class Ascent:
     num_steps: int
 
 
-def ascend(log_density: LogProb, starts: Tensor, max_steps: int, *, rounding: float = 0.0) -> Ascent:
+def ascend(
+    log_density: LogProb,
+    starts: Tensor,
+    max_steps: int,
+    *,
+    rounding: float = 0.0,
+    is_over: Callable[[], bool] = lambda: False,
+) -> Ascent:
     """Maxima of log p by L-BFGS from many starts together.
 
     Every step is one batch of values and scores of all starts that have not arrived. Each start has a step length of its own,
@@ -52,6 +62,7 @@ def ascend(log_density: LogProb, starts: Tensor, max_steps: int, *, rounding: fl
         starts: Shape (starts, D), float64.
         max_steps: The number of batches.
         rounding: The relative rounding error of log p, by which a value may seem to fall.
+        is_over: Asked before every step whether to stop there.
 
     Returns:
         The points. A start that has no density there, or still rises after ``max_steps``, has not arrived.
@@ -67,7 +78,7 @@ def ascend(log_density: LogProb, starts: Tensor, max_steps: int, *, rounding: fl
     length = torch.ones_like(scales)
     direction = scores / scores.norm(dim=-1, keepdim=True).clamp(min=1.0)
     num_steps = 1
-    while num_steps < max_steps and not bool(done.all()):
+    while num_steps < max_steps and not bool(done.all()) and not is_over():
         going = (~done).nonzero().squeeze(-1)
         # No step goes further than the point itself is away.
         step = length.unsqueeze(-1) * direction
@@ -153,14 +164,14 @@ def _differences(log_density: LogProb, points: Tensor, steps: Tensor) -> Tensor:
 
 
 def without_errors(log_density: LogProb) -> LogProb:
-    """The same density, NaN at points where it raises, which are found by halving the batch."""
+    """The same density, NaN where it raises: a batch that raises is halved, down to ``NUM_PARTS`` parts."""
 
-    def tried(points: Tensor) -> Tensor:
+    def tried(points: Tensor, smallest: int) -> Tensor:
         try:
             return log_density(points)
         except ERRORS_OF_MODELS:
-            if len(points) == 1:
+            if len(points) <= smallest:
                 return points.sum(-1) * torch.nan
-            return torch.cat([tried(half) for half in points.chunk(2)])
+            return torch.cat([tried(half, smallest) for half in points.chunk(2)])
 
-    return tried
+    return lambda points: tried(points, max(1, len(points) // NUM_PARTS))

@@ -169,23 +169,34 @@ def test_a_model_with_too_many_latents_for_a_hessian(monkeypatch):
 # --- cost, repetition, interrupts ----------------------------------------------------------------------------------------
 
 
-def test_what_a_search_asks_of_the_target_is_bounded(monkeypatch):
-    """Where every batch of starts finds new modes, too."""
+def rough(x):
+    """Every batch of starts finds new modes."""
+    return torch.cos(3 * x).sum(-1) - x.square().sum(-1) / 200
+
+
+def walled(x):
+    """A batch with a point outside has no density, and is halved until that is found."""
+    if bool((x[..., 0] > 1).any()):
+        raise ValueError("out of range")
+    return -x.square().sum(-1) / 200
+
+
+@pytest.mark.parametrize(("log_density", "num_modes"), [(rough, 20), (walled, 1)])
+@pytest.mark.filterwarnings("ignore:The model cannot be vectorised")
+def test_what_a_search_asks_of_the_target_is_bounded(monkeypatch, log_density, num_modes):
     number, log_prob = [0], Target.log_prob
 
     def counted(self, x):
-        number[0] += len(x)
+        number[0] += max(len(x), mode_finder.SMALL_BATCH)
         return log_prob(self, x)
 
-    def rough(x):
-        return torch.cos(3 * x).sum(-1) - x.square().sum(-1) / 200
-
     monkeypatch.setattr(Target, "log_prob", counted)
-    model = fg.LogDensity(rough, 2)
-    monkeypatch.setattr(mode_finder, "POINTS_PER_STEP", 150)
-    fit = quick(model, AutoNormal(model), num_steps=100)
-    assert len(fit.modes) > 20
-    assert number[0] < 1.2 * 150 * 100
+    model = fg.LogDensity(log_density, 2)
+    monkeypatch.setattr(mode_finder, "POINTS_PER_STEP", 200)
+    fit = quick(model, AutoNormal(model, init_scale=0.1), num_steps=100)
+    assert len(fit.modes) >= num_modes
+    # Symmetries, and masses where the model raises, are beside the allowance.
+    assert number[0] < 2 * 200 * 100
 
 
 def test_a_fit_that_goes_on_from_its_checkpoint_finds_the_same_modes(tmp_path):
