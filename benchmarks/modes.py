@@ -136,7 +136,7 @@ def data() -> Tensor:
 SEVERAL: dict[str, Callable[[], Truth]] = {
     **{f"two normals, D = {dim}": functools.partial(apart, (0.7, 0.3), dim) for dim in (2, 10, 50)},
     **{f"three normals, D = {dim}": functools.partial(apart, (0.6, 0.3, 0.1), dim) for dim in (2, 10, 50)},
-    "U1": first_energy,
+    "U1 alone": first_energy,
     "forty normals, D = 2": functools.partial(forty, 2),
     "forty normals, D = 50": functools.partial(forty, 50),
     "many-well 32": many_wells,
