@@ -219,9 +219,9 @@ def timed_fit(posterior: KnownPosterior, guide: Callable, seed: int, **options: 
     seconds = []
     search_of_loop = loop.Loop._search
 
-    def timed(self: loop.Loop, draws: fg.Draws) -> fg.Modes | None:
+    def timed(self: loop.Loop, draws: fg.Draws, **options: Any) -> fg.Modes | None:
         began = time.perf_counter()
-        modes = search_of_loop(self, draws)
+        modes = search_of_loop(self, draws, **options)
         seconds.append(time.perf_counter() - began)
         return modes
 

@@ -41,10 +41,11 @@ NUM_DRAWS = 8192
 NUM_PRIOR_DRAWS = 16
 # Where every draw is a run of the model.
 NUM_LOOPED_STARTS, NUM_LOOPED_DRAWS = 16, 1024
-# Up to so many points a batch of the target takes the same time, the time of a training step of the default guide or less.
+# Up to so many points a batch of the target takes the same time, about that of a training step of a flow.
 SMALL_BATCH = 256
-# What a search may take by default: such a batch for 20 training steps, or a tenth of the runs of a model that runs draw by draw.
-POINTS_PER_STEP, POINTS_PER_LOOPED_STEP = SMALL_BATCH / 20, 0.8
+# What a search may take by default for each training step: of a flow, of a guide whose steps are cheaper, and of a model that runs
+# draw by draw, a tenth of its eight runs.
+POINTS_PER_STEP = {"flow": SMALL_BATCH / 20, "cheap": SMALL_BATCH / 48, "looped": 0.8}
 # By default there is no search that could not take so many steps with all of its starts.
 MIN_STEPS = 30
 # More latents have a matrix of curvature that is too large.
@@ -116,7 +117,7 @@ def find_modes(
 
 
 def search_after_fit(
-    tracer: Tracer, draws: Draws, num_steps: int, *, asked_for: bool | None, seed: int
+    tracer: Tracer, draws: Draws, num_steps: int, *, is_flow: bool, asked_for: bool | None, seed: int
 ) -> Modes | None:
     """A search within a tenth of what a fit has cost, that leaves the random numbers of the fit as they are.
 
@@ -126,6 +127,7 @@ def search_after_fit(
         tracer: What traces the fitted guide with its model.
         draws: Its draws.
         num_steps: The number of training steps.
+        is_flow: Whether the guide has a flow; the steps of others are cheaper, and pay for less.
         asked_for: Whether to search in any case, or where that is cheap (None), or not at all.
         seed: The seed of the search.
 
@@ -135,7 +137,8 @@ def search_after_fit(
     together = tracer.vectorizes
     num_starts, num_draws = (NUM_STARTS, NUM_DRAWS) if together else (NUM_LOOPED_STARTS, NUM_LOOPED_DRAWS)
     num_draws //= 4
-    allowance = math.inf if asked_for else num_steps * (POINTS_PER_STEP if together else POINTS_PER_LOOPED_STEP)
+    kind = ("flow" if is_flow else "cheap") if together else "looped"
+    allowance = math.inf if asked_for else num_steps * POINTS_PER_STEP[kind]
     needed = MIN_STEPS * (SMALL_BATCH if together else num_starts) + num_draws
     if asked_for is False or allowance < needed:
         return None

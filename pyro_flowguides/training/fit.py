@@ -103,10 +103,10 @@ def fit(
             the training always goes on. The flows inside an ``AutoGuideList`` are left alone, since its parts have no posterior
             of their own; docs/how_to/initialise.md says how to choose where those start.
         search_modes: Whether to look for modes that the guide has not drawn, by :func:`pyro_flowguides.find_modes`. By default
-            from some 800 steps on, with a number of evaluations of the model that grows with the steps, about a tenth of the
-            time of a fit of the default guide; with True in any case and with no such limit. The training and the draws are the
-            same with it and without, and a fit with a seed finds the same modes again. There is no search where the draws have no
-            weights, there are batches alone, or an interrupt has ended the training.
+            from some 800 steps of a flow on, and some 1800 of a guide whose steps are cheaper, with a number of evaluations of
+            the model that grows with the steps: at most about a tenth of the fit's time. With True in any case and with no such
+            limit. The training and the draws are the same with it and without, and a fit with a seed finds the same modes again.
+            There is no search where the draws have no weights, there are batches alone, or an interrupt has ended the training.
         backend: How a step is run, see :class:`pyro_flowguides.CompiledSVI`.
         ema_decay: Keep an exponential moving average of the parameters with this decay, such as 0.99, and return it.
         checkpoint: A :class:`pyro_flowguides.Checkpoint`, or its path alone: the file to write the state of the fit to, and

@@ -122,7 +122,7 @@ class Loop:
                 self._load(saved)
         draws = self._train_and_judge(saved)
         start.warn_of_ode_error(flow_guides, draws.elbo)
-        modes = self._search(draws)
+        modes = self._search(draws, is_flow=bool(flow_guides))
         model, guide, parameters = owned(self.call.model, self.guide)
         return FitResult(
             model,
@@ -233,7 +233,7 @@ class Loop:
         with pyro.validation_enabled(False):
             return draw_traced(self.tracer, num_samples, log_likelihood=self.log_likelihood)
 
-    def _search(self, draws: Draws) -> Modes | None:
+    def _search(self, draws: Draws, *, is_flow: bool) -> Modes | None:
         """Modes that the guide may have lost; None where they cannot be looked for, or an interrupt has ended that."""
         if self.interrupted:
             return None
@@ -247,7 +247,12 @@ class Loop:
         with start.threads_for(self.tracer.elements_per_draw * NUM_PARTICLES):
             try:
                 return search_after_fit(
-                    self.tracer, draws, len(self.losses), asked_for=asked_for, seed=self.options.seed or 0
+                    self.tracer,
+                    draws,
+                    len(self.losses),
+                    is_flow=is_flow,
+                    asked_for=asked_for,
+                    seed=self.options.seed or 0,
                 )
             except KeyboardInterrupt:
                 self.interrupted = True

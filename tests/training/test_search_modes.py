@@ -84,9 +84,12 @@ def test_the_search_changes_nothing_else():
     assert str(first.verdict).endswith("128 starts found no other mode.")
 
 
-@pytest.mark.parametrize(("num_steps", "is_searched"), [(20, False), (800, True)])
-def test_by_default_there_is_a_search_where_it_is_cheap(num_steps, is_searched):
-    fit = quick(conjugate, AutoNormal(conjugate), torch.tensor([0.3, 1.4]), num_steps=num_steps)
+@pytest.mark.parametrize(
+    ("make", "num_steps", "is_searched"),
+    [(fg.AutoPlanar, 20, False), (fg.AutoPlanar, 800, True), (AutoNormal, 800, False)],
+)
+def test_by_default_there_is_a_search_where_it_is_cheap(make, num_steps, is_searched):
+    fit = quick(conjugate, make(conjugate), torch.tensor([0.3, 1.4]), num_steps=num_steps)
     assert (fit.modes is not None) is is_searched
 
 
@@ -149,7 +152,7 @@ def subsampled(y):
 )
 def test_where_there_can_be_no_search(model, guide, options, reason, monkeypatch):
     # As after many steps.
-    monkeypatch.setattr(mode_finder, "POINTS_PER_STEP", 1e6)
+    monkeypatch.setitem(mode_finder.POINTS_PER_STEP, "cheap", 1e6)
     y = torch.tensor([0.3, 1.4, 2.0])
     args = (y,)
     if options:
@@ -192,7 +195,7 @@ def test_what_a_search_asks_of_the_target_is_bounded(monkeypatch, log_density, n
 
     monkeypatch.setattr(Target, "log_prob", counted)
     model = fg.LogDensity(log_density, 2)
-    monkeypatch.setattr(mode_finder, "POINTS_PER_STEP", 200)
+    monkeypatch.setitem(mode_finder.POINTS_PER_STEP, "cheap", 200)
     fit = quick(model, AutoNormal(model, init_scale=0.1), num_steps=100)
     assert len(fit.modes) >= num_modes
     # Symmetries, and masses where the model raises, are beside the allowance.
