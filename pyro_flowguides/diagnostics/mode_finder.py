@@ -43,8 +43,8 @@ NUM_PRIOR_DRAWS = 16
 NUM_LOOPED_STARTS, NUM_LOOPED_DRAWS = 16, 1024
 # Up to so many points a batch of the target takes the same time, about that of a training step of a flow.
 SMALL_BATCH = 256
-# What a search may take by default for each training step: of a flow, of a guide whose steps are cheaper, and of a model that runs
-# draw by draw, a tenth of its eight runs.
+# What a search may take by default for each training step: of a flow, of a guide whose steps are cheaper, and where every draw is
+# a run of the model, a tenth of its eight runs.
 POINTS_PER_STEP = {"flow": SMALL_BATCH / 20, "cheap": SMALL_BATCH / 48, "looped": 0.8}
 # By default there is no search that could not take so many steps with all of its starts.
 MIN_STEPS = 30
