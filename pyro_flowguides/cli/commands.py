@@ -134,6 +134,11 @@ def _parser() -> argparse.ArgumentParser:
     fitting.add_argument("--out", type=Path, metavar="DIR", help="write netCDF files and a PNG to this directory")
     fitting.add_argument("--num-steps", type=int, metavar="N", help="training steps (default: as in fit)")
     fitting.add_argument("--num-particles", type=int, metavar="N", help="draws per step (default: as in fit)")
+    fitting.add_argument(
+        "--search-modes",
+        action=argparse.BooleanOptionalAction,
+        help="look for modes that the guide has not drawn (default: where it is cheap)",
+    )
     fitting.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
     fitting.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
@@ -210,6 +215,7 @@ def _fit_one(example: Example, file: Path | None, name: str, options: argparse.N
             model_kwargs=arguments,
             num_steps=options.num_steps,
             num_particles=options.num_particles,
+            search_modes=options.search_modes,
             seed=options.seed,
             progress=not options.no_progress,
         )
@@ -233,7 +239,7 @@ def _compare(options: argparse.Namespace) -> bool:
     # One posterior is a row of numbers of different sizes: by columns they line up.
     _print(table.T.to_string(float_format=lambda number: f"{number:.3f}", na_rep="–"))
     for name, one in posteriors.items():
-        verdict = one.best().verdict
+        verdict = one.verdict
         if verdict.kind is not VerdictKind.UNKNOWN:
             _print(f"{name}: {verdict}")
             _print(f"  {verdict.khat_meaning}")

@@ -3,20 +3,26 @@
 from .compare import compare
 from .draws import Draws
 from .importance import Estimate, Verdict, VerdictKind
-from .plots import plot_elbo, plot_flow, plot_marginals, plot_weights
+from .mode_finder import find_modes
+from .modes import Mode, Modes
+from .plots import plot_elbo, plot_flow, plot_marginals, plot_modes, plot_weights
 from .posterior import to_arviz
 from .sampling import draw
 
 __all__ = [
     "Draws",
     "Estimate",
+    "Mode",
+    "Modes",
     "Verdict",
     "VerdictKind",
     "compare",
     "draw",
+    "find_modes",
     "plot_elbo",
     "plot_flow",
     "plot_marginals",
+    "plot_modes",
     "plot_weights",
     "to_arviz",
 ]

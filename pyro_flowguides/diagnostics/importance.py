@@ -23,6 +23,12 @@ NUM_BOOTSTRAP = 25
 MIN_DRAWS = 25
 # Above this fraction of effective draws the weights do not matter, whatever the shape of their tail.
 NEAR_PERFECT_ESS = 0.997
+# A lost mode with a larger fraction of the mass makes every verdict doubtful.
+NEGLIGIBLE_MASS = 0.03
+MODES_LOST = (
+    "doubtful: {unseen} The draws are of the other modes alone ({reason}). Fit from the lost mode as well, see "
+    "docs/how_to/several_modes.md."
+)
 # Below this one the moments of the unweighted draws are visibly off.
 WELL_FITTED_ESS = 0.9
 
@@ -62,14 +68,11 @@ UNKNOWN = Estimate(float("nan"), float("nan"))
 
 
 class VerdictKind(enum.Enum):
-    """What importance weights can say about a guide; the value is the sentence, for the reason to be put into."""
+    """What can be said about a guide; the value is the sentence, for the reason and what is known of other modes."""
 
-    EXACT = "exact: {reason}. A mode that the guide never reaches cannot be detected."
-    GOOD = "good: {reason}. A mode that the guide never reaches cannot be detected."
-    GOOD_ONCE_WEIGHTED = (
-        "good once the draws are weighted or resampled: {reason}. "
-        "A mode that the guide never reaches cannot be detected."
-    )
+    EXACT = "exact: {reason}. {unseen}"
+    GOOD = "good: {reason}. {unseen}"
+    GOOD_ONCE_WEIGHTED = "good once the draws are weighted or resampled: {reason}. {unseen}"
     DOUBTFUL = (
         "doubtful: {reason}. Neither its draws nor weights can be trusted there. Try, in this order, another "
         "parameterisation of the model (non-centred for weak data), base='student_t' for heavy tails, a flow with more "
@@ -88,6 +91,8 @@ class Verdict:
         ess_fraction: The effective sample size as a fraction of the draws; NaN where it is unknown.
         num_draws: The number S of draws.
         reason: The findings, or why there are none, in words.
+        unseen: What is known of modes that the guide has not drawn, in a sentence.
+        lost_mass: The fraction of the mass of modes that it has not drawn, as far as they are known.
     """
 
     kind: VerdictKind
@@ -95,9 +100,13 @@ class Verdict:
     ess_fraction: float
     num_draws: int
     reason: str
+    unseen: str = "A mode that the guide never reaches cannot be detected."
+    lost_mass: float = 0.0
 
     def __str__(self) -> str:
-        return self.kind.value.format(reason=self.reason)
+        if self.lost_mass > NEGLIGIBLE_MASS:
+            return MODES_LOST.format(reason=self.reason, unseen=self.unseen)
+        return self.kind.value.format(reason=self.reason, unseen=self.unseen)
 
     @property
     def khat_meaning(self) -> str:
@@ -156,6 +165,25 @@ def judge(khat: float, ess_fraction: float, num_draws: int) -> Verdict:
         if ess_fraction > WELL_FITTED_ESS:
             reason += f", a small one: {ess_fraction:.0%} of the draws are effective"
     return Verdict(kind, khat, ess_fraction, num_draws, reason)
+
+
+def after_search(verdict: Verdict, finding: str, lost_mass: float) -> Verdict:
+    """The verdict on a guide once other modes have been looked for.
+
+    Arguments:
+        verdict: By the weights alone.
+        finding: What the search has found, in a sentence.
+        lost_mass: The fraction of the mass of modes that the guide has not drawn; above ``NEGLIGIBLE_MASS`` it is doubtful.
+
+    Example:
+        >>> print(after_search(judge(0.31, 0.95, 10_000), "128 starts found no other mode.", 0.0))
+        good: k-hat 0.31 is below 0.70 and 95% of the draws are effective. 128 starts found no other mode.
+    """
+    if verdict.kind is VerdictKind.UNKNOWN:
+        return verdict
+    if lost_mass > NEGLIGIBLE_MASS:
+        return replace(verdict, kind=VerdictKind.DOUBTFUL, unseen=finding, lost_mass=lost_mass)
+    return replace(verdict, unseen=finding[:1].upper() + finding[1:])
 
 
 def khat_threshold(num_samples: int) -> float:

@@ -11,6 +11,8 @@ import torch
 from ..distributions import NormalizingFlow
 from ..transforms.base import Compose, FlowTransform
 from .importance import ImportanceWeights
+from .modes import Modes
+from .summary import scalars
 
 _NUM_GRID = 200
 # The smoothed curve of an ELBO is the mean over this fraction of its steps.
@@ -214,6 +216,56 @@ def plot_flow(
         panel.set_facecolor(mesh.get_cmap()(0.0))
         panel.set_title(title, fontsize="medium")
     return panels
+
+
+def plot_modes(modes: Any, labels: Sequence[str] | None = None, *, ax: Any = None) -> Any:
+    """Where the modes are, and the mass of each: an area in the plane of two scalars, or a height over one.
+
+    Modes that the guide has not drawn are red. Of a fit its draws are shown as well.
+
+    Arguments:
+        modes: :class:`Modes`, or a fit with ``fit.modes``.
+        labels: One scalar or two, an element of a vector as ``"theta[0]"``; by default the two that differ most.
+        ax: The matplotlib Axes to draw on; made if not given.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: if there are no modes, a scalar is unknown, or the labels are not one or two.
+    """
+    found: Modes | None = modes if isinstance(modes, Modes) else modes.modes
+    if not found:
+        raise ValueError("plot_modes: there are no modes to show; were they looked for?")
+    sites = {name: np.stack([mode.values[name].cpu().numpy() for mode in found]) for name in found[0].values}
+    named = scalars(sites, {}, {})
+    if labels is None:
+        labels = sorted(named, key=lambda label: -np.ptp(named[label]))[:2]
+        labels = sorted(labels, key=list(named).index)
+    unknown = [label for label in labels if label not in named]
+    if isinstance(labels, str) or not 1 <= len(labels) <= 2 or unknown:
+        raise ValueError(f"plot_modes: labels must be one or two of {', '.join(named)}, got {labels!r}")
+    ax = _one_axes(ax)
+    colors = ["C3" if mode.is_lost else "C0" for mode in found]
+    masses = np.array([mode.mass.value for mode in found])
+    x = named[labels[0]]
+    if len(labels) == 2:
+        if not isinstance(modes, Modes):
+            drawn = scalars({name: modes.draws.values[name][:1000].cpu().numpy() for name in sites}, {}, {})
+            ax.plot(drawn[labels[0]], drawn[labels[1]], ".", color="0.8", markersize=2, zorder=0)
+        y = named[labels[1]]
+        ax.scatter(x, y, s=2000 * masses, c=colors, alpha=0.5, linewidths=0)
+        ax.set_ylabel(labels[1])
+    else:
+        y = masses
+        ax.vlines(x, 0, y, colors=colors, linewidth=3)
+        ax.set_ylabel("mass")
+    for horizontal, vertical, mass in zip(x, y, masses, strict=True):
+        ax.annotate(f"{mass:.0%}", (horizontal, vertical), ha="center", va="center" if len(labels) == 2 else "bottom")
+    ax.margins(0.15)
+    ax.set_xlabel(labels[0])
+    return ax
 
 
 def _parts(transform: FlowTransform) -> Iterator[FlowTransform]:

@@ -20,6 +20,7 @@ from ..model.call import ModelCall
 from .arviz import Coords, Dims, Group, to_tree
 from .draws import Draws, concatenate
 from .groups import completed_dims, draws_groups, model_groups, stack_numbered
+from .importance import Verdict, after_search
 from .replay import draws_at
 from .sampling import draw
 
@@ -36,6 +37,7 @@ class Posterior:
         attrs: More attributes for ArviZ.
         coords: Labels along a dimension, where they are known.
         seconds: The time that the fit took; NaN where it is not known.
+        modes: What a search for other modes has found, and the fraction of the mass that was lost; None where there was none.
     """
 
     chains: Sequence[Draws]
@@ -45,12 +47,19 @@ class Posterior:
     attrs: Mapping[str, Any] = field(default_factory=dict)
     coords: Coords = field(default_factory=dict)
     seconds: float = float("nan")
+    modes: tuple[str, float] | None = None
 
     def best(self) -> Draws:
         """The draws of the best fit by its ELBO; of MCMC, which has none, the draws of all chains."""
         if all(chain.elbo_error for chain in self.chains):
             return concatenate(self.chains)
         return max(self.chains, key=lambda chain: chain.elbo.value)
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict on the best fit, with what a search for modes has found."""
+        verdict = self.best().verdict
+        return verdict if self.modes is None else after_search(verdict, *self.modes)
 
 
 def posterior_of(
@@ -153,7 +162,10 @@ def posterior_from_tree(tree: Any) -> Posterior:
     ]
     seconds = float(group("variational_fit").get("wall_time", np.nan))
     coords = {dim: posterior[dim].values for dim in posterior.coords}
-    return Posterior(chains, coords=coords, seconds=seconds)
+    modes = (
+        (str(posterior.attrs["modes"]), float(posterior.attrs["lost_mass"])) if "lost_mass" in posterior.attrs else None
+    )
+    return Posterior(chains, coords=coords, seconds=seconds, modes=modes)
 
 
 def to_arviz(
@@ -173,7 +185,8 @@ def to_arviz(
     Groups, as far as there is something to put into them: posterior (chain, draw; a chain is an independent fit),
     unconstrained_posterior, sample_stats (``lp``, ``log_q``, ``log_weight``, ``diverging``), log_likelihood,
     posterior_predictive, prior, prior_predictive, observed_data, constant_data, and variational_fit for a fit (the ELBO of every
-    step, ``num_skipped`` steps, ``num_rolled_back``, ``wall_time`` in seconds, k-hat and final ELBO of every chain). Dimensions
+    step, ``num_skipped`` steps, ``num_rolled_back``, ``wall_time`` in seconds, k-hat and final ELBO of every chain). Where modes
+    were looked for, the attribute ``modes`` says what was found, and ``lost_mass`` is the fraction of the mass lost. Dimensions
     are named after the plates; none of size 1 is dropped. ``arviz.loo_approximate_posterior`` (1.x) takes ``lp`` and ``log_q``
     from there. Observed sites that are numbered, such as ``obs_0``, ``obs_1``, … of a loop over data, are one variable ``obs``
     with a dimension ``obs_number``. A masked entry has log-likelihood 0; ``arviz.loo`` counts it as an observation without a
@@ -219,6 +232,7 @@ def to_arviz(
         "sampled_variables": [name.replace("/", ".") for name in chains[0].values],
         **({"name": call.name} if call else {}),
         **posterior.attrs,
+        **({"modes": posterior.modes[0], "lost_mass": posterior.modes[1]} if posterior.modes else {}),
     }
     return to_tree(groups, {**numbers, **_column_labels(call, chains[0]), **(coords or {})}, attrs)
 

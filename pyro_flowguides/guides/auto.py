@@ -125,7 +125,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
             base=base,
             gradient=gradient,
             damped=damped,
-            init_loc_fn=functools.partial(_init_or_feasible, init_loc_fn),
+            init_loc_fn=functools.partial(init_or_feasible, init_loc_fn),
         )
         self.create_plates = create_plates
         self._affine = affine
@@ -407,7 +407,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         self.undamp()
 
 
-def _init_or_feasible(init_loc_fn: Callable, site: Any) -> Tensor:
+def init_or_feasible(init_loc_fn: Callable, site: Any) -> Tensor:
     """The value of ``init_loc_fn``; 0 in unconstrained space for a flat prior, from which nothing can be drawn.
 
     A discrete site is drawn: it is no part of the guide.

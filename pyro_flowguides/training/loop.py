@@ -13,10 +13,13 @@ import pyro
 import torch
 from pyro.optim import PyroOptim
 
+from ..checks import warn
 from ..compiled.losses import KL
 from ..compiled.recorded import BatchedCalls
 from ..compiled.snapshot import Snapshot
 from ..diagnostics.draws import Draws
+from ..diagnostics.mode_finder import search_after_fit
+from ..diagnostics.modes import Modes
 from ..diagnostics.sampling import draw_traced
 from ..model.call import ModelCall
 from ..model.missing import FillMissing
@@ -47,6 +50,7 @@ class Options(StepOptions):
     # Whether the arguments are the first of the batches.
     args_are_a_batch: bool
     whiten: str | None
+    search_modes: bool | None
     seed: int | None
 
 
@@ -62,7 +66,7 @@ class Loop:
     Attributes:
         losses: The loss of every step of the rounds that are over.
         scores: How good the guide was after each of them.
-        interrupted: Whether an interrupt from the keyboard has ended the training.
+        interrupted: Whether an interrupt from the keyboard has ended the training, or the search for modes after it.
     """
 
     name = "fit"
@@ -118,6 +122,7 @@ class Loop:
                 self._load(saved)
         draws = self._train_and_judge(saved)
         start.warn_of_ode_error(flow_guides, draws.elbo)
+        modes = self._search(draws, is_flow=bool(flow_guides))
         model, guide, parameters = owned(self.call.model, self.guide)
         return FitResult(
             model,
@@ -135,6 +140,7 @@ class Loop:
             draws=draws,
             columns=self.call.columns,
             interrupted=self.interrupted,
+            modes=modes,
         )
 
     def _train_and_judge(self, saved: dict[str, Any] | None) -> Draws:
@@ -226,6 +232,31 @@ class Loop:
         # Draws of a poor fit may leave the support of the model, which is no error: they weigh nothing.
         with pyro.validation_enabled(False):
             return draw_traced(self.tracer, num_samples, log_likelihood=self.log_likelihood)
+
+    def _search(self, draws: Draws, *, is_flow: bool) -> Modes | None:
+        """Modes that the guide may have lost; None where they cannot be looked for, or an interrupt has ended that."""
+        if self.interrupted:
+            return None
+        asked_for = self.options.search_modes
+        if self.options.args_are_a_batch:
+            if asked_for:
+                warn(
+                    "fit: modes were not looked for: the arguments are a batch, whose posterior is not that of all data"
+                )
+            return None
+        with start.threads_for(self.tracer.elements_per_draw * NUM_PARTICLES):
+            try:
+                return search_after_fit(
+                    self.tracer,
+                    draws,
+                    len(self.losses),
+                    is_flow=is_flow,
+                    asked_for=asked_for,
+                    seed=self.options.seed or 0,
+                )
+            except KeyboardInterrupt:
+                self.interrupted = True
+                return None
 
     # --- checkpoints -----------------------------------------------------------------------------------------------------
 

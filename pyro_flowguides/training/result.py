@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..diagnostics.arviz import Coords, Dims, Group
 from ..diagnostics.draws import Draws
 from ..diagnostics.importance import Estimate, Verdict
+from ..diagnostics.modes import Modes
 from ..diagnostics.posterior import Posterior, to_arviz
 from ..diagnostics.replay import predict_new
 from ..diagnostics.sampling import draw
@@ -53,13 +54,14 @@ class FitResult:
         wall_time: The seconds that the fit took, final draws included.
         vectorization: How the model was run for many draws: ``"broadcast"`` with an extra batch dimension, ``"recorded"`` once
             and repeated for all draws, or ``"looped"`` draw by draw.
-        interrupted: Whether an interrupt from the keyboard has ended the training before its end.
+        interrupted: Whether an interrupt from the keyboard has ended the training before its end, or the search for modes.
         draws: Draws from the fitted guide with their densities, 10,000 (1000 for a model that cannot be vectorised).
         parameters: The trained parameters of the model (``pyro.param``, ``pyro.module``, ``PyroModule``) by name, in their own
             (constrained) space.
         columns: The names of the columns of each argument that was given as a frame, by its name; they are labels in ArviZ.
         restarts: Draws of every independent fit, log-likelihoods included, in the order of their seeds; empty where there was
             only one. Everything else here is of the best of them by ELBO.
+        modes: What was found by looking for modes that the guide has not drawn; None where they were not looked for.
     """
 
     model: Callable
@@ -76,6 +78,7 @@ class FitResult:
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     restarts: tuple[Draws, ...] = ()
     interrupted: bool = False
+    modes: Modes | None = None
     # What a fit exports that was loaded without its guide.
     exported: tuple[Draws, ...] = field(default=(), repr=False)
 
@@ -110,7 +113,8 @@ class FitResult:
     @property
     def verdict(self) -> Verdict:
         """Whether to believe the fit; ``print`` gives a sentence."""
-        return self.draws.verdict
+        verdict = self.draws.verdict
+        return verdict if self.modes is None else self.modes.judge(verdict)
 
     def summary(
         self,
@@ -175,6 +179,7 @@ class FitResult:
             groups={"variational_fit": self._variational_fit()},
             # netCDF has no truth values.
             attrs={"guide": name_of(self.guide), "interrupted": int(self.interrupted)},
+            modes=None if self.modes is None else (self.modes.finding, self.modes.lost_mass),
             seconds=self.wall_time,
         )
 
@@ -316,6 +321,7 @@ _PLAIN_FIELDS = (
     "columns",
     "restarts",
     "interrupted",
+    "modes",
 )
 
 

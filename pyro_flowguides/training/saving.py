@@ -19,6 +19,8 @@ from torch.distributions import transform_to
 from .. import internals
 from ..checks import version
 from ..diagnostics.draws import Draws
+from ..diagnostics.importance import Estimate
+from ..diagnostics.modes import Mode, Modes
 from ..model.call import ModelCall
 from ..model.ownership import owned, private_store
 from ..model.sites import quiet_trace, unchanged_random_state
@@ -27,6 +29,8 @@ from .files import write_whole
 
 FORMAT = 1
 _SIMPLE = (bool, int, float, str, type(None))
+# Dataclasses by the name that they have in a file.
+_DATACLASSES: dict[str, Any] = {"draws": Draws, "modes": Modes, "mode": Mode, "estimate": Estimate}
 
 
 class Missing:
@@ -48,7 +52,7 @@ class Missing:
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes tensors, arrays, draws and plain values, nested in dicts, lists and tuples, to a file that is whole or not there.
+    """Writes tensors, arrays, draws, modes and plain values, nested in dicts, lists and tuples, to a whole file or none.
 
     Raises:
         OSError: if the file cannot be written.
@@ -108,9 +112,10 @@ def _encoded(value: Any, arrays: dict[str, np.ndarray]) -> Any:
         name = f"array_{len(arrays)}"
         arrays[name] = array
         return {"kind": "tensor" if isinstance(value, Tensor) else "array", "name": name}
-    if isinstance(value, Draws):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return {"kind": "draws", "items": _encoded(fields, arrays)}
+    for kind, type_ in _DATACLASSES.items():
+        if isinstance(value, type_):
+            fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+            return {"kind": kind, "items": _encoded(fields, arrays)}
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise TypeError("a dict whose keys are not strings cannot be written")
@@ -128,8 +133,8 @@ def _decoded(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
         return arrays[value["name"]]
     if kind == "tensor":
         return torch.as_tensor(arrays[value["name"]])
-    if kind == "draws":
-        return Draws(**_decoded(value["items"], arrays))
+    if kind in _DATACLASSES:
+        return _DATACLASSES[kind](**_decoded(value["items"], arrays))
     if kind == "dict":
         return {key: _decoded(each, arrays) for key, each in value["items"].items()}
     items = [_decoded(each, arrays) for each in value["items"]]

@@ -106,6 +106,20 @@ def test_compare_what_cannot_be_compared(files, message, written, capsys):
     assert printed.out == ""
 
 
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [("--search-modes", "128 starts found no other mode"), ("--no-search-modes", "never reaches cannot be detected")],
+)
+def test_what_is_known_of_other_modes_is_printed_and_kept_in_the_file(
+    model_file, data_file, tmp_path, capsys, flag, sentence
+):
+    pytest.importorskip("arviz")
+    assert main(["fit", f"{model_file}:model", "--data", str(data_file), "--out", str(tmp_path), flag, *FAST]) == 0
+    assert sentence in capsys.readouterr().out
+    assert main(["compare", str(tmp_path / "model_coupling.nc")]) == 0
+    assert sentence in capsys.readouterr().out
+
+
 def test_centred_eight_schools(capsys):
     assert main(["fit", "eight_schools_centered", "--guide", "planar", *FAST]) == 0
     assert "theta[Choate]" in capsys.readouterr().out

@@ -169,3 +169,42 @@ def test_plot_flow_that_cannot_be():
     base = dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1)
     with pytest.raises(ValueError, match="a random estimate, and so would its density be"):
         fg.plot_flow(fg.NormalizingFlow(base, T.Residual(2, log_det="hutchinson")))
+
+
+@pytest.fixture
+def modes():
+    centers = torch.tensor([[5.0, 0.0, 1.0], [-5.0, 0.0, 1.0]])
+
+    def log_density(x):
+        return (torch.tensor([0.7, 0.3]).log() - (x.unsqueeze(-2) - centers).square().sum(-1) / 2).logsumexp(-1)
+
+    return fg.find_modes(fg.LogDensity(log_density, 3), seed=0)
+
+
+def test_plot_modes(modes):
+    _, ax = plt.subplots()
+    assert fg.plot_modes(modes, ["x[0]", "x[2]"], ax=ax) is ax
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("x[0]", "x[2]")
+    (circles,) = ax.collections
+    np.testing.assert_allclose(circles.get_offsets(), [[5, 1], [-5, 1]], atol=0.01)
+    first, second = circles.get_sizes()
+    assert first / second == pytest.approx(modes[0].mass.value / modes[1].mass.value)
+    assert [text.get_text() for text in ax.texts] == ["70%", "30%"]
+    # The scalar that differs is among those that are chosen.
+    assert fg.plot_modes(modes).get_xlabel() == "x[0]"
+    assert fg.plot_modes(modes, ["x[0]"]).get_ylabel() == "mass"
+
+
+def test_plot_modes_of_a_fit_with_its_draws(modes):
+    values = torch.zeros(50, 3)
+    fit = SimpleNamespace(modes=modes, draws=SimpleNamespace(values={"x": values}))
+    ax = fg.plot_modes(fit)
+    assert len(ax.lines[0].get_xdata()) == 50
+
+
+def test_errors_of_plot_modes(modes):
+    with pytest.raises(ValueError, match="there are no modes to show"):
+        fg.plot_modes(SimpleNamespace(modes=None))
+    for labels in (["y"], ["x[0]", "x[1]", "x[2]"], "x[0]"):
+        with pytest.raises(ValueError, match="labels must be one or two of"):
+            fg.plot_modes(modes, labels)

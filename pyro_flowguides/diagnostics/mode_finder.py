@@ -1,0 +1,357 @@
+"""``find_modes``: a search for the modes of a model, from its starts to modes with values and masses."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from torch import Tensor
+
+from ..checks import check_positive_integer, warn
+from ..guides.auto import init_or_feasible
+from ..model import supports
+from ..model.ascent import ascend
+from ..model.call import ModelCall
+from ..model.enumeration import is_summed_out
+from ..model.latents import Latents
+from ..model.missing import FillMissing
+from ..model.sites import is_subsample, quiet_trace, unchanged_random_state
+from ..model.target import ERRORS_OF_MODELS, Target
+from . import mode_search
+from .draws import Draws, to_numpy
+from .importance import Estimate
+from .mode_masses import MIN_DRAWS_OF_A_MODE, Comparison, compare, weigh
+from .mode_search import Maxima, Metered
+from .modes import Mode, Modes
+from .sampling import draw_traced
+from .summary import scalars
+from .symmetry import find_symmetries
+from .tracer import Tracer
+
+NUM_STARTS = 128
+NUM_DRAWS = 8192
+# Draws of the prior: starts, and the scale of the search where there is no guide.
+NUM_PRIOR_DRAWS = 16
+# Where every draw is a run of the model.
+NUM_LOOPED_STARTS, NUM_LOOPED_DRAWS = 16, 1024
+# Up to so many points a batch of the target takes the same time, about that of a training step of a flow.
+SMALL_BATCH = 256
+# What a search may take by default for each training step: of a flow, of a guide whose steps are cheaper, and where every draw is
+# a run of the model, a tenth of its eight runs.
+POINTS_PER_STEP = {"flow": SMALL_BATCH / 20, "cheap": SMALL_BATCH / 48, "looped": 0.8}
+# By default there is no search that could not take so many steps with all of its starts.
+MIN_STEPS = 30
+# More latents have a matrix of curvature that is too large.
+MAX_DIM = 1000
+# The number of scalars that say where a mode is.
+NUM_SHOWN = 3
+
+
+def find_modes(
+    model: Callable,
+    *args: Any,
+    model_kwargs: Mapping[str, Any] | None = None,
+    guide: Callable | Draws | None = None,
+    num_starts: int = NUM_STARTS,
+    seed: int | None = None,
+) -> Modes:
+    """The modes of a posterior with the mass of each, and which of them a guide has not drawn.
+
+    Starts are draws of the prior, draws of the guide inflated by 1 to 30, and uniform points in boxes of many sizes. All climb
+    log p together by L-BFGS, one batch of values and scores per step. Maxima are distinct if they are apart in the metric of
+    their Hessians and log p falls between them. The mass of each is measured by importance sampling from a Student-t distribution
+    around it. As long as a batch of starts finds new modes, or some mode was found by a single start only, there is another
+    batch, up to 16.
+
+    A maximum with less than a hundredth of the mass of the heaviest mode is none: the density of a model may have no maximum, or
+    one far from all of its mass. A start whose density rises without an end is left out. With a guide, the masses of the modes
+    that it draws are those of its weighted draws. Which modes count as lost:
+    :func:`pyro_flowguides.diagnostics.mode_masses.compare`.
+
+    Cost: up to 200 batches of ``num_starts`` gradients for each batch of starts, 4 D gradients for every mode, and 8192 values,
+    or 1024 where every draw is a run of the model. The Hessians take D² numbers each; there are 256 modes at most, and fewer
+    above 256 latents.
+
+    Arguments:
+        model: The model. Its discrete latents are summed out.
+        args: Its positional arguments.
+        model_kwargs: Its keyword arguments.
+        guide: A guide of the model, or its draws (``fit.draws``).
+        num_starts: The number of starts of a batch.
+        seed: Seeds Pyro first, if given.
+
+    Returns:
+        The modes.
+
+    Raises:
+        ValueError: if ``num_starts`` is below 1, the model has no continuous latents, or the draws of the guide have no weights,
+            since the data are subsampled for example; or if there are more than 1000 latents.
+
+    Example:
+        >>> import pyro_flowguides as fg, torch
+        >>> two = fg.LogDensity(lambda x: torch.logaddexp(-(x - 5).square().sum() / 2, -(x + 5).square().sum() / 2), 2)
+        >>> modes = find_modes(two, seed=0)
+        >>> [f"{mode.mass.value:.1f}" for mode in modes]
+        ['0.5', '0.5']
+    """
+    check_positive_integer("find_modes", "num_starts", num_starts)
+    call = ModelCall.given("find_modes", model, args, model_kwargs)
+    if seed is not None:
+        pyro.set_rng_seed(seed)
+    tracer, draws = None, None
+    with call.explaining("find_modes"), pyro.validation_enabled(False):
+        if isinstance(guide, Draws):
+            draws = guide
+        elif guide is not None:
+            tracer = Tracer(call, guide, differentiable=True)
+            draws = draw_traced(tracer, 10_000 if tracer.vectorizes else 1000)
+        search = Search(call, tracer, draws)
+        return search.run(num_starts, NUM_DRAWS if search.target.runs_together else NUM_LOOPED_DRAWS)
+
+
+def search_after_fit(
+    tracer: Tracer, draws: Draws, num_steps: int, *, is_flow: bool, asked_for: bool | None, seed: int
+) -> Modes | None:
+    """A search within a tenth of what a fit has cost, that leaves the random numbers of the fit as they are.
+
+    What it may cost is counted in points of the target and not in seconds, so that the same fit has the same modes again.
+
+    Arguments:
+        tracer: What traces the fitted guide with its model.
+        draws: Its draws.
+        num_steps: The number of training steps.
+        is_flow: Whether the guide has a flow; the steps of others are cheaper, and pay for less.
+        asked_for: Whether to search in any case, or where that is cheap (None), or not at all.
+        seed: The seed of the search.
+
+    Returns:
+        The modes; None if there was no search.
+    """
+    together = tracer.vectorizes
+    num_starts, num_draws = (NUM_STARTS, NUM_DRAWS) if together else (NUM_LOOPED_STARTS, NUM_LOOPED_DRAWS)
+    num_draws //= 4
+    kind = ("flow" if is_flow else "cheap") if together else "looped"
+    allowance = math.inf if asked_for else num_steps * POINTS_PER_STEP[kind]
+    needed = MIN_STEPS * (SMALL_BATCH if together else num_starts) + num_draws
+    if asked_for is False or allowance < needed:
+        return None
+    with unchanged_random_state(), pyro.validation_enabled(False):
+        pyro.set_rng_seed(seed)
+        try:
+            search = Search(tracer.call, tracer, draws)
+            # The curvature of two maxima.
+            if allowance < needed + 8 * search.dim:
+                return None
+        except ERRORS_OF_MODELS as error:
+            if asked_for:
+                warn(f"fit: modes were not looked for: {error}")
+            return None
+        try:
+            return search.run(num_starts, num_draws, allowance)
+        except ERRORS_OF_MODELS as error:
+            warn(f"fit: the search for modes failed: {' '.join(str(error).split())[:300]}")
+            return None
+
+
+class Search:
+    """A search for modes of one model.
+
+    Arguments:
+        call: The model with its arguments.
+        tracer: What traces the model with its guide, whose way to run many draws is used; None to find out.
+        draws: Draws of the guide, if there is one.
+
+    Raises:
+        ValueError: if there cannot be a search; the message says why.
+    """
+
+    def __init__(self, call: ModelCall, tracer: Tracer | None, draws: Draws | None) -> None:
+        self.latents = latents_of(call, "find_modes")
+        if draws is not None:
+            reason = draws.elbo_error or draws.weights_error or draws.weights.error
+            missing = [site.name for site in self.latents.sites if site.name not in draws.unconstrained]
+            if reason is None and missing:
+                reason = f"they lack site '{missing[0]}'"
+            if reason is not None:
+                raise ValueError(f"find_modes: the draws of the guide cannot be compared with modes: {reason}")
+        self.call, self.draws, self.dim = call, draws, len(self.latents.init_loc)
+        if self.dim > MAX_DIM:
+            raise ValueError(
+                f"find_modes: the model has {self.dim} latents; the curvature of a mode is a matrix of {self.dim} × {self.dim}, "
+                f"which is too large above {MAX_DIM}"
+            )
+        vectorize, batched = (None, None) if tracer is None else (tracer.vectorizes, tracer.batched)
+        with unchanged_random_state():
+            self.target = Target(call, self.latents, vectorize=vectorize, batched=batched)
+        self.rounding = 4 * float(torch.finfo(self.latents.init_loc.dtype).eps)
+        self.drawn = None if draws is None else pack(self.latents, draws)
+
+    def run(self, num_starts: int, num_draws: int, allowance: float = math.inf) -> Modes:
+        """Searches; see :func:`find_modes`.
+
+        Arguments:
+            num_starts: The number of starts of a batch.
+            num_draws: The number of draws to measure masses with.
+            allowance: How many points of the target may be asked for, about.
+        """
+        prior = self._prior_draws(NUM_PRIOR_DRAWS)
+        loc, scale_tril = self._coordinates(prior)
+        log_density = Metered(
+            self._log_density(loc, scale_tril), allowance - num_draws, SMALL_BATCH if self.target.runs_together else 1
+        )
+
+        def standard(x: Tensor) -> Tensor:
+            return torch.linalg.solve_triangular(scale_tril, (x - loc).mT, upper=False).mT
+
+        def climb(points: Tensor) -> Tensor:
+            return ascend(log_density, points, mode_search.MAX_STEPS, rounding=self.rounding).points
+
+        like: Any = {"dim": len(loc), "dtype": loc.dtype, "device": loc.device}
+        from_prior = prior[: num_starts // 4]
+        rest = num_starts - len(from_prior)
+        starts = [
+            standard(from_prior),
+            mode_search.inflated(rest - rest // 2, **like),
+            mode_search.uniform(rest // 2, **like),
+        ]
+        from_the_inside = torch.cat(starts)
+        from_the_inside = from_the_inside[from_the_inside.norm(dim=-1).argsort()]
+        maxima, total = mode_search.search(
+            log_density,
+            # Where the model raises far outside, it is a part of the batch.
+            from_the_inside,
+            # Without a guide the first batch knows nothing of the scale of the posterior.
+            min_batches=2 if self.drawn is None else 1,
+            rounding=self.rounding,
+        )
+        if not len(maxima):
+            return Modes((), total, 0, self.draws is not None)
+        log_det = scale_tril.diagonal().log().sum()
+        maxima = maxima.heaviest(max(2, num_draws // MIN_DRAWS_OF_A_MODE))
+        masses = weigh(log_density, maxima, num_draws)
+        if self.drawn is None or self.draws is None:
+            found = Comparison.without_guide(masses)
+        else:
+            log_weights = self.draws.log_weights.double() - log_det
+            found = compare(masses, standard(self.drawn), log_weights, self.draws.verdict.khat, climb)
+        modes = self._modes(found, maxima, loc, scale_tril)
+        return Modes(modes, total, sum(mode.num_found for mode in modes), self.draws is not None)
+
+    def _prior_draws(self, number: int) -> Tensor:
+        """Up to so many draws of the prior; a flat one has none."""
+        rows = []
+        model = FillMissing()(self.call.without_initial_values.model)
+        with quiet_trace():
+            for _ in range(number):
+                try:
+                    trace = poutine.trace(model).get_trace(*self.call.args, **self.call.kwargs)
+                    rows.append(self.latents.pack(trace))
+                except ERRORS_OF_MODELS:
+                    break
+        init = self.latents.init_loc
+        drawn = torch.stack(rows).double() if rows else init.new_zeros(0, len(init)).double()
+        return drawn[drawn.isfinite().all(-1)]
+
+    def _coordinates(self, prior: Tensor) -> tuple[Tensor, Tensor]:
+        """Location and scale of the coordinates of the search: those of the guide's draws, or of the prior."""
+        points = prior if self.drawn is None else self.drawn
+        init = self.latents.init_loc.double()
+        if len(points) < 2:
+            return init, torch.eye(len(init)).to(init)
+        sds = points.std(0)
+        sds = torch.where(sds > 1e-6, sds, 1.0)
+        if self.drawn is not None and len(points) > 2 * len(init):
+            factor, failed = torch.linalg.cholesky_ex(torch.cov(points.mT).reshape(len(init), -1))
+            if not int(failed):
+                return points.mean(0), factor
+        return points.mean(0), sds.diag()
+
+    def _log_density(self, loc: Tensor, scale_tril: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda z: self.target.log_prob(loc + z @ scale_tril.mT)
+
+    def _modes(self, found: Comparison, maxima: Maxima, loc: Tensor, scale_tril: Tensor) -> tuple[Mode, ...]:
+        points = loc + maxima.points @ scale_tril.mT
+        order = np.lexsort((-found.mass, found.is_lost))
+        order = order[found.mass[order] >= mode_search.MIN_MASS * found.mass.max()]
+        with torch.no_grad(), pyro.validation_enabled(False):
+            values = self.target.constrain(points.to(self.latents.init_loc.dtype))
+        proposals, log_det = found.masses.maxima, float(scale_tril.diagonal().log().sum())
+        symmetries = find_symmetries(self.latents, self.target.log_prob, values, points, order)
+        places = self._places(values, order)
+        return tuple(
+            Mode(
+                values={name: value[index] for name, value in values.items()},
+                log_density=float(maxima.values[index]),
+                mass=Estimate(float(found.mass[index]), float(found.mass_se[index])),
+                drawn=float(found.shares[index]),
+                is_lost=bool(found.is_lost[index]),
+                khat=float(found.masses.khats[index]),
+                num_found=int(maxima.counts[index]),
+                is_definite=bool(maxima.definite[index]),
+                symmetric_to=symmetries[rank][0],
+                symmetry=symmetries[rank][1],
+                where=places[rank],
+                loc=loc + scale_tril @ proposals.points[index],
+                scale_tril=scale_tril @ proposals.scale_trils[index],
+                log_mass=float(found.nats[index]) + log_det,
+            )
+            for rank, index in enumerate(order.tolist())
+        )
+
+    def _places(self, values: Mapping[str, Tensor], order: np.ndarray) -> list[str]:
+        """Where each mode is, by the scalars that tell it best from the guide's draws, or from the other modes."""
+        dims = {} if self.draws is None else self.draws.dims
+        named = scalars({name: to_numpy(value) for name, value in values.items()}, dims, {})
+        labels, table = list(named), np.stack(list(named.values()), -1)[order].astype(np.float64)
+        if self.draws is not None:
+            drawn = scalars({name: to_numpy(self.draws.values[name]) for name in values}, dims, {})
+            center = np.array([drawn[label].mean() for label in labels])
+            spread = np.array([drawn[label].std() for label in labels])
+        else:
+            center, spread = table.mean(0), np.ones(len(labels))
+        # An ascent ends near 0 and not at it.
+        table = np.where(np.abs(table) < 1e-3 * np.abs(table).max(), 0.0, table)
+        away = np.abs(table - center) / np.maximum(spread, 1e-12)
+        places = []
+        for row, distance in zip(table, away, strict=True):
+            # In the order of the sites: the ones that matter most are chosen, not sorted.
+            chosen = np.sort(np.argsort(-np.round(distance, 3), kind="stable")[:NUM_SHOWN])
+            rest = ", …" if len(labels) > NUM_SHOWN else ""
+            places.append(", ".join(f"{labels[index]} = {row[index]:.3g}" for index in chosen) + rest)
+        return places
+
+
+def latents_of(call: ModelCall, owner: str) -> Latents:
+    """The continuous latent sites of a model in one flat vector.
+
+    Raises:
+        ValueError: if it has none, or they cannot be laid out.
+    """
+
+    def hidden(site: Any) -> bool:
+        return bool(site["type"] != "sample" or site["is_observed"] or is_subsample(site) or is_summed_out(site))
+
+    init = InitMessenger(functools.partial(init_or_feasible, init_to_median))
+    with quiet_trace(), unchanged_random_state(), torch.no_grad():
+        model = poutine.block(init(FillMissing()(call.model)), hide_fn=hidden)
+        trace = poutine.trace(model).get_trace(*call.args, **call.kwargs)
+        latents = Latents.whole(trace, owner)
+    if not latents.sites:
+        raise ValueError(f"{owner}: the model has no continuous latent sites")
+    return supports.mark_varying(latents, call, trace)
+
+
+def pack(latents: Latents, draws: Draws) -> Tensor:
+    """The flat vectors of draws, shape (S, D), float64."""
+    parts = []
+    for site in latents.sites:
+        part = draws.unconstrained[site.name].reshape(len(draws), -1)
+        parts.append(part if site.kept is None else part[:, site.kept.to(part.device)])
+    return torch.cat(parts, -1).double()
