@@ -42,7 +42,7 @@ _NUM_PARAMETERS = 30_000
 _NUM_STEPS, _BATCH_SIZE, _LEARNING_RATE = (500, 1500), 128, 4e-3
 _LOGIT = 0.05
 _SEEDS = (0, 1, 2)
-_COX_SIDE, _COX_STEPS, _COX_PARTICLES = 16, (250, 1000), 64
+_COX_SIDE, _COX_STEPS, _COX_PARTICLES = 16, (250,), 64
 
 
 # --- digits -----------------------------------------------------------------------------------------------------------
@@ -287,7 +287,6 @@ GUIDES: dict[str, Callable[[], Any]] = {
     "couplings of vectors": lambda: fg.AutoFlow(cox_process, "coupling"),
     "spline couplings of vectors": lambda: fg.AutoFlow(cox_process, "spline_coupling"),
     "image flow, 2 levels": lambda: fg.AutoFlow(cox_process, _cox_image),
-    "image flow, 2 levels, diagonal affine map": lambda: fg.AutoFlow(cox_process, _cox_image, affine="diagonal"),
     "image flow, 2 levels, and a spline of each cell": lambda: fg.AutoFlow(cox_process, image_and_splines),
     "a spline of each cell": lambda: fg.AutoFlow(cox_process, T.ElementwiseSpline),
 }
