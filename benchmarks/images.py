@@ -286,9 +286,9 @@ GUIDES: dict[str, Callable[[], Any]] = {
     "multivariate normal": lambda: fg.AutoFlow(cox_process, T.Affine),
     "couplings of vectors": lambda: fg.AutoFlow(cox_process, "coupling"),
     "spline couplings of vectors": lambda: fg.AutoFlow(cox_process, "spline_coupling"),
+    "a spline of each cell": lambda: fg.AutoFlow(cox_process, T.ElementwiseSpline),
     "image flow, 2 levels": lambda: fg.AutoFlow(cox_process, _cox_image),
     "image flow, 2 levels, and a spline of each cell": lambda: fg.AutoFlow(cox_process, image_and_splines),
-    "a spline of each cell": lambda: fg.AutoFlow(cox_process, T.ElementwiseSpline),
 }
 
 
