@@ -42,7 +42,7 @@ _NUM_PARAMETERS = 30_000
 _NUM_STEPS, _BATCH_SIZE, _LEARNING_RATE = (500, 1500), 128, 4e-3
 _LOGIT = 0.05
 _SEEDS = (0, 1, 2)
-_COX_SIDE, _COX_STEPS, _COX_PARTICLES = 16, (250, 1000), 64
+_COX_SIDE, _COX_STEPS, _COX_PARTICLES = 16, (250,), 64
 
 
 # --- digits -----------------------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def log_joint(field: Tensor, counts: Tensor, tril: Tensor) -> Tensor:
     return sites.nodes["field"]["log_prob"] + sites.nodes["counts"]["log_prob"]
 
 
-def log_evidence(guide: fg.AutoFlow, *data: Tensor, num_particles: int = 256) -> dict[str, float]:
+def log_evidence(guide: fg.AutoFlow, *data: Tensor, num_particles: int = 128) -> dict[str, float]:
     """log Z with its standard error, by annealed importance sampling from a guide that is a normal.
 
     Neal (2001), *Annealed importance sampling*. In the coordinates of the normal, each of 200 temperatures takes one step of
@@ -286,10 +286,9 @@ GUIDES: dict[str, Callable[[], Any]] = {
     "multivariate normal": lambda: fg.AutoFlow(cox_process, T.Affine),
     "couplings of vectors": lambda: fg.AutoFlow(cox_process, "coupling"),
     "spline couplings of vectors": lambda: fg.AutoFlow(cox_process, "spline_coupling"),
-    "image flow, 2 levels": lambda: fg.AutoFlow(cox_process, _cox_image),
-    "image flow, 2 levels, diagonal affine map": lambda: fg.AutoFlow(cox_process, _cox_image, affine="diagonal"),
-    "image flow, 2 levels, and a spline of each cell": lambda: fg.AutoFlow(cox_process, image_and_splines),
     "a spline of each cell": lambda: fg.AutoFlow(cox_process, T.ElementwiseSpline),
+    "image flow, 2 levels": lambda: fg.AutoFlow(cox_process, _cox_image),
+    "image flow, 2 levels, and a spline of each cell": lambda: fg.AutoFlow(cox_process, image_and_splines),
 }
 
 
@@ -320,7 +319,7 @@ def run_cox(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for name, make in GUIDES.items():
             figures, guide = measure_guide(make, data, num_steps)
             rows["guides"].setdefault(name, []).append(figures)
-            if name == "multivariate normal":
+            if name == "multivariate normal" and "log_evidence" not in rows:
                 rows["log_evidence"] = log_evidence(guide, *data)
                 print("log Z", rows["log_evidence"], flush=True)
             print(name, figures, flush=True)

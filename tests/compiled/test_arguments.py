@@ -1,5 +1,8 @@
 """Kinds of arguments: what makes a new capture, and how its reason is said."""
 
+import collections
+
+import numpy as np
 import pytest
 import torch
 
@@ -28,6 +31,35 @@ def test_the_first_difference_is_named(now, difference):
     before = key(X, 1, "a")
     assert before != now
     assert before.difference(now).startswith(difference)
+
+
+def test_another_default_dtype_is_named():
+    before = key(X)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert before.difference(key(X)) == "the default dtype is torch.float64"
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_objects_are_the_same_by_themselves_alone():
+    """Also where they say that they are equal; an array is the same where its values are."""
+    one, other = collections.UserDict(), collections.UserDict()
+    assert one == other
+    assert key(one) == key(one) != key(other)
+    assert key(one).difference(key(other)) == "an argument that is no tensor is another UserDict"
+    assert key(np.zeros(2)) == key(np.zeros(2)) != key(np.ones(2))
+    for first, second in ((1, 1.0), (1, True), (0.0, None), (np.zeros(2), np.zeros((1, 2)))):
+        assert key(first) != key(second)
+
+
+def test_tensors_are_replaced_however_deeply_they_are_nested():
+    arguments = Arguments((X, [1, {"a": X + 1}]), {"b": (X + 2, "text")})
+    assert [float(each[0]) for each in arguments.tensors] == [0, 1, 2]
+    assert arguments.others == [1, "text"]
+    args, kwargs = arguments.with_tensors(torch.tensor([[5.0], [6.0], [7.0]]))
+    assert (args[0].item(), args[1][0], args[1][1]["a"].item()) == (5, 1, 6)
+    assert (kwargs["b"][0].item(), kwargs["b"][1]) == (7, "text")
 
 
 def test_the_same_kinds_are_one_key():

@@ -126,6 +126,23 @@ def test_a_parameter_that_comes_later_leaves_the_counts_as_they_are(y):
         assert svi.scalars.step == number + 1
 
 
+@pytest.mark.parametrize("backend", ["eager", "replay"])
+def test_values_that_were_given_other_memory_are_taken_over(backend, y):
+    """As ``Module.to`` does it."""
+    svi = compiled(conjugate, backend=backend, rate=0.0)
+    svi.run(3, y)
+    for number, leaf in enumerate(svi.parameters.values()):
+        leaf.data = leaf.data.clone() + 1 + number
+    moved = {name: leaf.detach().clone() for name, leaf in svi.parameters.items()}
+    pyro.set_rng_seed(1)
+    expected = Trace_ELBO().loss(conjugate, svi.guide, y)
+    pyro.set_rng_seed(1)
+    assert svi.step(y) == pytest.approx(expected, rel=1e-5)
+    for name, value in svi.snapshot().parameters.items():
+        assert torch.equal(value, moved[name])
+        assert torch.equal(svi.parameters[name], moved[name])
+
+
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
 def test_a_parameter_that_comes_later_leaves_what_is_kept_for_the_others(ema_decay):
     """The moments of Adam, and the average: the steps of the first are those of a training without the second."""

@@ -106,6 +106,19 @@ def test_clipping_by_the_running_norm(dtype):
     assert norms[50] <= norms[51] < 2.1
 
 
+def test_the_running_norm_is_a_mean_at_first_and_then_that_of_about_a_hundred_steps(dtype):
+    update = Update(None, clip_factor=10.0)
+    state = update.start([start(dtype)])
+    one = torch.tensor(1.0, dtype=dtype)
+    gradient = torch.ones(7, dtype=dtype) / 7**0.5
+    means = []
+    for size in [1.0, 2.0, 3.0, *[2.0] * 147, 7.0]:
+        state, _, _ = update(state, one, [size * gradient], 0.1 * one)
+        means.append(float(Scalars(*state.scalars).norm_mean))
+    assert means[:3] == pytest.approx([1.0, 1.5, 2.0], rel=1e-5)
+    assert means[-2:] == pytest.approx([2.0, 2.05], rel=1e-5)
+
+
 @pytest.mark.parametrize(("clip_norm", "expected"), [(0.5, 0.5), (1e3, 2.5)])
 def test_the_lower_of_two_bounds_on_the_norm_holds(clip_norm, expected, dtype):
     """Twice the running norm, or the bound that was given."""

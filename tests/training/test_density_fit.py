@@ -9,7 +9,7 @@ import torch
 
 from pyro_flowguides import transforms as T
 from pyro_flowguides.bases import StandardNormal
-from pyro_flowguides.training import DensityFit
+from pyro_flowguides.training import DensityFit, saving
 from pyro_flowguides.training.density import Density, FixedBase, Units, with_fixed_maps
 
 
@@ -107,6 +107,9 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         DensityFit.load(tmp_path / "a.npz")
     with pytest.raises(ValueError, match="of another flow"):
         DensityFit.load(tmp_path / "a.npz", flow="planar")
+    saving.write(tmp_path / "other.npz", {"draws": [1]})
+    with pytest.raises(ValueError, match=r"DensityFit.load: '.*other.npz' is no saved density: 'units'"):
+        DensityFit.load(tmp_path / "other.npz")
     again = DensityFit.load(tmp_path / "a.npz", flow=T.Affine(2))
     assert (again.recipe, again.best_step, again.num_steps) == ("nice", 3, 5)
     assert (again.num_skipped, again.num_rolled_back, again.wall_time) == (1, 2, 1.25)

@@ -1,6 +1,7 @@
 """fit: the defaults, what each option does, and the errors."""
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -244,6 +245,7 @@ def test_a_guide_that_is_none():
         ({"loss": 3.0, "num_particles": None}, TypeError, "loss must be an ELBO of Pyro, an objective"),
         ({"optim": "adam"}, TypeError, "optim must be a Pyro optimiser or a function"),
         ({"whiten": "mode"}, ValueError, "method must be"),
+        ({"batches": pd.DataFrame({"y": Y})}, TypeError, "batches is a frame, .*; give a list of frames"),
         ({"num_restarts": 0}, ValueError, "num_restarts must be at least 1, got 0"),
         ({"checkpoint": "no/such/directory/file"}, ValueError, "the directory of checkpoint .* does not exist"),
         ({"ema_decay": 2.0}, ValueError, "ema_decay must be between 0 and 1, got 2.0"),

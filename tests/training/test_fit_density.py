@@ -319,6 +319,17 @@ WRONG = {
     "validation rows": (small, X, {"validation": torch.zeros(5, 3)}, r"validation must have shape \(rows, \*\(2,\)\)"),
     "length": (small, X, {"num_epochs": 3}, "num_steps or num_epochs, not both"),
     "whiten": (small, X, {"whiten": "full"}, 'whiten must be "auto", "diagonal" or None'),
+    "one level": (small, torch.zeros(30, 2), {"num_levels": 1}, "num_levels must be at least 2, got 1"),
+    "half": (small, torch.zeros(30, 2), {"num_levels": 2, "logit": 0.5}, "logit must be between 0 and 0.5, .* got 0.5"),
+    "nothing cut": (small, torch.zeros(30, 2), {"num_levels": 2, "logit": 0.0}, "logit must be .* got 0.0"),
+    "no columns": (small, torch.zeros(30, 0), {}, r"data of shape \(30, 0\) have nothing to fit"),
+    "no rows": (small, torch.tensor(1.0), {}, "data must be an array, .* with rows"),
+    "validation context": (
+        small,
+        X,
+        {"context": X, "validation": X},
+        "validation needs a context, one for each row",
+    ),
     "logit": (small, X, {"logit": 0.05}, "logit is for integers"),
 }
 
@@ -343,6 +354,17 @@ def test_contexts_of_another_shape_are_refused():
             fit.sample(3, context=context)
     with pytest.raises(ValueError, match="DensityFit: give context="):
         fit.sample(3)
+
+
+def test_held_out_rows_of_ones_own_have_the_dtype_and_the_context_of_the_others():
+    x, c = X.double(), X[:, :1]
+    fit = eager(small, x, context=c, validation=(X[:7], c[:7]), num_steps=1)
+    assert fit.validation_losses.tolist() == pytest.approx(
+        [fit.validation_losses[0], -float(fit.log_prob(x[:7], c[:7]).detach().mean())]
+    )
+    bare = eager(small, x, validation=[[0.1, 0.2], [0.3, 0.4], [1.0, 2.0]], num_steps=1)
+    rows = torch.tensor([[0.1, 0.2], [0.3, 0.4], [1.0, 2.0]])
+    assert bare.validation_losses[-1] == pytest.approx(-float(bare.log_prob(rows).detach().mean()))
 
 
 def test_rows_of_another_shape_are_refused():

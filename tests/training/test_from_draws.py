@@ -180,6 +180,23 @@ def test_wrong_draws_are_errors_that_say_why(make, kind, message):
         fg.fit_to_draws(fg.AutoFlow(mixed, small), make(exact(50)), **QUICK)
 
 
+def test_a_support_that_depends_on_another_latent_is_refused():
+    def model():
+        top = pyro.sample("top", dist.LogNormal(0.0, 1.0))
+        pyro.sample("x", dist.Uniform(0.0, top))
+
+    guide = fg.AutoFlow(model, small).setup()
+    with pytest.raises(
+        ValueError, match="the support of site 'x' depends on other latents; give unconstrained vectors"
+    ):
+        unconstrained(guide.latents, {"top": torch.ones(5), "x": 0.5 * torch.ones(5)})
+
+
+def test_a_plan_that_is_wrong_is_named():
+    with pytest.raises(ValueError, match="fit_to_draws: batch_size must be at least 1"):
+        fg.fit_to_draws(fg.AutoFlow(mixed, small), exact(50), batch_size=0)
+
+
 def test_another_guide_is_refused():
     with pytest.raises(TypeError, match="must be an AutoFlow"):
         fg.fit_to_draws(mixed, exact(50))

@@ -1,6 +1,8 @@
 """The start of a fit: what is whitened, and the error where training could not even begin."""
 
 import functools
+import math
+import types
 
 import pyro
 import pyro.distributions as dist
@@ -13,6 +15,8 @@ from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_value
 from pyro.nn import PyroModule
 
 import pyro_flowguides as fg
+from pyro_flowguides.diagnostics.importance import Estimate
+from pyro_flowguides.guides.base import Call
 from pyro_flowguides.model.call import ModelCall
 from pyro_flowguides.training import start
 
@@ -282,6 +286,37 @@ def test_small_steps_take_one_thread(worth, inside, monkeypatch):
     )
     assert seen == [inside] * 3
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "se", "continuous", "is_told"),
+    [
+        (0.3, 0.2, True, True),
+        (0.2, 0.2, True, False),
+        (0.1, 0.2, True, False),
+        (0.3, 0.2, False, False),
+        (0.3, math.nan, True, False),
+        (math.nan, 0.2, True, True),
+    ],
+)
+def test_an_error_of_a_solver_is_told_where_it_is_above_that_of_the_elbo(
+    error, se, continuous, is_told, recwarn, monkeypatch
+):
+    class Solved:
+        flow = object()
+
+        def get_posterior(self, *args, **kwargs):
+            assert (args, kwargs) == ((1,), {"two": 2})
+            assert not torch.is_grad_enabled()
+            torch.rand(3)
+            return types.SimpleNamespace(ode_error=lambda: types.SimpleNamespace(log_det=error))
+
+    monkeypatch.setattr(start, "is_continuous", lambda flow: continuous)
+    state = torch.random.get_rng_state()
+    start.warn_of_ode_error([Call(Solved(), (1,), {"two": 2})], Estimate(-3.0, se))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert len(recwarn) == is_told
+    assert all("flow of Solved leaves an error of" in str(each.message) for each in recwarn)
 
 
 @pytest.mark.parametrize(("num_elements", "inside"), [(10**6, 1), (2 * 10**6, 2)])
