@@ -278,18 +278,31 @@ def test_an_interrupt_before_or_after_the_training_is_one_line(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ([], {"guide": "AutoCoupling", "num_steps": None, "num_particles": None, "seed": 0, "progress": True}),
+        (
+            [],
+            {
+                "guide": "AutoCoupling",
+                "num_steps": None,
+                "num_particles": None,
+                "search_modes": None,
+                "seed": 0,
+                "progress": True,
+            },
+        ),
         (["--guide", "planar"], {"guide": "AutoPlanar"}),
         (["--num-steps", "7"], {"num_steps": 7}),
         (["--num-particles", "9"], {"num_particles": 9}),
         (["--seed", "3"], {"seed": 3}),
         (["--no-progress"], {"progress": False}),
+        (["--search-modes"], {"search_modes": True}),
+        (["--no-search-modes"], {"search_modes": False}),
     ],
 )
 def test_options_reach_the_fit(options, expected, quick_fit, capsys):
     assert main(["fit", "eight_schools", *options]) == 0
     assert len(quick_fit) == 1
-    assert quick_fit[0].keys() == {"guide", "model_kwargs", "num_steps", "num_particles", "seed", "progress"}
+    of_fit = {"num_steps", "num_particles", "search_modes", "seed", "progress"}
+    assert quick_fit[0].keys() == {"guide", "model_kwargs", *of_fit}
     assert expected.items() <= quick_fit[0].items()
     assert list(quick_fit[0]["model_kwargs"]) == ["sigma", "y"]
 
