@@ -67,6 +67,7 @@ NEARLY = {
     "rows of cat": (lambda x: torch.cat([x.exp(), x.sin()])[2:4] * 2, 2),
     "rows first": (lambda x: torch.cat([x.exp(), x.sin()])[:2] * 2, 2),
     "joined with nothing": (lambda x: torch.cat([x.new_zeros(0), x.exp(), x.sin()], 1)[:, 3:] * 2, 2),
+    "joined with nothing, the first": (lambda x: torch.cat([x.new_zeros(0), x.exp(), x.sin()], 1)[:, :3] * 2, 2),
     "a view with another use": (lambda x: (lambda e: e.reshape(2, 3) * e.sum())(x.reshape(2, 1, 3).exp()), 5),
     "an operation of two views": (lambda x: (x.reshape(3, 2) * x.exp().reshape(3, 2)).reshape(2, 3), 2),
     "views of other sizes": (lambda x: (x.reshape(2, 1, 3) + x.sum(0).reshape(1, 1, 3)).reshape(2, 3), 5),

@@ -203,6 +203,7 @@ NAN = float("nan")
         (4, 6, [1.0, 2.0, NAN, NAN, NAN, NAN, NAN, NAN], [(4, "good"), (8, "lost")]),
         (4, 6, [1.0, 2.0, NAN, NAN, NAN, NAN, NAN, 1.0], [(4, "good"), (8, "bad")]),
         (4, 6, [NAN, NAN, NAN, 1.0, NAN, NAN, NAN, NAN], [(4, "bad"), (8, "bad")]),
+        (4, 4, [NAN, NAN, NAN, 1.0], [(4, "bad")]),
         (2, 6, [NAN] * 6, [(2, "bad"), (4, "bad"), (6, "lost")]),
         (10, 50, [1.0, 2.0] * 5 + [99.0] * 10, [(10, "good"), (20, "exploded")]),
     ],
