@@ -10,7 +10,7 @@ import pytest
 import torch
 from pyro.nn import PyroModule
 from pyro.nn.module import to_pyro_module_
-from recipe_cases import RECIPE_CASES, make_flow
+from recipe_cases import RECIPE_CASES, make_flow, size_of_perturbation
 from transform_cases import perturb
 
 import pyro_flowguides as fg
@@ -122,7 +122,8 @@ def test_recipes_with_their_own_sizes_start_as_the_identity(recipe, dim):
 @pytest.mark.parametrize("dim", [1, 5])
 @pytest.mark.parametrize("context_dim", [0, 2])
 def test_recipes_bend_every_coordinate_and_invert(recipe, dim, context_dim, dtype, tolerance):
-    flow = perturb(recipe(dim, num_layers=2, hidden_dims=(8,), context_dim=context_dim).to(dtype))
+    flow = recipe(dim, num_layers=2, hidden_dims=(8,), context_dim=context_dim).to(dtype)
+    perturb(flow, size_of_perturbation(recipe))
     z = torch.randn(20, dim, dtype=dtype)
     context = torch.randn(20, context_dim, dtype=dtype) if context_dim else None
     x, _ = flow.forward_and_log_det(z, context)
@@ -151,10 +152,11 @@ def test_density_integrates_to_one(recipe):
 def test_path_gradient_leaves_out_the_score_function(recipe, dtype, tolerance):
     """It equals the gradient of log q(x(φ); φ₀) at φ = φ₀, computed here by inverting a copy with fixed parameters."""
     # In float32 the inversion of steep splines would have no digits to compare with.
+    scale = (1.0 if dtype == torch.float64 else 0.3) * size_of_perturbation(recipe)
     if recipe in (flows.continuous_planar, flows.continuous_sylvester, flows.ffjord):
         # Their score is that of the exact solution, from which steps of size h differ by O(h⁴).
         recipe = functools.partial(recipe, num_steps=32)
-    flow = make_flow(recipe, 3, dtype, gradient="path", scale=1.0 if dtype == torch.float64 else 0.3)
+    flow = make_flow(recipe, 3, dtype, gradient="path", scale=scale)
     fixed = copy.deepcopy(flow.transform).requires_grad_(False)
     parameters = list(flow.transform.parameters())
     torch.manual_seed(1)

@@ -65,10 +65,10 @@ CONDITIONAL = {
         dim, hidden_dims=(8, 5, 6), lipschitz=0.97, context_dim=context_dim
     ),
     "continuous_planar": lambda dim, context_dim: T.Continuous(
-        dim, T.PlanarField(dim, 8, context_dim=context_dim), num_steps=5
+        dim, T.PlanarField(dim, 4, context_dim=context_dim), num_steps=8
     ),
     "continuous_sylvester": lambda dim, context_dim: T.Continuous(
-        dim, T.SylvesterField(dim, min(dim, 3), context_dim=context_dim), num_steps=5
+        dim, T.SylvesterField(dim, min(dim, 3), context_dim=context_dim), num_steps=8
     ),
     "continuous_network": lambda dim, context_dim: T.Continuous(
         dim, T.NetworkField(dim, (8,), context_dim=context_dim), num_steps=3

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ..checks import check_positive_integer
 from .linear import affine, multiply
 from .networks import NEAR_ZERO, FreeParameters, scale_parameters
-from .numerics import tanh_derivative, value_and_pull_back
+from .numerics import value_and_pull_back
 
 Time = float | Tensor
 
@@ -73,29 +73,31 @@ class Ridges(NamedTuple):
     gate_slope: Tensor
 
     def _at(self, t: Time, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """tanh, its derivative times the gate, and the gate of every ridge."""
-        r = affine(self.into.mT, x, self.shift + t * self.drift)
+        """tanh, and with the gate of every ridge tanh and its derivative."""
+        h = torch.tanh(affine(self.into.mT, x, self.shift + t * self.drift))
         gate = 2 * torch.sigmoid(self.gate_level + (t - 0.5) * self.gate_slope)
-        return torch.tanh(r), gate * tanh_derivative(r), gate
+        gated = gate * h
+        # Rates are sums over ridges, so that a derivative near 0 needs no digits of its own.
+        return h, gated, torch.addcmul(gate, gated, h, value=-1)
 
     def velocity(self, t: Time, x: Tensor) -> Tensor:
-        h, _, gate = self._at(t, x)
-        return multiply(self.out, gate * h)
+        _, gated, _ = self._at(t, x)
+        return multiply(self.out, gated)
 
     def rates(self, t: Time, x: Tensor) -> tuple[Tensor, Tensor]:
-        h, slope, gate = self._at(t, x)
-        return multiply(self.out, gate * h), (slope * self.products).sum(-1)
+        _, gated, slope = self._at(t, x)
+        return multiply(self.out, gated), (slope * self.products).sum(-1)
 
     def rates_with_score(self, t: Time, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        h, slope, gate = self._at(t, x)
+        h, gated, slope = self._at(t, x)
         with torch.no_grad():
-            inner = slope * (2 * h * self.products - multiply(self.out.mT, score))
+            inner = slope * (2 * self.products * h - multiply(self.out.mT, score))
             rate = multiply(self.into, inner)
-        return multiply(self.out, gate * h), (slope * self.products).sum(-1), rate
+        return multiply(self.out, gated), (slope * self.products).sum(-1), rate
 
     def squared_norm(self, t: Time, x: Tensor) -> Tensor:
         """‖U diag(g h′) Wᵀ‖², by the Gram matrices of U and W."""
-        _, slope, _ = self._at(t, x)
+        _, _, slope = self._at(t, x)
         gram = (self.out.mT @ self.out) * (self.into.mT @ self.into)
         return (slope * multiply(gram, slope)).sum(-1)
 
@@ -103,12 +105,13 @@ class Ridges(NamedTuple):
 class PlanarField(nn.Module):
     r"""M ridges, each along a direction :math:`w_m` and with a push :math:`u_m` of its own.
 
-    .. math:: f(t, x) = \frac{1}{\sqrt M} \sum_{m=1}^M g_m(t)\, u_m \tanh(w_m^\top x / \sqrt D + b_m + c_m t),
+    .. math:: f(t, x) = \sum_{m=1}^M g_m(t)\, u_m \tanh(w_m^\top x / \sqrt D + b_m + c_m t),
        \qquad g_m(t) = 2 \sigma(a_m + k_m (t - \tfrac12)).
 
-    The gates let ridges act at different times, and :math:`c_m` lets them move. The push starts at 0, so that the flow starts as
-    the identity. The field is bounded, so that no start leads to infinity. The field of a planar flow in continuous time: Chen et
-    al. (2018), arXiv:1806.07366, section 4.1.
+    The gates let ridges act at different times, over which they are spread at the start, and :math:`c_m` lets ridges move. The
+    push starts at 0, so that the flow starts as the identity. The field is bounded, so that no start leads to infinity. It learns
+    best with larger steps than networks do, see :class:`~pyro_flowguides.AutoContinuousFlow`. The field of a planar flow in
+    continuous time: Chen et al. (2018), arXiv:1806.07366, section 4.1.
 
     Arguments:
         dim: The number D of coordinates.
@@ -127,7 +130,9 @@ class PlanarField(nn.Module):
         self.dim = check_positive_integer(type(self).__name__, "dim", dim)
         self.num_units = check_positive_integer(type(self).__name__, "num_units", num_units)
         self.context_dim = context_dim
-        initial = [*self._initial_ridges(), torch.randn(num_units), torch.zeros(2 * num_units), torch.randn(num_units)]
+        initial = [*self._initial_ridges(), torch.randn(num_units), torch.zeros(2 * num_units)]
+        # Half of the gates close while time runs, the others open, most of them by a factor of 4 and more.
+        initial.append(3 * torch.randn(num_units))
         self.parameters_of = FreeParameters(torch.cat([part.flatten() for part in initial]), context_dim, hidden_dims)
 
     def _initial_ridges(self) -> tuple[Tensor, Tensor]:
@@ -136,9 +141,9 @@ class PlanarField(nn.Module):
         return NEAR_ZERO * torch.randn(self.dim, self.num_units), torch.randn(self.dim, self.num_units)
 
     def _matrices(self, out: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
-        """U and W: steps of one size in all of their entries move f and its ridges by that size."""
+        """U and W: steps of one size in all entries of W move the ridges by that size, whatever D is."""
         shape = *out.shape[:-1], self.dim, self.num_units
-        return out.reshape(shape) / self.num_units**0.5, into.reshape(shape) / self.dim**0.5
+        return out.reshape(shape), into.reshape(shape) / self.dim**0.5
 
     def bind(self, context: Tensor | None = None) -> Ridges:
         """The ridges at a context."""
@@ -194,7 +199,7 @@ class SylvesterField(PlanarField):
     def _matrices(self, out: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
         size = self.num_units
         shape = *out.shape[:-1], size, size
-        out, into = out.reshape(shape) / size**0.5, into.reshape(shape) / size**0.5
+        out, into = out.reshape(shape), into.reshape(shape) / size**0.5
         if self.basis is None:
             return out, into
         q, r = torch.linalg.qr(self.basis)
