@@ -126,8 +126,8 @@ def test_verdicts(khat, ess, kind, start):
     verdict = judge(khat, ess, 10_000)
     assert verdict.kind is kind
     assert str(verdict).startswith(start)
-    # The sentence is the kind's own, with the reason put into it.
-    assert str(verdict) == kind.value.replace("{reason}", verdict.reason)
+    # The sentence is the kind's own, with the reason, and what is known of other modes, put into it.
+    assert str(verdict) == kind.value.replace("{reason}", verdict.reason).replace("{unseen}", verdict.unseen)
 
 
 @pytest.mark.parametrize(
