@@ -319,8 +319,8 @@ def report(results: dict[str, Any]) -> str:
         "## One mode: modes said to be lost, and what the search costs",
         "",
         f"The default guide after {NUM_STEPS} steps, and `AutoNormal` after {NUM_STEPS_OF_POOR_FIT}, which misses most of many "
-        "posteriors. Times are of the former. Single precision, or double where the fit is not possible otherwise. U1 and U4 have "
-        "two modes, and U2 and U3 ridges; all others have one mode.",
+        "posteriors. Times are of the former. Single precision, or double where the fit is not possible otherwise. U1 and U4 "
+        "have two modes, and U2 and U3 ridges; all others have one mode.",
         "",
         markdown_table(
             ["posterior", "seed", "D", "lost", "lost by AutoNormal", "search, seconds", "fit, seconds", "search / fit"],
