@@ -87,13 +87,16 @@ def test_a_wrong_width_is_flagged_by_its_law(scale):
     assert (table["vsbc_p"] > 0.0025).all()
 
 
+@pytest.mark.slow
 def test_mean_field_on_a_correlated_posterior_is_flagged():
     """The best mean-field normal has the sds of the conditionals, 0.45, where those of the marginals are 0.75."""
     result = calibrate(guide_factory=guide_with(mean_field=True))
     assert (result.table()["finding"] == "too narrow").all()
 
 
-@pytest.mark.parametrize(("shift", "finding"), [(0.7, "too high"), (-0.7, "too low")])
+@pytest.mark.parametrize(
+    ("shift", "finding"), [(0.7, "too high"), pytest.param(-0.7, "too low", marks=pytest.mark.slow)]
+)
 def test_a_shift_is_flagged(shift, finding):
     table = calibrate(200, guide_factory=guide_with(shift=shift)).table()
     assert (table["finding"] == finding).all()

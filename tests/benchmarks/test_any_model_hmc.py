@@ -35,6 +35,7 @@ def far_apart():
     pyro.factor("modes", torch.logaddexp(-((x - 8) ** 2) / 2, -((x + 8) ** 2) / 2))
 
 
+@pytest.mark.slow
 def test_moments_of_a_correlated_normal_and_gammas():
     row = hmc(Density(Problem("known", "", known, ())))
     assert row["kind"] == "HMC"
@@ -51,6 +52,7 @@ def test_moments_of_a_correlated_normal_and_gammas():
         np.testing.assert_allclose(row["sd"][name], sd, rtol=0.045)
 
 
+@pytest.mark.slow
 def test_chains_that_disagree_are_an_error(monkeypatch):
     monkeypatch.setattr(hmc_module, "MAX_DRAWS", hmc_module.BLOCK)
     with pytest.raises(RuntimeError, match=r"R-hat 1\.\d+.*acceptance 0\.\d+"):

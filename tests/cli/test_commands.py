@@ -108,7 +108,10 @@ def test_compare_what_cannot_be_compared(files, message, written, capsys):
 
 @pytest.mark.parametrize(
     ("flag", "sentence"),
-    [("--search-modes", "128 starts found no other mode"), ("--no-search-modes", "never reaches cannot be detected")],
+    [
+        ("--search-modes", "128 starts found no other mode"),
+        pytest.param("--no-search-modes", "never reaches cannot be detected", marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_known_of_other_modes_is_printed_and_kept_in_the_file(
     model_file, data_file, tmp_path, capsys, flag, sentence

@@ -50,7 +50,10 @@ def banana():
     pyro.sample("y", dist.Normal(x**2, 0.5))
 
 
-@pytest.mark.parametrize(("model", "args"), [(regression, data(20)), (banana, ())], ids=["normal", "banana"])
+@pytest.mark.parametrize(
+    ("model", "args"),
+    [pytest.param(regression, data(20), id="normal", marks=pytest.mark.slow), pytest.param(banana, (), id="banana")],
+)
 def test_the_same_data_continue_the_training(model, args):
     """Also from a guide that is far from the posterior, where no Gaussian is nearer."""
     guide = fg.AutoCoupling(model)

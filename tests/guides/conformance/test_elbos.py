@@ -33,8 +33,11 @@ def test_trains(Guide, gradient):
     loss_falls(Guide(conjugate, gradient=gradient), Trace_ELBO(num_particles=8, vectorize_particles=True))
 
 
-@pytest.mark.parametrize("gradient", ["total", "path"])
-@pytest.mark.parametrize("vectorize", [False, True])
+# One particle after the other takes eight times as long.
+@pytest.mark.parametrize(
+    ("gradient", "vectorize"),
+    [("total", True), ("path", True), ("total", False), pytest.param("path", False, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("Loss", [Trace_ELBO, TraceGraph_ELBO, RenyiELBO])
 def test_trains_with_every_elbo(gradient, vectorize, Loss):
     options = {"alpha": 0.5} if Loss is RenyiELBO else {}
