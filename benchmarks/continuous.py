@@ -43,6 +43,7 @@ _FIRST_INVERSE_TEMPERATURE = 0.01
 _INIT_SCALE = 1.5
 # A field takes larger steps than the default ones, which planar layers and couplings take.
 _FIELD_RATE = 0.05
+_RATES = (0.01, _FIELD_RATE)
 _NUM_MOONS, _MOONS_BATCH, _MOONS_STEPS, _MOONS_RATE = 5000, 256, 1000, 1e-2
 _NUM_SEEDS = 3
 
@@ -109,23 +110,25 @@ def planes(quick: bool, wanted: Wanted) -> dict[str, Any]:
             for kind, recipe in recipes.items():
                 if not wanted(f"{kind} {size} {name}"):
                     continue
-                guide = fg.AutoFlow(model, recipe(size), init_scale=_INIT_SCALE)
-                rate = _FIELD_RATE if kind == "planar field" else 1e-2
-                result = gap_of(
-                    target.log_evidence,
-                    model,
-                    guide,
-                    bounds,
-                    torch.ones(()),
-                    batches=annealing(bounds, num_steps),
-                    num_steps=num_steps,
-                    num_particles=256,
-                    whiten=None,
-                    optim=functools.partial(torch.optim.Adam, lr=rate),
-                )
-                result["num_steps"] = num_steps
-                rows.setdefault(kind, {}).setdefault(str(size), {})[name] = result
-                print(kind, size, name, result, flush=True)
+                results = []
+                for rate in _RATES:
+                    guide = fg.AutoFlow(model, recipe(size), init_scale=_INIT_SCALE)
+                    result = gap_of(
+                        target.log_evidence,
+                        model,
+                        guide,
+                        bounds,
+                        torch.ones(()),
+                        batches=annealing(bounds, num_steps),
+                        num_steps=num_steps,
+                        num_particles=256,
+                        whiten=None,
+                        optim=functools.partial(torch.optim.Adam, lr=rate),
+                    )
+                    results.append({**result, "num_steps": num_steps, "rate": rate})
+                    print(kind, size, name, results[-1], flush=True)
+                best = min(results, key=lambda result: result["gap"])
+                rows.setdefault(kind, {}).setdefault(str(size), {})[name] = best
     return rows
 
 
@@ -148,10 +151,11 @@ def planes_to_markdown(rows: dict[str, Any]) -> str:
         "## Planes: planar field and planar layers\n\n"
         "KL(q, p) in nats with its standard error after one fit, seed 0; quadrature gives log Z. Both kinds "
         f"start as a normal of scale {_INIT_SCALE} in unconstrained space. Both are trained on e^(−βU), with β from "
-        f"{_FIRST_INVERSE_TEMPERATURE} to 1 over the first half of the steps, much as Rezende & Mohamed did. The learning rate "
-        f"is {_FIELD_RATE} for the field and 0.01 for the layers, with a cosine. The field takes 4 steps of Runge-Kutta in "
+        f"{_FIRST_INVERSE_TEMPERATURE} to 1 over the first half of the steps, much as Rezende & Mohamed did. Both have "
+        f"a fit at each of the learning rates {', '.join(map(str, _RATES))} with a cosine, and the better one counts. The field "
+        "takes 4 steps of Runge-Kutta in "
         "training and 16 where it is judged; the error is the mean one of log q by these 16. Errors and seconds of the "
-        "processor are the largest of a row.\n\n"
+        "processor, those of one fit, are the largest of a row.\n\n"
         + markdown_table(["flow", "M or K", "steps", *ENERGIES, "error", "seconds", "parameters"], table)
     )
 
