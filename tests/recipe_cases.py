@@ -12,6 +12,9 @@ RECIPE_CASES = {
     **flows.RECIPES,
     "sylvester_householder": functools.partial(flows.sylvester, basis="householder"),
     "sylvester_triangular": functools.partial(flows.sylvester, basis="triangular"),
+    # With few ridges and small steps these bear a perturbation of size 1.
+    "continuous_planar_4": functools.partial(flows.continuous_planar, num_units=4, num_steps=64),
+    "continuous_sylvester_4": functools.partial(flows.continuous_sylvester, num_units=4, num_steps=64),
 }
 
 
