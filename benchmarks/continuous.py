@@ -1,6 +1,6 @@
 """Continuous flows as guides and as densities: what the field of a flow is worth for its time.
 
-    python -m benchmarks.continuous planes moons moons_seconds posteriors traces --out benchmarks/results/continuous.json [--quick]
+    python -m benchmarks.continuous planes moons moons_seconds posteriors traces [--quick]
 
 - ``planes``: a planar field of M units against M planar layers, on the densities U1 to U4 whose log Z is known. The figure of
   Chen et al. (2018), arXiv:1806.07366, with the divergence as a number.
@@ -279,7 +279,7 @@ def moons(quick: bool, wanted: Wanted) -> dict[str, Any]:
 
 
 def moons_seconds(quick: bool, wanted: Wanted) -> dict[str, Any]:
-    """Seconds of the processor for all steps of each side: those of few steps, which the sides take in turns, times their number."""
+    """Seconds of the processor for all steps of each side, in turns; those of the slow sides from a part of the steps."""
     generator = torch.Generator().manual_seed(0)
     train = two_moons(_NUM_MOONS, generator)
     rows: dict[str, list[float]] = {}
