@@ -334,7 +334,8 @@ def moons_to_markdown(rows: dict[str, Any]) -> str:
         "## Two moons by maximum likelihood\n\n"
         f"Test log-likelihood in nats per point, one figure per seed (one seed for the others): {_NUM_MOONS} training and test "
         f"points, {_MOONS_STEPS} steps of Adam at {_MOONS_RATE} with a cosine, batches of {_MOONS_BATCH}. Ours are trained by "
-        "`fit_density`. The recipe of the notebook has its own scale of the data and its own optimiser, Adam at 0.001 without a schedule."
+        "`fit_density`. The recipe of the notebook has its own scale of the data and its own optimiser, Adam at 0.001 without a "
+        "schedule."
         "\n\n" + markdown_table(["density", "test log-likelihood", "parameters"], table)
     )
 
