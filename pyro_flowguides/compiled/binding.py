@@ -23,6 +23,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
 from .. import internals
+from ..processes import Processes
 from . import capture
 from .capture import Parameters
 from .losses import Objective
@@ -55,9 +56,11 @@ class Binding:
         make_optimizer: OptimizerFactory | None,
         pyro_optim: PyroOptim,
         options: dict[str, Any],
+        processes: Processes | None,
         parameters: Parameters,
         previous: Binding | None,
     ) -> None:
+        self._processes = processes
         devices = {str(leaf.device) for leaf in parameters.leaves}
         if len(devices) > 1:
             raise ValueError(
@@ -214,6 +217,9 @@ class Binding:
     ) -> tuple[Tensor, ...]:
         """The outputs of a step."""
         joined = self.join(gradients)
+        if self._processes is not None:
+            # Before the guard, so that all processes take or skip a step together.
+            joined, loss = self._processes.mean(joined, loss)
         state, clipped, finite = self.update(state, loss, joined, learning_rate)
         # The loss as a tensor of its own: it may be a view of something else.
         outputs = (*state.vectors, state.scalars, loss.clone(), finite, *joined)
