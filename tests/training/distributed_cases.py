@@ -3,6 +3,7 @@
 python -m torch.distributed.run --nproc-per-node=2 distributed_cases.py DIRECTORY
 """
 
+import contextlib
 import sys
 import warnings
 from pathlib import Path
@@ -145,10 +146,8 @@ def resumed(processes, directory):
 
     options = {"num_steps": 200, "num_particles": 8, "seed": 3}
     whole = fit_of(**options, checkpoint=fg.Checkpoint(directory / "whole", every=40))
-    try:
+    with contextlib.suppress(Stop):
         fit_of(**options, checkpoint=fg.Checkpoint(directory / "cut", every=40), callbacks=[stop])
-    except Stop:
-        pass
     again = fit_of(**options, checkpoint=fg.Checkpoint(directory / "cut", every=40, resume=True))
     return {"whole": result_of(whole), "again": result_of(again)}
 
