@@ -332,6 +332,26 @@ class Trained:
             with self.find(args, kwargs):
                 pass
 
+    def begin_together(self, processes: Processes, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Takes parameters and buffers of the first process, and a seed of its own.
+
+        Raises:
+            ValueError: if the processes have different parameters.
+        """
+        self.ensure(args, kwargs)
+        sizes = dict(zip(self.bound.parameters.names, map(tuple, self.bound.shapes), strict=True))
+        for rank, theirs in enumerate(processes.gather(sizes)):
+            for name in {**sizes, **theirs}:
+                here, there = sizes.get(name, "none"), theirs.get(name, "none")
+                if here != there:
+                    raise ValueError(
+                        f"CompiledSVI: process {rank} has parameter '{name}' of shape {there}, process {processes.rank} of shape "
+                        f"{here}; model, guide and the shapes of the data must be the same in all processes"
+                    )
+        processes.share(self.bound.state.vectors)
+        self.buffers.restore(processes.from_first(self.buffers.copy))
+        processes.separate_noise()
+
     def restore(self, snapshot: Snapshot) -> None:
         """Goes back to a snapshot.
 

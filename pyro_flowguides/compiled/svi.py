@@ -130,7 +130,7 @@ class CompiledSVI(SVI):
         self._keeps_ema = ema_decay is not None
         self._watch = watch = Watch(CHECK_EVERY, max_nonfinite_steps)
         self._processes = find_processes() if distributed else None
-        self._is_together = self._processes is None
+        self._is_together = False
 
         def begin_anew() -> None:
             """Drops what belongs to other parameters."""
@@ -176,35 +176,13 @@ class CompiledSVI(SVI):
             steps_left: The number of steps to expect, by which the backend ``"auto"`` decides.
         """
         self._trained.drop_stale()
-        if not self._is_together:
-            self._begin_together(args, kwargs)
+        if self._processes is not None and not self._is_together:
+            self._trained.begin_together(self._processes, args, kwargs)
+            self._is_together = True
         arguments = Arguments(args, kwargs)
         if self._trained.binding is None:
             return functools.partial(self._first_step, arguments, steps_left)
         return functools.partial(self._take_step, arguments, self._captured(arguments, steps_left))
-
-    def _begin_together(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Takes parameters and buffers of the first process, and a seed of its own.
-
-        Raises:
-            ValueError: if the processes have different parameters.
-        """
-        assert self._processes is not None
-        self._trained.ensure(args, kwargs)
-        sizes = {name: tuple(value.shape) for name, value in self.parameters.items()}
-        for rank, theirs in enumerate(self._processes.gather(sizes)):
-            for name in {**sizes, **theirs}:
-                here, there = sizes.get(name, "none"), theirs.get(name, "none")
-                if here != there:
-                    raise ValueError(
-                        f"CompiledSVI: process {rank} has parameter '{name}' of shape {there}, process "
-                        f"{self._processes.rank} of shape {here}; model, guide and the shapes of the data must be the same in "
-                        "all processes"
-                    )
-        self._processes.share(self._trained.bound.state.vectors)
-        self._trained.buffers.restore(self._processes.from_first(self._trained.buffers.copy))
-        self._processes.separate_noise()
-        self._is_together = True
 
     def _first_step(self, arguments: Arguments, steps_left: int) -> Tensor:
         """Pyro's own step, so that a guide is set up from the same random numbers; when called again, the captured one."""
