@@ -6,6 +6,7 @@ A group of processes is that of ``torch.distributed``, as ``torchrun`` starts it
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -58,6 +59,21 @@ def _explained() -> Iterator[None]:
         ) from error
 
 
+def _packed(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpacked(data: bytes) -> Any:
+    """A value whose tensors on a GPU are on the one of this process."""
+
+    def own(storage: Any, location: str) -> Any:
+        return storage.cuda() if location.startswith("cuda") else storage
+
+    return torch.load(io.BytesIO(data), map_location=own, weights_only=False)
+
+
 @dataclass(frozen=True)
 class Processes:
     """The processes that train together.
@@ -99,10 +115,10 @@ class Processes:
 
     def gather(self, value: Value) -> list[Value]:
         """The values of all processes, in their order."""
-        values: list[Any] = [None] * self.size
+        packed: list[Any] = [None] * self.size
         with _explained():
-            torch.distributed.all_gather_object(values, value)
-        return values
+            torch.distributed.all_gather_object(packed, _packed(value))
+        return [_unpacked(each) for each in packed]
 
     def from_first(self, find: Callable[[], Value]) -> Value:
         """What a function returns in the first process, for all of them.
@@ -113,7 +129,7 @@ class Processes:
         outcome: list[Any] = [None, None]
         if self.is_first:
             try:
-                outcome[0] = find()
+                outcome[0] = _packed(find())
             except BaseException as error:
                 outcome[1] = f"{type(error).__name__}: {error}"
                 with contextlib.suppress(RuntimeError):
@@ -123,7 +139,7 @@ class Processes:
             torch.distributed.broadcast_object_list(outcome, 0)
         if outcome[1] is not None:
             raise RuntimeError(f"process {self.rank} ends with the first one, whose error was {outcome[1]}")
-        return outcome[0]
+        return _unpacked(outcome[0])
 
     def any(self, condition: bool) -> bool:
         """Whether a condition holds in any of them."""

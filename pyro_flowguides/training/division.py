@@ -92,8 +92,8 @@ class Division:
                 if there != here:
                     raise ValueError(
                         f"{owner}: process {rank} and process 0 do not fit together: {name} is {there[:100]} in the one and "
-                        f"{here[:100]} in the other. Start all of them with the same script, options and versions"
-                        + (", and the same data, or with distributed='data'" if self.mode == "particles" else "")
+                        f"{here[:100]} in the other. All of them need the same script, options, versions"
+                        + (" and data (or distributed='data')" if self.mode == "particles" else "")
                     )
 
 

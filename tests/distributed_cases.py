@@ -7,12 +7,13 @@ import contextlib
 import sys
 import warnings
 from pathlib import Path
+from unittest.mock import patch
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_value
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
@@ -21,6 +22,7 @@ from pyro_flowguides import CompiledSVI
 from pyro_flowguides.processes import find_processes
 from pyro_flowguides.training import loop
 from pyro_flowguides.training.division import Division
+from pyro_flowguides.training.schedules import Round
 
 Y = torch.tensor([0.3, 0.1, 0.8, 1.2, -0.4, 0.9, 0.2, 0.5], dtype=torch.float64)
 
@@ -37,6 +39,10 @@ def mean_model(y):
     mu = pyro.sample("mu", dist.Normal(Y.new_zeros(()), 5.0))
     with pyro.plate("data", len(Y), subsample_size=len(y)):
         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def at_one_point():
+    return AutoDelta(mean_model, init_loc_fn=init_to_value(values={"mu": Y.new_tensor(0.7)}))
 
 
 def flat(parameters):
@@ -118,13 +124,15 @@ def result_of(fit):
 
 
 def a_round_taken_back(processes):
-    got_worse, loop.got_worse = loop.got_worse, lambda scores: len(scores) == 2
-    worth, loop.is_worth_another = loop.is_worth_another, lambda scores: True
-    try:
-        with_rounds = fit_of(num_particles=8, callbacks=[lambda step, loss: False])
-    finally:
-        loop.got_worse, loop.is_worth_another = got_worse, worth
-    return result_of(with_rounds)
+    replaced = {
+        "got_worse": lambda scores: len(scores) == 2,
+        "is_worth_another": lambda scores: True,
+        "doubling_rounds": lambda num_particles, fixed: (Round(100, 8), Round(150, 8)),
+    }
+    with contextlib.ExitStack() as stack:
+        for name, replacement in replaced.items():
+            stack.enter_context(patch.object(loop, name, replacement))
+        return result_of(fit_of(num_particles=8))
 
 
 def stopped_by_one(processes):
@@ -162,11 +170,11 @@ def batches_of_data(processes):
     own = [batch for (batch,) in division.batches(DataLoader(TensorDataset(Y), batch_size=2, sampler=sampler))]
     common = [batch for (batch,) in Division(processes, "particles").batches(loader)]
     pyro.clear_param_store()
-    svi = CompiledSVI(mean_model, AutoDelta(mean_model), adam(), Trace_ELBO())
+    svi = CompiledSVI(mean_model, at_one_point(), adam(), Trace_ELBO())
     svi.snapshot(Y[:2])
     means = [svi.loss_and_gradients(batch) for batch in taken[:2]]
     pyro.clear_param_store()
-    alone = CompiledSVI(mean_model, AutoDelta(mean_model), adam(), Trace_ELBO(), distributed=False)
+    alone = CompiledSVI(mean_model, at_one_point(), adam(), Trace_ELBO(), distributed=False)
     alone.snapshot(Y)
     whole = alone.loss_and_gradients(Y)
     return {
