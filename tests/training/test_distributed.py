@@ -136,7 +136,7 @@ def test_a_density_is_fitted_by_both(found):
             "data",
             r"ValueError: fit: process 1 and process 0 do not fit together: the data is .*float64 \[5\].*float64 \[4\]",
         ),
-        ("parameters", "ValueError: CompiledSVI: process . has parameter '.*' of shape .*, process . of shape none"),
+        ("parameters", "ValueError: CompiledSVI: process . has parameter '.*' of shape .*none"),
         ("batches", "ValueError: fit: 1 batches are too few for 2 processes"),
     ],
 )
