@@ -12,6 +12,7 @@ ROOT = Path(pyro_flowguides.__file__).parent
 ROOMS = [
     "checks",
     "internals",
+    "processes",
     "examples",
     "transforms",
     "bases",

@@ -25,6 +25,7 @@ from ..diagnostics.summary import summarize
 from ..examples import EXAMPLES
 from ..examples.example import Example
 from ..guides.named import AutoCoupling, AutoIAF, AutoPlanar, AutoRadial, AutoResidual, AutoSpline, AutoSylvester
+from ..processes import find_processes
 from ..training.fit import fit
 from ..training.result import FitResult
 from .data import not_arrays
@@ -173,14 +174,18 @@ def _fit(options: argparse.Namespace) -> bool:
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed must be from 0 to {2**32 - 1}, got {options.seed}")
     example, file = find_model(options.model, options.data)
-    output = None if options.out is None else Output(options.out, example.name, names)
+    # Under torchrun the first process alone prints and writes.
+    processes = find_processes()
+    is_first = processes is None or processes.is_first
+    output = None if options.out is None or not is_first else Output(options.out, example.name, names)
     with nullcontext() if output is None else output.reserved():
         fits: dict[str, FitResult] = {}
         for name in names:
             fits[name] = _fit_one(example, file, name, options)
             if fits[name].interrupted:
                 break
-        _report(fits, example, output)
+        if is_first:
+            _report(fits, example, output)
     return any(result.interrupted for result in fits.values())
 
 

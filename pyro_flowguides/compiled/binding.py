@@ -23,6 +23,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
 from .. import internals
+from ..processes import Processes
 from . import capture
 from .capture import Parameters
 from .losses import Objective
@@ -55,9 +56,11 @@ class Binding:
         make_optimizer: OptimizerFactory | None,
         pyro_optim: PyroOptim,
         options: dict[str, Any],
+        processes: Processes | None,
         parameters: Parameters,
         previous: Binding | None,
     ) -> None:
+        self._processes = processes
         devices = {str(leaf.device) for leaf in parameters.leaves}
         if len(devices) > 1:
             raise ValueError(
@@ -214,6 +217,9 @@ class Binding:
     ) -> tuple[Tensor, ...]:
         """The outputs of a step."""
         joined = self.join(gradients)
+        if self._processes is not None:
+            # Before the guard, so that all processes take or skip a step together.
+            joined, loss = self._processes.mean(joined, loss)
         state, clipped, finite = self.update(state, loss, joined, learning_rate)
         # The loss as a tensor of its own: it may be a view of something else.
         outputs = (*state.vectors, state.scalars, loss.clone(), finite, *joined)
@@ -325,6 +331,26 @@ class Trained:
         if self.binding is None:
             with self.find(args, kwargs):
                 pass
+
+    def begin_together(self, processes: Processes, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Takes parameters and buffers of the first process, and a seed of its own.
+
+        Raises:
+            ValueError: if the processes have different parameters.
+        """
+        self.ensure(args, kwargs)
+        sizes = dict(zip(self.bound.parameters.names, map(tuple, self.bound.shapes), strict=True))
+        for rank, theirs in enumerate(processes.gather(sizes)):
+            for name in {**sizes, **theirs}:
+                here, there = sizes.get(name, "none"), theirs.get(name, "none")
+                if here != there:
+                    raise ValueError(
+                        f"CompiledSVI: process {rank} has parameter '{name}' of shape {there}, process {processes.rank} of shape "
+                        f"{here}; model, guide and the shapes of the data must be the same in all processes"
+                    )
+        processes.share(self.bound.state.vectors)
+        self.buffers.restore(processes.from_first(self.buffers.copy))
+        processes.separate_noise()
 
     def restore(self, snapshot: Snapshot) -> None:
         """Goes back to a snapshot.

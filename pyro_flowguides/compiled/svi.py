@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checks import warn
 from ..model.call import ModelCall
+from ..processes import apart, find_processes
 from .binding import Binding, OptimizerFactory, Trained, optimizer_factory
 from .capture import CaptureError
 from .captures import Arguments, CapturedStep, Captures, capture_step
@@ -63,6 +64,9 @@ class CompiledSVI(SVI):
         clip_factor: Scale gradients down to this multiple of the running mean of their norm.
         ema_decay: The decay of an exponential moving average of the parameters, see :meth:`use_ema`.
         max_nonfinite_steps: Raise an error after this many consecutive steps that were not finite.
+        distributed: Whether gradients are averaged over the processes of ``torch.distributed``, if there are several: see
+            docs/how_to/distributed.md. At its first step every process takes the parameters and buffers of the first one, and a
+            seed of its own. All processes have to take the same steps.
 
     Attributes:
         num_steps: The number of steps so far, skipped ones included.
@@ -105,6 +109,7 @@ class CompiledSVI(SVI):
         clip_factor: float | None = None,
         ema_decay: float | None = None,
         max_nonfinite_steps: int = MAX_NONFINITE_STEPS,
+        distributed: bool = True,
     ) -> None:
         _check_options(backend, optim, schedule, ema_decay)
         objective = as_objective(loss)
@@ -124,6 +129,8 @@ class CompiledSVI(SVI):
         self.learning_rate_scale = 1.0
         self._keeps_ema = ema_decay is not None
         self._watch = watch = Watch(CHECK_EVERY, max_nonfinite_steps)
+        self._processes = find_processes() if distributed else None
+        self._is_together = False
 
         def begin_anew() -> None:
             """Drops what belongs to other parameters."""
@@ -131,7 +138,7 @@ class CompiledSVI(SVI):
             watch.begin_anew()
 
         options = {"clip_norm": clip_norm, "clip_factor": clip_factor, "ema_decay": ema_decay}
-        make_binding = functools.partial(Binding, optimizer_factory(optim), self.optim, options)
+        make_binding = functools.partial(Binding, optimizer_factory(optim), self.optim, options, self._processes)
         self._trained = Trained(model, guide, objective, make_binding, begin_anew)
 
     # --- steps ---------------------------------------------------------------------------------------------------------
@@ -169,6 +176,9 @@ class CompiledSVI(SVI):
             steps_left: The number of steps to expect, by which the backend ``"auto"`` decides.
         """
         self._trained.drop_stale()
+        if self._processes is not None and not self._is_together:
+            self._trained.begin_together(self._processes, args, kwargs)
+            self._is_together = True
         arguments = Arguments(args, kwargs)
         if self._trained.binding is None:
             return functools.partial(self._first_step, arguments, steps_left)
@@ -249,7 +259,9 @@ class CompiledSVI(SVI):
         try:
             captured = self.captures.find(key)
             if captured is None:
-                captured = self._capture(arguments)
+                # Each process captures when it has to.
+                with apart():
+                    captured = self._capture(arguments)
                 self.captures.add(key, captured)
         except RuntimeError as error:
             if _has_no_factorization(error):
@@ -265,7 +277,8 @@ class CompiledSVI(SVI):
             )
             return None
         self._trained.bound.adopt_moved_values()
-        captured.choose_backend(self.backend, lambda: self._inputs(arguments), steps_left)
+        with apart():
+            captured.choose_backend(self.backend, lambda: self._inputs(arguments), steps_left)
         return captured
 
     def _capture(self, arguments: Arguments) -> CapturedStep:
@@ -381,6 +394,7 @@ class CompiledSVI(SVI):
         self.num_steps, self.num_rolled_back = state["num_steps"], state["num_rolled_back"]
         self.learning_rate_scale = state["learning_rate_scale"]
         self._watch.load_state_dict(state["watch"], self._trained.bound.state.scalars.device)
+        self._is_together = True
 
 
 def _check_options(backend: str, optim: Any, schedule: Any, ema_decay: float | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from ..model.call import ModelCall
 from ..model.ownership import private_store
 from .batches import arguments
 from .checkpoint import Checkpoint
+from .division import common_seed, find_division
+from .fingerprint import describe_options
 from .loop import Loop, Options
 from .restarts import fit_repeatedly
 from .result import FitResult
@@ -48,6 +51,7 @@ def fit(
     checkpoint: Checkpoint | str | Path | None = None,
     callbacks: Sequence[Callable[[int, float], bool | None]] = (),
     max_nonfinite_steps: int = MAX_NONFINITE_STEPS,
+    distributed: str | None = None,
 ) -> FitResult:
     """Fits a guide to a model and judges the result.
 
@@ -114,6 +118,11 @@ def fit(
         callbacks: Functions called as ``callback(step, loss)`` after each step, counted over all rounds; one that returns True
             ends the training.
         max_nonfinite_steps: The number of steps in a row without a finite loss or gradient that ends the fit with an error.
+        distributed: How several processes of ``torchrun`` divide the work, see docs/how_to/distributed.md. ``"particles"``: each
+            has draws of its own, ``num_particles`` a step. ``"data"``: each takes batches of its own as well, and the guide is
+            judged on ``args`` by the first process. ``"independent"``: each fits by itself. By default ``"data"`` with
+            ``batches``, else ``"particles"``. Gradients are averaged over the processes, and all of them return the same
+            fit; the first one shows the progress, warns and writes the checkpoint. An interrupt ends all of them.
 
     Returns:
         The fitted guide with its draws, ELBO, k-hat, modes and verdict.
@@ -125,7 +134,7 @@ def fit(
             the site. Also if a checkpoint is damaged, of another fit (the first difference is named), or cannot be written.
         FileExistsError: if the checkpoint exists already and does not say ``resume=True``.
         BlockingIOError: if another fit that is running writes to the checkpoint.
-        RuntimeError: if ``max_nonfinite_steps`` steps in a row had no finite loss or gradient.
+        RuntimeError: if ``max_nonfinite_steps`` steps in a row had no finite loss or gradient, or another process has ended.
     """
     if isinstance(guide, type) or not callable(guide):
         given = f"the class {guide.__name__}" if isinstance(guide, type) else repr(guide)
@@ -146,6 +155,18 @@ def fit(
         if number is not None:
             check_positive_integer("fit", name, number)
     check_positive_integer("fit", "max_nonfinite_steps", max_nonfinite_steps)
+    division = find_division("fit", distributed, has_batches=batches is not None)
+    if division is not None:
+        described: dict[str, Any] = {
+            "seed": seed,
+            "num_steps": num_steps,
+            "num_particles": num_particles,
+            "num_restarts": num_restarts,
+        }
+        if division.mode == "particles":
+            described |= {"the data": [args, model_kwargs]}
+        division.check_same("fit", describe_options(described))
+        seed, checkpoint = common_seed(division, seed), division.checkpoint(checkpoint)
     kwargs = dict(model_kwargs or {})
     args_are_a_batch = batches is not None and not args and not kwargs
     options = Options(
@@ -163,6 +184,7 @@ def fit(
         checkpoint=checkpoint,
         callbacks=callbacks,
         progress=progress,
+        division=division,
     )
     if isinstance(batches, pd.DataFrame):
         raise TypeError(
@@ -174,7 +196,8 @@ def fit(
             pyro.set_rng_seed(seed)
         args, kwargs = arguments(next(iter(batches)))
     call = ModelCall.given("fit", model, args, kwargs)
-    if num_restarts > 1:
-        return fit_repeatedly(call, guide, options, num_restarts)
-    with private_store(model, guide) as (model, guide):
-        return Loop(replace(call, model=model), guide, options).run()
+    with division.quiet() if division else nullcontext():
+        if num_restarts > 1:
+            return fit_repeatedly(call, guide, options, num_restarts)
+        with private_store(model, guide) as (model, guide):
+            return Loop(replace(call, model=model), guide, options).run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..model.ownership import private_store
 from .checkpoint import Checkpoint, random_state, set_random_state
 from .density import AnyFlow, Density, Units, context_scale_of, flow_and_base, gaussian_of, with_fixed_maps
 from .density_fit import DensityFit
+from .division import common_seed, find_division
 from .fingerprint import describe_options
 from .likelihood import MaximumLikelihood, Plan, Rows, no_latents, split
 from .schedules import find_schedule
@@ -48,6 +50,7 @@ def fit_density(
     checkpoint: Checkpoint | str | Path | None = None,
     callbacks: Sequence[Callable[[int, float], bool | None]] = (),
     max_nonfinite_steps: int = MAX_NONFINITE_STEPS,
+    distributed: bool = True,
 ) -> DensityFit:
     r"""Fits the density of data by maximum likelihood.
 
@@ -96,6 +99,8 @@ def fit_density(
         checkpoint: As in :func:`pyro_flowguides.fit`; resumed with the same number of steps.
         callbacks: As in :func:`pyro_flowguides.fit`; each makes every step wait for the device.
         max_nonfinite_steps: As in :func:`pyro_flowguides.fit`.
+        distributed: Whether the processes of ``torchrun``, if there are several, train together, each with batches of its own
+            from the same data; see docs/how_to/distributed.md.
 
     Returns:
         The density, to draw from and to score rows with.
@@ -119,6 +124,11 @@ def fit_density(
     """
     if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint)
+    division = find_division(OWNER, "data" if distributed else "independent", has_batches=True)
+    if division is not None:
+        same = {"seed": seed, "num_steps": num_steps, "num_epochs": num_epochs, "the data": [data, context, validation]}
+        division.check_same(OWNER, describe_options(same))
+        seed, checkpoint = common_seed(division, seed), division.checkpoint(checkpoint)
     num_steps = NUM_STEPS if num_steps is None and num_epochs is None else num_steps
     plan = Plan(
         num_steps=num_steps,
@@ -132,6 +142,7 @@ def fit_density(
         checkpoint=checkpoint,
         callbacks=callbacks,
         max_nonfinite_steps=max_nonfinite_steps,
+        division=division,
     )
     plan.check(OWNER)
     _check_options(num_levels, logit, whiten)
@@ -150,9 +161,7 @@ def fit_density(
         "schedule": find_schedule(schedule),
         "seed": seed,
     }
-    if checkpoint is None:
-        return _fit(flow, units, rows, validation, whiten, plan, seed, belongs_to)
-    with checkpoint.reserved():
+    with division.quiet() if division else nullcontext(), checkpoint.reserved() if checkpoint else nullcontext():
         return _fit(flow, units, rows, validation, whiten, plan, seed, belongs_to)
 
 

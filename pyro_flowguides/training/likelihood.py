@@ -29,6 +29,7 @@ from ..model.recording import LargestTensor
 from ..model.sites import unchanged_random_state
 from . import start
 from .checkpoint import Checkpoint
+from .division import Division
 from .fingerprint import Fingerprint, difference
 from .schedules import find_schedule
 from .steps import StepOptions, Steps
@@ -100,6 +101,7 @@ class Plan:
         batch_size: The number of rows in a step.
         patience: How many looks at the held-out rows in a row may show nothing better; None for no end.
         optim: As in ``fit``, and so are the others.
+        division: How several processes share the work; None for one.
     """
 
     num_steps: int | None
@@ -113,6 +115,7 @@ class Plan:
     checkpoint: Checkpoint | None = None
     callbacks: Sequence[Callable[[int, float], bool | None]] = ()
     max_nonfinite_steps: int = MAX_NONFINITE_STEPS
+    division: Division | None = None
 
     def check(self, owner: str) -> None:
         """Raises an error that names the first wrong number."""
@@ -137,6 +140,7 @@ class Plan:
             checkpoint=self.checkpoint,
             callbacks=self.callbacks,
             progress=self.progress,
+            division=self.division,
         )
 
 
@@ -176,7 +180,8 @@ class MaximumLikelihood:
         epochs = Epochs(train, plan.batch_size)
         self.name, self.log_prob, self.plan = name, log_prob, plan
         self.options = plan.options(epochs)
-        self.num_steps = plan.num_steps or (plan.num_epochs or 0) * len(epochs)
+        size = plan.division.processes.size if plan.division else 1
+        self.num_steps = plan.num_steps or (plan.num_epochs or 0) * (len(epochs) // size)
         # The same noise at every look.
         self.held_out = None if held_out is None else held_out.continuous()
         self.belongs_to = belongs_to or {}
@@ -234,7 +239,11 @@ class MaximumLikelihood:
         """Scores the held-out rows, and keeps the parameters if they are the best so far; returns whether to end."""
         assert self.held_out is not None
         number = self._steps.number
-        self.looks.append((number, -float(score(self.log_prob, self.held_out).mean())))
+        loss = -float(score(self.log_prob, self.held_out).mean())
+        if self.options.division is not None:
+            # By what is the same in all processes they end together.
+            loss = self.options.division.processes.from_first(lambda: loss)
+        self.looks.append((number, loss))
         if self._best_look[0] == number:
             self.best = self._steps.svi.snapshot(*self.call.args)
         since = [step for step, _ in self.looks].index(self._best_look[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -229,11 +230,16 @@ class Loop:
 
     def _draw(self) -> Draws:
         num_samples = NUM_FINAL_DRAWS if self.tracer.vectorizes else NUM_LOOPED_DRAWS
+        draw = functools.partial(draw_traced, self.tracer, log_likelihood=self.log_likelihood)
         # Draws of a poor fit may leave the support of the model, which is no error: they weigh nothing.
         with pyro.validation_enabled(False):
-            return draw_traced(self.tracer, num_samples, log_likelihood=self.log_likelihood)
+            return self.options.division.draws(draw, num_samples) if self.options.division else draw(num_samples)
 
     def _search(self, draws: Draws, *, is_flow: bool) -> Modes | None:
+        search = functools.partial(self._search_alone, draws, is_flow=is_flow)
+        return self.options.division.processes.from_first(search) if self.options.division else search()
+
+    def _search_alone(self, draws: Draws, *, is_flow: bool) -> Modes | None:
         """Modes that the guide may have lost; None where they cannot be looked for, or an interrupt has ended that."""
         if self.interrupted:
             return None

@@ -18,7 +18,8 @@ from ..checks import warn
 from ..compiled.svi import CHECK_EVERY, CompiledSVI
 from ..model.call import ModelCall
 from .batches import Batches
-from .checkpoint import Checkpoint, random_state, set_random_state
+from .checkpoint import Checkpoint, random_state
+from .division import Division, restore_state
 from .schedules import needs_loss
 
 LEARNING_RATE = 1e-2
@@ -45,6 +46,8 @@ class StepOptions:
     checkpoint: Checkpoint | None
     callbacks: Sequence[Callable[[int, float], bool | None]]
     progress: bool
+    # How several processes share the work; None for one.
+    division: Division | None = None
 
 
 class Training(Protocol):
@@ -110,9 +113,13 @@ class Steps:
             options.loss or loss,
             schedule=schedule and (lambda step: schedule(step / num_steps)),
             clip_factor=CLIP_FACTOR,
+            distributed=options.division is not None,
             **options.svi,
         )
-        self.batches = None if options.batches is None else Batches(options.batches)
+        self.division, batches = options.division, options.batches
+        if batches is not None:
+            batches = self.division.batches(batches) if self.division else batches
+        self.batches = None if batches is None else Batches(batches)
         self.losses: list[float] = []
         # Losses that have not been waited for.
         self.pending: list[Tensor] = []
@@ -125,12 +132,15 @@ class Steps:
     def run(self) -> bool:
         """Takes the steps; returns whether a callback, a pause or an interrupt has ended the training."""
         training = self.training
-        quiet = not training.options.progress
+        quiet = not training.options.progress or not (self.division is None or self.division.is_first)
         with tqdm(total=self.num_steps, disable=quiet, desc=self._title, mininterval=0.5) as bar:
             bar.update(len(self.losses))
             try:
                 stopped = self._take(bar)
             except KeyboardInterrupt:
+                if self.division is not None:
+                    # The others may be at another step, and wait for this one there.
+                    raise
                 stopped = training.interrupted = True
                 self._collect(bar)
                 warn(f"{training.name}: interrupted after {len(self.losses)} of {self.num_steps} steps")
@@ -154,6 +164,8 @@ class Steps:
                 scheduler.step(*[float(self.pending[-1])] * needs_loss(scheduler))
             for callback in callbacks:
                 stopped |= bool(callback(before + self.number - 1, float(self.pending[-1])))
+            if callbacks and self.division is not None:
+                stopped = self.division.processes.any(stopped)
             if self._pauses is not None and self.number % self._pauses[1] == 0:
                 stopped |= self._pauses[0]()
             checkpoint_due = checkpoint is not None and self.number % checkpoint.every == 0
@@ -172,7 +184,7 @@ class Steps:
             return call.args, dict(call.kwargs)
         call = ModelCall.given(self.training.name, call.model, *next(self.batches))
         if not self.number:
-            self.training.check_batch(call, self.batches.batches)
+            self.training.check_batch(call, self.training.options.batches or ())
         return call.args, dict(call.kwargs)
 
     def _collect(self, bar: tqdm) -> None:
@@ -198,15 +210,17 @@ class Steps:
         return {
             "svi": self.svi.state_dict(),
             "losses": self.losses,
-            "random": random_state(),
-            "batches": None if self.batches is None else self.batches.state_dict(),
+            "states": self.division.processes.gather(self._own_state()) if self.division else [self._own_state()],
         }
+
+    def _own_state(self) -> list[Any]:
+        """The random state of this process, and where it is among its batches."""
+        return [random_state(), None if self.batches is None else self.batches.state_dict()]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a :meth:`state_dict`."""
         call = self.training.call
         self.svi.load_state_dict(state["svi"], *call.args, **call.kwargs)
         self.losses = [float(loss) for loss in state["losses"]]
-        if self.batches is not None:
-            self.batches.load_state_dict(state["batches"])
-        set_random_state(state["random"])
+        load_batches = None if self.batches is None else self.batches.load_state_dict
+        restore_state(self.training.name, self.division, state["states"], load_batches)

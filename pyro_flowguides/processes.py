@@ -1,0 +1,173 @@
+"""The processes of one training: what they agree on, and the one operation that a step needs, the mean over all of them.
+
+A group of processes is that of ``torch.distributed``, as ``torchrun`` starts it. Without one everything here is a no-operation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pyro
+import torch
+import torch.distributed
+from torch import Tensor
+
+Value = TypeVar("Value")
+
+_apart: list[bool] = []
+
+
+@torch.library.custom_op("pyro_flowguides::mean_over_processes", mutates_args=())
+def _mean_over_processes(tensor: Tensor) -> Tensor:
+    result = tensor.clone()
+    if not _apart:
+        with _explained():
+            torch.distributed.all_reduce(result)
+        result /= torch.distributed.get_world_size()
+    return result
+
+
+@_mean_over_processes.register_fake
+def _(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor)
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Means are those of this process alone within: nobody waits for the others where they need not come by."""
+    _apart.append(True)
+    try:
+        yield
+    finally:
+        _apart.pop()
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        rank = torch.distributed.get_rank()
+        reason = " ".join(str(error).split())[:200]
+        raise RuntimeError(
+            f"process {rank} has lost the others: one of them has ended, or does not answer; see its own message. torch says: "
+            f"{reason}"
+        ) from error
+
+
+def _packed(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpacked(data: bytes) -> Any:
+    """A value whose tensors on a GPU are on the one of this process."""
+
+    def own(storage: Any, location: str) -> Any:
+        return storage.cuda() if location.startswith("cuda") else storage
+
+    return torch.load(io.BytesIO(data), map_location=own, weights_only=False)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that train together.
+
+    Every method but the properties has to be called by all of them.
+
+    Attributes:
+        rank: The number of this process, from 0.
+        size: The number of processes, at least 2.
+    """
+
+    rank: int
+    size: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process prints and writes files."""
+        return self.rank == 0
+
+    def mean(self, vectors: Sequence[Tensor], scalar: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Means over all processes, by one message for each vector; the scalar goes with the first one.
+
+        Arguments:
+            vectors: Vectors of one dtype each.
+            scalar: A scalar.
+        """
+        first = torch.cat([vectors[0], scalar.to(vectors[0].dtype).reshape(1)])
+        means = [_mean_over_processes(vector) for vector in (first, *vectors[1:])]
+        return [means[0][:-1], *means[1:]], means[0][-1].to(scalar.dtype)
+
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """Gives tensors the values that they have in the first process, in place."""
+        with torch.no_grad(), _explained():
+            for tensor in tensors:
+                values = tensor.detach().contiguous()
+                torch.distributed.broadcast(values, 0)
+                if values.data_ptr() != tensor.data_ptr():
+                    tensor.copy_(values)
+
+    def gather(self, value: Value) -> list[Value]:
+        """The values of all processes, in their order."""
+        packed: list[Any] = [None] * self.size
+        with _explained():
+            torch.distributed.all_gather_object(packed, _packed(value))
+        return [_unpacked(each) for each in packed]
+
+    def from_first(self, find: Callable[[], Value]) -> Value:
+        """What a function returns in the first process, for all of them.
+
+        Raises:
+            RuntimeError: in the others, if it raises an error in the first process.
+        """
+        outcome: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                outcome[0] = _packed(find())
+            except BaseException as error:
+                outcome[1] = f"{type(error).__name__}: {error}"
+                with contextlib.suppress(RuntimeError):
+                    torch.distributed.broadcast_object_list(outcome, 0)
+                raise
+        with _explained():
+            torch.distributed.broadcast_object_list(outcome, 0)
+        if outcome[1] is not None:
+            raise RuntimeError(f"process {self.rank} ends with the first one, whose error was {outcome[1]}")
+        return _unpacked(outcome[0])
+
+    def any(self, condition: bool) -> bool:
+        """Whether a condition holds in any of them."""
+        return any(self.gather(condition))
+
+    def part_of(self, number: int) -> int:
+        """How many of so many things are for this process."""
+        return number // self.size + (self.rank < number % self.size)
+
+    def separate_noise(self) -> None:
+        """Seeds Pyro in every process by a number of the first one and its own rank.
+
+        With one seed for all, every process would draw the same noise, and all of them together be worth no more than one.
+        """
+        seed = self.from_first(lambda: int(torch.randint(2**31 - self.size, ())))
+        pyro.set_rng_seed(seed + self.rank)
+
+
+def find_processes() -> Processes | None:
+    """The processes of this training; None where this one is alone.
+
+    The group of ``torch.distributed`` is made where ``torchrun`` has started this process and nobody has made it yet.
+    """
+    if not torch.distributed.is_available():
+        return None
+    if not torch.distributed.is_initialized():
+        if not torch.distributed.is_torchelastic_launched():
+            return None
+        torch.distributed.init_process_group()
+    size = torch.distributed.get_world_size()
+    return Processes(torch.distributed.get_rank(), size) if size > 1 else None

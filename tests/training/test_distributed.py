@@ -1,0 +1,179 @@
+"""Several processes of torchrun train as one."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import distributed_cases
+import pytest
+import torch
+from distributed_cases import Y, model
+
+import pyro_flowguides as fg
+from pyro_flowguides.training.checkpoint import Checkpoint
+
+SCRIPT = Path(distributed_cases.__file__)
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def torchrun(script, *arguments, expected=0, limit=600):
+    """The output of a script in two processes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [*TORCHRUN, str(script), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=limit
+    )
+    assert (done.returncode != 0) == expected, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    if not torch.distributed.is_available():
+        pytest.skip("torch was built without torch.distributed")
+    directory = tmp_path_factory.mktemp("distributed")
+    torchrun(SCRIPT, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def found(directory):
+    return torch.load(directory / "found.pt", weights_only=False)
+
+
+def assert_same(case, keys):
+    """That a case has the same values in both processes."""
+    first, second = case
+    for key in keys:
+        torch.testing.assert_close(first[key], second[key], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["replay", "eager"])
+def test_two_processes_with_half_of_the_noise_each_are_one_with_all_of_it(found, backend):
+    for case in found["noise_handed_in"]:
+        torch.testing.assert_close(case[f"two, {backend}"], case[f"one, {backend}"], rtol=1e-11, atol=1e-11)
+
+
+def test_parameters_stay_the_same_bit_for_bit(found):
+    """After a thousand steps, with some that one process alone would have skipped, and an explosion in one of them."""
+    assert_same(found["a_thousand_steps"], ["parameters", "losses", "skipped", "rolled back"])
+    first, second = found["a_thousand_steps"]
+    assert first["skipped"] == 3 and first["losses"].isnan().sum() == 3
+    assert first["rolled back"] == 1
+    assert first["captures"] == 1
+    assert not torch.equal(first["noise"], second["noise"])
+
+
+def test_a_round_is_taken_back_together(found):
+    assert_same(found["a_round_taken_back"], ["parameters", "losses", "draws", "log_q"])
+    assert len(found["a_round_taken_back"][0]["losses"]) == 250
+
+
+def test_draws_are_those_of_both_processes(found):
+    draws = found["a_round_taken_back"][0]["draws"]
+    assert len(draws) == 10_000 == len(draws.unique())
+
+
+def test_what_a_callback_of_one_process_ends_ends_in_all(found):
+    assert_same(found["stopped_by_one"], ["parameters", "losses", "draws"])
+    assert len(found["stopped_by_one"][0]["losses"]) == 71
+
+
+def test_resuming_is_bit_for_bit(found):
+    for case in found["resumed"]:
+        assert_same((case["whole"], case["again"]), ["parameters", "losses", "draws", "log_q"])
+    assert_same([case["whole"] for case in found["resumed"]], ["parameters", "losses"])
+
+
+def test_resuming_with_another_number_of_processes_says_so(directory):
+    options = {"num_steps": 200, "num_particles": 8, "progress": False, "search_modes": False}
+    checkpoint = Checkpoint(directory / "whole", resume=True)
+    with pytest.warns(UserWarning, match="written by 2 processes and is resumed by 1"):
+        fit = fg.fit(model, fg.AutoCoupling(model), Y, seed=3, checkpoint=checkpoint, **options)
+    assert len(fit.losses) == 200
+
+
+def test_batches_are_divided(found):
+    """An epoch has every row once; with data of their own the mean of the processes is unbiased."""
+    first, second = found["batches_of_data"]
+    for epoch in (slice(0, 2), slice(2, 4)):
+        rows = torch.cat([*first["taken"][epoch], *second["taken"][epoch]])
+        torch.testing.assert_close(rows.sort().values, Y.sort().values, rtol=0, atol=0)
+    assert not torch.equal(torch.cat(first["taken"][:2]), torch.cat(first["taken"][2:]))
+    torch.testing.assert_close(torch.cat(first["common"]), torch.cat(second["common"]), rtol=0, atol=0)
+    assert len(first["common"]) == 4
+    # Those of a DistributedSampler are taken as they are.
+    torch.testing.assert_close(torch.cat(first["own"]), Y[::2], rtol=0, atol=0)
+    for case in (first, second):
+        torch.testing.assert_close(case["loss"], torch.zeros_like(case["loss"]), rtol=0, atol=1e-10)
+        torch.testing.assert_close(case["gradient"], torch.zeros_like(case["gradient"]), rtol=0, atol=1e-10)
+
+
+def test_a_fit_of_divided_data_has_the_posterior_of_all_of_them(found):
+    assert_same(found["a_fit_of_data"], ["parameters", "losses", "draws", "elbo"])
+    draws = found["a_fit_of_data"][0]["draws"]
+    precision = len(Y) + 1 / 25
+    # The noise of minibatches leaves an error in the parameters.
+    assert abs(draws.mean() - Y.sum() / precision) < 0.15 * precision**-0.5
+    assert abs(draws.std() * precision**0.5 - 1) < 0.15
+
+
+def test_a_density_is_fitted_by_both(found):
+    assert_same(found["a_density"], ["parameters", "losses", "looks"])
+    assert found["a_density"][0]["stopped"]
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (
+            "seeds",
+            "ValueError: fit: process 1 and process 0 do not fit together: seed is 1 in the one and 0 in the other",
+        ),
+        (
+            "data",
+            r"ValueError: fit: process 1 and process 0 do not fit together: the data is .*float64 \[5\].*float64 \[4\]",
+        ),
+        ("parameters", "ValueError: CompiledSVI: process . has parameter '.*' of shape .*none"),
+        ("batches", "ValueError: fit: 1 batches are too few for 2 processes"),
+    ],
+)
+def test_processes_that_do_not_fit_together(found, case, expected):
+    for messages in found["errors"]:
+        assert re.match(expected, messages[case]), messages[case]
+
+
+def test_an_error_of_the_first_process_ends_the_others(found):
+    first, second = (messages["checkpoint"] for messages in found["errors"])
+    assert first.startswith("ValueError: fit: the directory of checkpoint")
+    assert second.startswith(
+        "RuntimeError: process 1 ends with the first one, whose error was ValueError: fit: the directory"
+    )
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_others_and_the_checkpoint_is_whole(tmp_path):
+    script = tmp_path / "dies.py"
+    script.write_text(
+        f"""
+import os, sys, torch
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+torch.set_default_dtype(torch.float64)
+from distributed_cases import fit_of
+import pyro_flowguides as fg
+rank = int(os.environ["RANK"])
+def die(step, loss):
+    if rank == 1 and step == 130:
+        os._exit(9)
+fit_of(num_steps=2000, num_particles=8, seed=3, checkpoint=fg.Checkpoint({str(tmp_path / "state")!r}, every=50),
+       callbacks=[die])
+"""
+    )
+    began = time.monotonic()
+    output = torchrun(script, expected=True)
+    assert time.monotonic() - began < 120
+    assert "exitcode  : 9" in output
+    content = Checkpoint(tmp_path / "state", resume=True).load()
+    assert len(content["training"]["losses"]) == 100 and len(content["training"]["states"]) == 2
