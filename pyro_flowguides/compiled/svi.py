@@ -184,6 +184,7 @@ class CompiledSVI(SVI):
 
     def _take_step(self, arguments: Arguments, captured: CapturedStep | None) -> Tensor:
         self._last_arguments = arguments
+        self._trained.prepare(self.num_steps, arguments.args, arguments.kwargs)
         outputs = self._outputs(arguments, captured)
         binding = self._trained.bound
         with torch.inference_mode():
@@ -228,6 +229,7 @@ class CompiledSVI(SVI):
         """
         self._trained.drop_stale()
         arguments = Arguments(args, kwargs)
+        self._trained.prepare(self.num_steps, args, kwargs)
         captured = None if self._trained.binding is None else self._captured(arguments)
         outputs = self._outputs(arguments, captured)
         result = self._trained.bound.read(outputs)
@@ -275,8 +277,7 @@ class CompiledSVI(SVI):
             return capture_step(self._trained, arguments, seen, self.captures.varying)
 
     def _inputs(self, arguments: Arguments) -> list[Tensor]:
-        binding = self._trained.bound
-        return [*binding.tensors(self._learning_rate(binding)), *arguments.tensors]
+        return self._trained.step_inputs(self._learning_rate(self._trained.bound), arguments.tensors)
 
     # --- parameters ----------------------------------------------------------------------------------------------------
 
@@ -311,7 +312,8 @@ class CompiledSVI(SVI):
 
     def _check(self) -> None:
         """Checks the last losses: an error if nothing is finite any more, a rollback if they have exploded."""
-        verdict = self._watch.judge()
+        steps = max(self.num_steps - 2 * CHECK_EVERY, 0), self.num_steps - 1
+        verdict = self._watch.judge(self._trained.is_comparable(*steps))
         if verdict == "lost":
             reason = why_lost(self.model, self.guide, self._last_arguments.args, self._last_arguments.kwargs)
             raise RuntimeError(

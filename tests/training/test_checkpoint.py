@@ -53,6 +53,8 @@ CASES = {
     "normal": (conjugate, AutoNormal, dict),
     "replayed": (conjugate, small, lambda: {"backend": "replay"}),
     "average": (conjugate, small, lambda: {"ema_decay": 0.9}),
+    "tempered": (conjugate, small, lambda: {"temper": lambda progress: min(1.0, 0.1 + 1.1 * progress)}),
+    "tempered, replayed": (conjugate, small, lambda: {"temper": "linear", "backend": "replay"}),
     "SGD": (conjugate, small, lambda: {"optim": functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9)}),
     "Pyro's Adam": (conjugate, AutoNormal, lambda: {"optim": pyro.optim.Adam({"lr": 0.02})}),
     "Pyro's, by parameter": (conjugate, AutoNormal, lambda: {"optim": pyro.optim.Adam(rates)}),
