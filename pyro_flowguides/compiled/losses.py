@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -68,6 +68,13 @@ class Prepared:
     def is_comparable(self, first: int, last: int) -> bool:
         """Whether a rise of the loss between these two steps is no change of what is minimised."""
         return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it keeps from step to step, as tensors and plain Python values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a :meth:`state_dict`."""
 
 
 class KL(Prepared):

@@ -16,7 +16,7 @@ from ..model.call import ModelCall
 from .binding import Binding, OptimizerFactory, Trained, optimizer_factory
 from .capture import CaptureError
 from .captures import Arguments, CapturedStep, Captures, capture_step
-from .losses import KL, PyroELBO, as_function, as_objective
+from .losses import KL, Prepared, PyroELBO, as_function, as_objective
 from .lost import why_lost
 from .rollback import Watch
 from .snapshot import Snapshot
@@ -363,6 +363,7 @@ class CompiledSVI(SVI):
             "num_rolled_back": self.num_rolled_back,
             "learning_rate_scale": self.learning_rate_scale,
             "watch": self._watch.state_dict(),
+            "objective": self.objective.state_dict() if isinstance(self.objective, Prepared) else {},
             "now": self.snapshot().state_dict(),
         }
 
@@ -383,6 +384,8 @@ class CompiledSVI(SVI):
         self.num_steps, self.num_rolled_back = state["num_steps"], state["num_rolled_back"]
         self.learning_rate_scale = state["learning_rate_scale"]
         self._watch.load_state_dict(state["watch"], self._trained.bound.state.scalars.device)
+        if isinstance(self.objective, Prepared):
+            self.objective.load_state_dict(state["objective"])
 
 
 def _check_options(backend: str, optim: Any, schedule: Any, ema_decay: float | None) -> None:
