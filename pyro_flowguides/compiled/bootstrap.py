@@ -195,6 +195,8 @@ class FlowAnnealedBootstrap(Prepared):
         x = self._points[chosen]
         log_q = self._guide.log_prob(x)
         log_correction = (1 - self.alpha) * (log_q - self._log_q[chosen])
+        # A point where the guide has no density any more is not drawn again.
+        log_correction = torch.where(log_correction.isfinite(), log_correction, -torch.inf)
         # A point that was chosen twice is corrected once: both of its values are the same.
         self._log_weights[chosen] = self._log_weights[chosen] + log_correction
         self._log_q[chosen] = log_q
