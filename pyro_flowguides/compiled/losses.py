@@ -112,7 +112,7 @@ class KL(Prepared):
         temper: Callable[[int], float] | None = None,
     ) -> None:
         self.batched = batched
-        self.temper = temper
+        self._temper = temper
         self._otherwise = otherwise
         self.elbo = Trace_ELBO(
             num_particles=num_particles,
@@ -122,11 +122,11 @@ class KL(Prepared):
 
     def inputs(self, step: int, like: Tensor, *others: Any) -> tuple[Tensor, ...]:
         """The inverse temperature, if the target is tempered."""
-        return () if self.temper is None else (like.new_full((), self.temper(step)),)
+        return () if self._temper is None else (like.new_full((), self._temper(step)),)
 
     def is_comparable(self, first: int, last: int) -> bool:
         """Whether the inverse temperature is the same."""
-        return self.temper is None or self.temper(first) == self.temper(last)
+        return self._temper is None or self._temper(first) == self._temper(last)
 
     def loss(
         self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any], beta: Tensor | None = None
