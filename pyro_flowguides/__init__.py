@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 from . import bases, flows, transforms
 from .calibration import Calibration, check_calibration
-from .compiled import IWELBO, CompiledSVI
+from .compiled import IWELBO, CompiledSVI, FlowAnnealedBootstrap
 from .diagnostics import (
     Draws,
     Estimate,
@@ -56,6 +56,7 @@ __all__ = [
     "Draws",
     "Estimate",
     "FitResult",
+    "FlowAnnealedBootstrap",
     "IWELBO",
     "LogDensity",
     "Mode",

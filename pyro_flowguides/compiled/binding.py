@@ -26,7 +26,7 @@ from .. import internals
 from ..processes import Processes
 from . import capture
 from .capture import Parameters
-from .losses import Objective
+from .losses import Objective, Prepared
 from .snapshot import Buffers, Snapshot
 from .update import Adam, State, Update
 
@@ -289,7 +289,11 @@ class Trained:
         bind: Callable[[Parameters, Binding | None], Binding],
         begin_anew: Callable[[], None],
     ) -> None:
-        self.loss = functools.partial(objective.loss, model, guide)
+        self.objective = objective
+        self.functions = model, guide
+        # The tensors that the objective has made for the step, see Prepared.
+        self.inputs: tuple[Tensor, ...] | None = None
+        self._step = 0
         self.modules = [function for function in (model, guide) if isinstance(function, nn.Module)]
         self.buffers = Buffers(model, guide)
         # None before the first step.
@@ -307,6 +311,44 @@ class Trained:
         """Forgets the parameters if they were replaced, as by clearing or loading Pyro's store."""
         if self.binding is not None and not self.binding.is_current():
             self.binding = None
+
+    def prepare(self, step: int, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Lets the objective make its tensors for a step."""
+        self._step = step
+        self.inputs = ()
+        if isinstance(self.objective, Prepared):
+            like = torch.zeros(()) if self.binding is None else self.binding.state.scalars
+            self.inputs = self.objective.inputs(step, like, *self.functions, args, kwargs)
+
+    def is_comparable(self, first: int, last: int) -> bool:
+        """Whether these two steps minimise the same."""
+        return not isinstance(self.objective, Prepared) or self.objective.is_comparable(first, last)
+
+    def step_inputs(self, learning_rate: float, arguments: Sequence[Tensor]) -> list[Tensor]:
+        """All inputs of a captured step.
+
+        Arguments:
+            learning_rate: The learning rate.
+            arguments: The tensors among the arguments of model and guide.
+        """
+        return [*self.bound.tensors(learning_rate), *(self.inputs or ()), *arguments]
+
+    @contextmanager
+    def given(self, inputs: Sequence[Tensor]) -> Iterator[None]:
+        """The loss takes other tensors in the place of those of the objective."""
+        own = self.inputs
+        self.inputs = tuple(inputs)
+        try:
+            yield
+        finally:
+            self.inputs = own
+
+    def loss(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """The loss of the objective at the tensors that it has made last."""
+        if self.inputs is None:
+            self.prepare(self._step, args, kwargs)
+        loss: Callable[..., Tensor] = self.objective.loss
+        return loss(*self.functions, args, kwargs, *(self.inputs or ()))
 
     def differentiate(self, args: tuple, kwargs: dict[str, Any]) -> capture.Gradients:
         """Loss and gradients by running model and guide, and the parameters that are new, bound."""
@@ -380,6 +422,8 @@ class Trained:
 
     def _rebind(self, parameters: Parameters) -> None:
         self.binding = self._make_binding(parameters, self.binding)
+        # They have the dtype and the device of the parameters.
+        self.inputs = None
         self._begin_anew()
 
 

@@ -174,13 +174,15 @@ def capture_step(
     def step(*tensors: Tensor) -> Sequence[Tensor]:
         own, inputs = tensors[: binding.num_tensors], tensors[binding.num_tensors :]
         state, rate, values = binding.unpack(own)
-        args, kwargs = arguments.with_tensors(inputs)
-        value, gradients = capture.loss_and_gradients(
-            lambda: loss(args, kwargs), binding.parameters, values, trained.modules
-        )
+        num_prepared = len(trained.inputs or ())
+        args, kwargs = arguments.with_tensors(inputs[num_prepared:])
+        with trained.given(inputs[:num_prepared]):
+            value, gradients = capture.loss_and_gradients(
+                lambda: loss(args, kwargs), binding.parameters, values, trained.modules
+            )
         return binding.pack(state, value, gradients, rate)
 
-    example = [*binding.tensors(binding.learning_rate), *arguments.tensors]
+    example = trained.step_inputs(binding.learning_rate, arguments.tensors)
     module = capture.record(step, example)
     # Before it is rewritten: some of them are gone when what is computed from them has become a constant.
     constants = rewrite.constants(module, varying)
@@ -200,7 +202,7 @@ def _check_against_eager(run: rewrite.Run, trained: Trained, arguments: Argument
                 vectors[0].add_(move * torch.randn_like(vectors[0]))
             random_state = torch.random.get_rng_state()
             with unchanged_random_state(), torch.inference_mode():
-                result = binding.read(run(*binding.tensors(0.0), *arguments.tensors))
+                result = binding.read(run(*trained.step_inputs(0.0, arguments.tensors)))
             torch.random.set_rng_state(random_state)
             with capture.no_waiting():
                 eager = capture.differentiate(lambda: trained.loss(arguments.args, arguments.kwargs))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -25,6 +25,7 @@ from ..guides.delta import LatentDelta
 from ..model.call import ModelCall
 from ..model.sites import is_subsample
 from .recorded import BatchedCalls, find_recording, recorded_loss
+from .tempering import tempered
 
 
 @runtime_checkable
@@ -43,11 +44,45 @@ class Objective(Protocol):
         ...
 
 
-class KL:
+class Prepared:
+    """An objective whose steps may take tensors that are made before the step, outside of the graph.
+
+    Its ``loss`` takes these tensors after the keyword arguments of the model.
+    """
+
+    def inputs(
+        self, step: int, like: Tensor, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, ...]:
+        """The tensors for a step, in the same number and of the same shapes each time.
+
+        Arguments:
+            step: The number of the step, from 0.
+            like: A tensor with the dtype and the device of the parameters.
+            model: The model.
+            guide: The guide.
+            args: The positional arguments of both.
+            kwargs: Their keyword arguments.
+        """
+        return ()
+
+    def is_comparable(self, first: int, last: int) -> bool:
+        """Whether a rise of the loss between these two steps is no change of what is minimised."""
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it keeps from step to step, as tensors and plain Python values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a :meth:`state_dict`."""
+
+
+class KL(Prepared):
     r"""KL(q, p) up to the log evidence: the negative ELBO, by the path gradient of flow guides.
 
-    .. math:: E_q\left[\log q(x) - \log p(x, y)\right]
+    .. math:: E_q\left[\log q(x) - \beta_t \log p(x, y)\right]
 
+    Here :math:`\beta_t` is 1 unless the target is tempered. The path gradient of log q has weight 1 at each temperature.
     The gradient of a guide that is no flow guide is the one that ``Trace_ELBO`` takes.
 
     Arguments:
@@ -58,8 +93,11 @@ class KL:
             gives log p of all draws.
         otherwise: Makes such a recording of a model that broadcasts and cannot be captured, since it looks at data; None if
             there can be none.
+        temper: The inverse temperature as a function of the number of the step, see :func:`pyro_flowguides.fit`. A captured
+            step reads it as a tensor.
 
     References:
+        Rezende & Mohamed (2015), *Variational inference with normalizing flows*, arXiv:1505.05770, equation 20.
         Roeder, Wu & Duvenaud (2017), *Sticking the landing*, arXiv:1703.09194.
     """
 
@@ -71,8 +109,10 @@ class KL:
         max_plate_nesting: float = math.inf,
         batched: BatchedCalls | None = None,
         otherwise: Callable[[], BatchedCalls | None] | None = None,
+        temper: Callable[[int], float] | None = None,
     ) -> None:
         self.batched = batched
+        self._temper = temper
         self._otherwise = otherwise
         self.elbo = Trace_ELBO(
             num_particles=num_particles,
@@ -80,10 +120,22 @@ class KL:
             max_plate_nesting=max_plate_nesting,
         )
 
-    def loss(self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def inputs(self, step: int, like: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        """The inverse temperature, if the target is tempered."""
+        return () if self._temper is None else (like.new_full((), self._temper(step)),)
+
+    def is_comparable(self, first: int, last: int) -> bool:
+        """Whether the inverse temperature is the same."""
+        return self._temper is None or self._temper(first) == self._temper(last)
+
+    def loss(
+        self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any], beta: Tensor | None = None
+    ) -> Tensor:
+        if beta is not None:
+            model, guide = tempered(model, guide, beta)
         with path_gradient():
             if self.batched is not None:
-                return recorded_loss(self.batched, self.elbo.num_particles, guide, args, kwargs)
+                return recorded_loss(self.batched, self.elbo.num_particles, guide, args, kwargs, beta)
             return self.elbo.differentiable_loss(model, guide, *args, **kwargs)
 
     def take_recording(self) -> bool:

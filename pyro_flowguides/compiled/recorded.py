@@ -85,9 +85,23 @@ def find_recording(call: ModelCall, guide: Callable) -> BatchedCalls | None:
 
 
 def recorded_loss(
-    calls: BatchedCalls, num_particles: int, guide: Callable, args: tuple, kwargs: dict[str, Any]
+    calls: BatchedCalls,
+    num_particles: int,
+    guide: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    beta: Tensor | None = None,
 ) -> Tensor:
-    """The loss of ``Trace_ELBO`` with its surrogate, where a recording gives log p."""
+    """The loss of ``Trace_ELBO`` with its surrogate, where a recording gives log p.
+
+    Arguments:
+        calls: The recordings.
+        num_particles: The number of draws.
+        guide: The guide.
+        args: The positional arguments of model and guide.
+        kwargs: Their keyword arguments.
+        beta: What log p is multiplied by; None for nothing.
+    """
 
     def in_plate(*args: Any, **kwargs: Any) -> None:
         with pyro.plate(PLATE_NAME, num_particles, dim=-1 - calls.max_plate_nesting):
@@ -96,6 +110,8 @@ def recorded_loss(
     traced = poutine.trace(in_plate).get_trace(*args, **kwargs)
     batched, prototype, call = calls.find(args, kwargs, traced)
     log_p = batched.log_prob(*given_by(traced, prototype, num_particles), call)
+    if beta is not None:
+        log_p = beta * log_p
     guide_trace = prune_subsample_sites(traced)
     guide_trace.compute_score_parts()
     nodes: list[Any] = list(guide_trace.nodes.values())

@@ -84,8 +84,14 @@ class Watch:
         self._unseen.append((loss, finite))
         return len(self._unseen) == self._every
 
-    def judge(self) -> Literal["good", "bad", "exploded", "lost"]:
-        """What has become of the training since the last judgement; waits for the device."""
+    def judge(self, is_comparable: bool = True) -> Literal["good", "bad", "exploded", "lost"]:
+        """What has become of the training since the last judgement; waits for the device.
+
+        Arguments:
+            is_comparable: Whether these losses and those before them are of the same loss; otherwise they cannot have exploded.
+        """
+        if not is_comparable:
+            self._detector = ExplosionDetector()
         losses, finite = (torch.stack(each).tolist() for each in zip(*self._unseen, strict=True))
         self._unseen.clear()
         for each in finite:

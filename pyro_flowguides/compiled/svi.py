@@ -17,7 +17,7 @@ from ..processes import apart, find_processes
 from .binding import Binding, OptimizerFactory, Trained, optimizer_factory
 from .capture import CaptureError
 from .captures import Arguments, CapturedStep, Captures, capture_step
-from .losses import KL, PyroELBO, as_function, as_objective
+from .losses import KL, Prepared, PyroELBO, as_function, as_objective
 from .lost import why_lost
 from .rollback import Watch
 from .snapshot import Snapshot
@@ -194,6 +194,7 @@ class CompiledSVI(SVI):
 
     def _take_step(self, arguments: Arguments, captured: CapturedStep | None) -> Tensor:
         self._last_arguments = arguments
+        self._trained.prepare(self.num_steps, arguments.args, arguments.kwargs)
         outputs = self._outputs(arguments, captured)
         binding = self._trained.bound
         with torch.inference_mode():
@@ -238,6 +239,7 @@ class CompiledSVI(SVI):
         """
         self._trained.drop_stale()
         arguments = Arguments(args, kwargs)
+        self._trained.prepare(self.num_steps, args, kwargs)
         captured = None if self._trained.binding is None else self._captured(arguments)
         outputs = self._outputs(arguments, captured)
         result = self._trained.bound.read(outputs)
@@ -288,8 +290,7 @@ class CompiledSVI(SVI):
             return capture_step(self._trained, arguments, seen, self.captures.varying)
 
     def _inputs(self, arguments: Arguments) -> list[Tensor]:
-        binding = self._trained.bound
-        return [*binding.tensors(self._learning_rate(binding)), *arguments.tensors]
+        return self._trained.step_inputs(self._learning_rate(self._trained.bound), arguments.tensors)
 
     # --- parameters ----------------------------------------------------------------------------------------------------
 
@@ -324,7 +325,8 @@ class CompiledSVI(SVI):
 
     def _check(self) -> None:
         """Checks the last losses: an error if nothing is finite any more, a rollback if they have exploded."""
-        verdict = self._watch.judge()
+        steps = max(self.num_steps - 2 * CHECK_EVERY, 0), self.num_steps - 1
+        verdict = self._watch.judge(self._trained.is_comparable(*steps))
         if verdict == "lost":
             reason = why_lost(self.model, self.guide, self._last_arguments.args, self._last_arguments.kwargs)
             raise RuntimeError(
@@ -374,6 +376,7 @@ class CompiledSVI(SVI):
             "num_rolled_back": self.num_rolled_back,
             "learning_rate_scale": self.learning_rate_scale,
             "watch": self._watch.state_dict(),
+            "objective": self.objective.state_dict() if isinstance(self.objective, Prepared) else {},
             "now": self.snapshot().state_dict(),
         }
 
@@ -395,6 +398,8 @@ class CompiledSVI(SVI):
         self.learning_rate_scale = state["learning_rate_scale"]
         self._watch.load_state_dict(state["watch"], self._trained.bound.state.scalars.device)
         self._is_together = True
+        if isinstance(self.objective, Prepared):
+            self.objective.load_state_dict(state["objective"])
 
 
 def _check_options(backend: str, optim: Any, schedule: Any, ema_decay: float | None) -> None:

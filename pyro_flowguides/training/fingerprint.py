@@ -54,8 +54,8 @@ def fingerprint(call: ModelCall, guide: Callable, tracer: Tracer, options: Mappi
 
 
 def describe_options(options: Mapping[str, Any]) -> Fingerprint:
-    """Descriptions of options by their names; ``schedule`` and ``optim`` by what they do."""
-    by_what_they_do: dict[str, Callable[[Any], str]] = {"schedule": _schedule, "optim": _optimizer}
+    """Descriptions of options by their names; ``schedule``, ``temper`` and ``optim`` by what they do."""
+    by_what_they_do: dict[str, Callable[[Any], str]] = {"schedule": _schedule, "temper": _temper, "optim": _optimizer}
     return {name: by_what_they_do.get(name, describe)(value) for name, value in options.items()}
 
 
@@ -209,6 +209,15 @@ def _schedule(schedule: Callable[[float], float] | None) -> str:
         return "none"
     points = (index / NUM_SCHEDULE_POINTS for index in range(NUM_SCHEDULE_POINTS))
     return "factors " + ", ".join(f"{schedule(point):.6g}" for point in points)
+
+
+def _temper(temper: Callable[[int, int], float] | None) -> str:
+    """A rise of the inverse temperature by its values over some steps, which may depend on their number or not."""
+    if temper is None:
+        return "none"
+    num_steps = NUM_SCHEDULE_POINTS**2
+    values = (temper(index * NUM_SCHEDULE_POINTS, num_steps) for index in range(NUM_SCHEDULE_POINTS))
+    return "inverse temperatures " + ", ".join(f"{value:.6g}" for value in values)
 
 
 def _optimizer(optim: Any) -> str:

@@ -27,7 +27,7 @@ from .fingerprint import describe_options
 from .loop import Loop, Options
 from .restarts import fit_repeatedly
 from .result import FitResult
-from .schedules import find_schedule
+from .schedules import find_schedule, find_temper
 
 
 def fit(
@@ -44,6 +44,7 @@ def fit(
     loss: Objective | ELBO | Callable[..., Tensor] | None = None,
     optim: PyroOptim | Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
     schedule: str | Callable[[float], float] | None = None,
+    temper: str | Callable[[float], float] | None = None,
     whiten: str | None = "auto",
     search_modes: bool | None = None,
     backend: str = "auto",
@@ -53,7 +54,7 @@ def fit(
     max_nonfinite_steps: int = MAX_NONFINITE_STEPS,
     distributed: str | None = None,
 ) -> FitResult:
-    """Fits a guide to a model and judges the result.
+    r"""Fits a guide to a model and judges the result.
 
     Without options: whiten the guide, then train a round of 1000 steps of Adam at learning rate 1e-2 with a cosine to 0, on the
     path gradient of ``Trace_ELBO`` with 256 vectorised particles, gradients clipped at twice their running norm. Then 10,000
@@ -101,6 +102,14 @@ def fit(
             0 to 1. A step: ``lambda progress: 1.0 if progress < 0.5 else 0.1``. A warm-up: ``lambda progress: min(1.0, progress
             / 0.05)``, times ``training.schedules.cosine(progress)`` if it shall fall afterwards. By default cosine; none for a
             Pyro optimiser, which has schedulers of its own.
+        temper: How the target is flattened at first, to find modes that a narrow start loses: None, ``"linear"``,
+            ``"rezende_mohamed"``, or a function of the progress over the first round, from 0 to 1, that rises to 1. The loss is
+            :math:`E_q[\log q(x) - \beta_t \log p(x, y)]` with the inverse temperature :math:`\beta_t` at step t, where log p
+            is that of x in unconstrained space, the Jacobian of the constraints included. ``"linear"`` rises from 0.01 to 1 over
+            the first half of the round; ``"rezende_mohamed"`` is :math:`\min(1, 0.01 + t / 10000)` (Rezende & Mohamed 2015)
+            and needs a ``num_steps`` of at least 9900. Later rounds have :math:`\beta = 1`. The losses, in the result and in
+            callbacks, are those of the flattened target as long as :math:`\beta_t < 1`, and an explosion is not recognised
+            until it stays the same. A heavy tail, such as that of a Student-t, has no integral when it is flattened.
         whiten: The method of :meth:`pyro_flowguides.AutoFlow.whiten`, or None. ``"auto"`` continues the training of a trained
             guide, unless it no longer fits these data and a Gaussian fits better, which it starts over from then
             (:meth:`pyro_flowguides.AutoFlow.start_over_if_better`); where data are subsampled, and with ``batches`` or ``loss``,
@@ -149,6 +158,8 @@ def fit(
         )
     if loss is not None and num_particles is not None:
         raise ValueError("fit: num_particles belongs to the default loss; give it to the loss instead")
+    if loss is not None and temper is not None:
+        raise ValueError("fit: temper belongs to the default loss; leave out loss, or temper")
     if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint)
     for name, number in (("num_steps", num_steps), ("num_particles", num_particles), ("num_restarts", num_restarts)):
@@ -178,6 +189,7 @@ def fit(
         optim=optim,
         schedule=None if isinstance(optim, PyroOptim) else find_schedule(schedule),
         svi={"backend": backend, "ema_decay": ema_decay, "max_nonfinite_steps": max_nonfinite_steps},
+        temper=find_temper(temper),
         whiten=whiten,
         search_modes=search_modes,
         seed=seed,

@@ -31,7 +31,7 @@ from .batches import warn_of_plate_of_the_batch
 from .fingerprint import density_difference, describe, difference, fingerprint, log_densities
 from .first_draws import check_gradients, check_start
 from .result import FitResult
-from .schedules import Round, RoundScore, doubling_rounds, got_worse, is_worth_another
+from .schedules import Round, RoundScore, Temper, check_temper, doubling_rounds, got_worse, is_worth_another
 from .steps import StepOptions, Steps, default_optimizer
 
 # Where the number of steps is fixed beforehand.
@@ -48,6 +48,7 @@ class Options(StepOptions):
 
     num_steps: int | None
     num_particles: int | None
+    temper: Temper | None
     # Whether the arguments are the first of the batches.
     args_are_a_batch: bool
     whiten: str | None
@@ -118,6 +119,8 @@ class Loop:
                 )
         self.batched = start.batched_calls(self.tracer, arguments_vary=self.options.batches is not None)
         self.rounds = self._choose_rounds()
+        if self.options.temper is not None:
+            check_temper(self.options.temper, self.rounds[0].num_steps)
         if checkpoint is not None and saved is not None:
             with checkpoint.used():
                 self._load(saved)
@@ -192,17 +195,21 @@ class Loop:
 
     def _steps_of(self, round: Round, saved: dict[str, Any] | None) -> Steps:
         """The steps of a round, which continue from the content of a checkpoint, if there is one."""
+        # What a round before has learnt is not forgotten.
+        temper = None if self.scores else self.options.temper
+        beta: Callable[[int], float] | None = temper and (lambda step: temper(step, round.num_steps))
         loss = KL(
             round.num_particles,
             vectorize_particles=self.tracer.vectorizes,
             max_plate_nesting=self.tracer.max_plate_nesting,
             batched=self.batched,
             otherwise=self.record,
+            temper=beta,
         )
         title = type(self.guide).__name__
         if len(self.rounds) > 1:
             title += f", round {len(self.scores) + 1} of at most {len(self.rounds)}"
-        steps = Steps(self, round.num_steps, loss, title=title)
+        steps = Steps(self, round.num_steps, loss, title=title, temper=beta)
         if saved is not None:
             assert self.options.checkpoint is not None
             with self.options.checkpoint.used():
@@ -294,6 +301,7 @@ class Loop:
             "optim": options.optim or default_optimizer(),
             "schedule": options.schedule,
             "num_particles": options.num_particles,
+            "temper": options.temper,
             "whiten": options.whiten,
             "ema_decay": options.svi["ema_decay"],
             "seed": options.seed,
@@ -321,17 +329,21 @@ class Loop:
         then, now = saved["num_steps"], [round.num_steps for round in self.rounds]
         if then == now:
             return
-        taken, schedule = len(saved["training"]["losses"]), self.options.schedule
+        taken = len(saved["training"]["losses"])
+        schedule, temper = self.options.schedule, self.options.temper if len(now) == 1 else None
+
+        def at(step: int, num_steps: int) -> list[float]:
+            """What a step depends on that may depend on the number of steps."""
+            return [*([schedule(step / num_steps)] if schedule else []), *([temper(step, num_steps)] if temper else [])]
+
         same_rounds = then[:-1] == now[:-1] and len(saved["scores"]) == len(now) - 1 and taken <= now[-1]
-        if same_rounds and (
-            schedule is None or all(schedule(step / then[-1]) == schedule(step / now[-1]) for step in range(taken))
-        ):
+        if same_rounds and all(at(step, then[-1]) == at(step, now[-1]) for step in range(taken)):
             return
         before, after = (" + ".join(map(str, numbers)) for numbers in (then, now))
         raise ValueError(
             f"it is of a fit with num_steps = {before}, here it is {after}: the steps that were taken would not have been the "
-            "same; more steps in the last round are possible where the learning rate does not depend on their number, as with "
-            "schedule='constant'"
+            "same; more steps in the last round are possible where learning rate and temperature do not depend on their number, "
+            "as with schedule='constant' and without temper"
         )
 
     def _modules(self) -> dict[str, torch.nn.Module]:

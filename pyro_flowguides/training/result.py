@@ -48,7 +48,7 @@ class FitResult:
         guide: The fitted guide, a copy of the guide that was given to ``fit``. A second ``fit`` of it continues with a copy.
         args: The positional arguments it was fitted on.
         model_kwargs: The keyword arguments it was fitted on.
-        losses: The loss (−ELBO estimate) of every step, shape (steps,).
+        losses: The loss (−ELBO estimate) of every step, shape (steps,); with ``temper`` that of the flattened target at first.
         num_skipped: The number of steps that were skipped because loss or gradient were not finite.
         num_rolled_back: The number of times that the training exploded and was taken back.
         wall_time: The seconds that the fit took, final draws included.

@@ -1,4 +1,4 @@
-"""How the learning rate changes over a round of training, and how many rounds there are."""
+"""How the learning rate and the temperature change over a round of training, and how many rounds there are."""
 
 from __future__ import annotations
 
@@ -42,6 +42,58 @@ def find_schedule(schedule: str | Schedule | None) -> Schedule:
             f"fit: unknown schedule {schedule!r}; known are {', '.join(SCHEDULES)}, or a function of the progress"
         )
     return SCHEDULES[schedule or "cosine"]
+
+
+# --- tempering -----------------------------------------------------------------------------------------------------------
+
+# The inverse temperature at a step, from its number and the number of steps.
+Temper = Callable[[int, int], float]
+FIRST_BETA = 0.01
+
+
+def linear(step: int, num_steps: int) -> float:
+    """From 0.01 to 1 over the first half of the steps."""
+    return min(1.0, FIRST_BETA + (1 - FIRST_BETA) * 2 * step / num_steps)
+
+
+def rezende_mohamed(step: int, num_steps: int) -> float:
+    """min(1, 0.01 + t / 10,000), t the number of the step. Rezende & Mohamed (2015), arXiv:1505.05770."""
+    return min(1.0, FIRST_BETA + step / 10_000)
+
+
+TEMPERS: dict[str, Temper] = {"linear": linear, "rezende_mohamed": rezende_mohamed}
+
+
+def find_temper(temper: str | Callable[[float], float] | None) -> Temper | None:
+    """A rise of the inverse temperature by its name, or by a function of the progress from 0 to 1.
+
+    Raises:
+        ValueError: if there is none of this name.
+    """
+    if temper is None:
+        return None
+    if callable(temper):
+        return lambda step, num_steps: temper(step / num_steps)
+    if temper not in TEMPERS:
+        raise ValueError(
+            f"fit: unknown temper {temper!r}; known are {', '.join(TEMPERS)}, or a function of the progress"
+        )
+    return TEMPERS[temper]
+
+
+def check_temper(temper: Temper, num_steps: int) -> None:
+    """Raises ValueError unless the inverse temperature is positive, nowhere above 1, and 1 after this number of steps."""
+    for step in range(num_steps + 1):
+        if not 0 < temper(step, num_steps) <= 1:
+            raise ValueError(
+                f"fit: temper must be an inverse temperature above 0 and at most 1, got {temper(step, num_steps)} at step "
+                f"{step} of {num_steps}"
+            )
+    if (last := temper(num_steps, num_steps)) != 1:
+        raise ValueError(
+            f"fit: temper must rise to 1 in the first round, and is {last:.3g} after its {num_steps} steps; give more "
+            "num_steps, or temper='linear'"
+        )
 
 
 # --- rounds --------------------------------------------------------------------------------------------------------------

@@ -91,6 +91,7 @@ class Steps:
         title: The title of the progress bar.
         shows: What the progress bar calls the negative loss.
         pauses: A function and a number: it is called after every so many steps, and ends the training by returning True.
+        temper: The inverse temperature of the loss at a step, which the progress bar shows where it is not 1.
     """
 
     def __init__(
@@ -102,9 +103,10 @@ class Steps:
         title: str,
         shows: str = "elbo",
         pauses: tuple[Callable[[], bool], int] | None = None,
+        temper: Callable[[int], float] | None = None,
     ) -> None:
         self.training, self.num_steps = training, num_steps
-        self._title, self._shows, self._pauses = title, shows, pauses
+        self._title, self._shows, self._pauses, self._temper = title, shows, pauses, temper
         options, schedule = training.options, training.options.schedule
         self.svi = CompiledSVI(
             training.call.model,
@@ -195,9 +197,13 @@ class Steps:
         self.pending.clear()
         self.losses.extend(values)
         now = self.svi.scalars
+        beta = 1.0 if self._temper is None else self._temper(self.number - 1)
         bar.set_postfix(
             {
-                self._shows: f"{-np.nanmean(values) if not np.isnan(values).all() else np.nan:.3f}",
+                self._shows
+                + (
+                    f" at beta {beta:.2f}" if beta < 1 else ""
+                ): f"{-np.nanmean(values) if not np.isnan(values).all() else np.nan:.3f}",
                 "gradient": f"{now.norm:.2g}",
                 "skipped": int(now.num_skipped),
             },

@@ -43,6 +43,11 @@ def loader(generator=None):
     return torch.utils.data.DataLoader(data, batch_size=2, shuffle=True, generator=generator)
 
 
+def bootstrap():
+    """An objective with a buffer, which is a state of its own."""
+    return fg.FlowAnnealedBootstrap(8, num_intermediate=1, num_leapfrog_steps=1, buffer_size=32, num_updates=3)
+
+
 def rates(name):
     return {"lr": 0.1} if "locs" in name else {"lr": 0.01}
 
@@ -53,6 +58,9 @@ CASES = {
     "normal": (conjugate, AutoNormal, dict),
     "replayed": (conjugate, small, lambda: {"backend": "replay"}),
     "average": (conjugate, small, lambda: {"ema_decay": 0.9}),
+    "annealed draws": (conjugate, small, lambda: {"loss": bootstrap(), "num_particles": None}),
+    "tempered": (conjugate, small, lambda: {"temper": lambda progress: min(1.0, 0.1 + 1.1 * progress)}),
+    "tempered, replayed": (conjugate, small, lambda: {"temper": "linear", "backend": "replay"}),
     "SGD": (conjugate, small, lambda: {"optim": functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9)}),
     "Pyro's Adam": (conjugate, AutoNormal, lambda: {"optim": pyro.optim.Adam({"lr": 0.02})}),
     "Pyro's, by parameter": (conjugate, AutoNormal, lambda: {"optim": pyro.optim.Adam(rates)}),

@@ -135,13 +135,19 @@ OTHERS = {
     "seed": ({}, {"seed": 1}, "seed was 0, and is 1 here"),
     "particles": ({}, {"num_particles": 5}, "num_particles was 4, and is 5 here"),
     "schedule": ({}, {"schedule": "cosine"}, "schedule was factors 1, .*, and is factors 1, 0.99"),
+    "temper": ({}, {"temper": "linear"}, "temper was none, and is inverse temperatures 0.01, "),
+    "more steps of a rise of the temperature": (
+        {"temper": "linear"},
+        {"temper": "linear", "num_steps": 8},
+        "of a fit with num_steps = 4, here it is 8: .* and without temper",
+    ),
     "whitening": ({}, {"whiten": "auto"}, "whiten was None, and is 'auto'"),
     "average": ({}, {"ema_decay": 0.9}, "ema_decay was None, and is 0.9 here"),
     "fewer steps": ({}, {"num_steps": 3}, "of a fit with num_steps = 4, here it is 3"),
     "more steps of another schedule": (
         {"schedule": "cosine"},
         {"schedule": "cosine", "num_steps": 8},
-        "of a fit with num_steps = 4, here it is 8: .* possible where the learning rate does not depend",
+        "of a fit with num_steps = 4, here it is 8: .* possible where learning rate and temperature do not depend",
     ),
 }
 

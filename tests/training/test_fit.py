@@ -240,6 +240,13 @@ def test_a_guide_that_is_none():
         ({"num_particles": 0}, ValueError, "num_particles must be at least 1, got 0"),
         ({"max_nonfinite_steps": 0}, ValueError, "max_nonfinite_steps must be at least 1, got 0"),
         ({"schedule": "linear"}, ValueError, "unknown schedule 'linear'"),
+        ({"temper": "cosine"}, ValueError, "unknown temper 'cosine'"),
+        ({"temper": "rezende_mohamed"}, ValueError, "must rise to 1 in the first round"),
+        (
+            {"temper": "linear", "loss": Trace_ELBO(), "num_particles": None},
+            ValueError,
+            "temper belongs to the default loss",
+        ),
         ({"loss": Trace_ELBO()}, ValueError, "num_particles belongs to the default loss"),
         ({"optim": pyro.optim.Adam({"lr": 1.0}), "schedule": "cosine"}, ValueError, "has its own schedulers"),
         ({"loss": 3.0, "num_particles": None}, TypeError, "loss must be an ELBO of Pyro, an objective"),

@@ -77,6 +77,21 @@ def test_the_learning_rate_is_back_at_the_start_of_a_round(short_rounds):
 
 
 @pytest.mark.usefixtures("short_rounds")
+def test_the_first_round_alone_is_tempered(monkeypatch, capsys):
+    """With a guide that stays what it is, and the density to the power 1/2 at first."""
+    monkeypatch.setattr(steps, "LEARNING_RATE", 0.0)
+    options = {"num_particles": 1000, "whiten": None, "progress": True}
+    found = fit(skewed, scale_only(skewed), temper=lambda progress: 0.5 if progress < 1 else 1.0, **options)
+    draws, shown = found.draws, capsys.readouterr().err
+    first, second = found.losses[:10].mean(), found.losses[10:30].mean()
+    tempered, plain = draws.log_q - 0.5 * draws.log_p, draws.log_q - draws.log_p
+    assert first == pytest.approx(float(tempered.mean()), abs=5 * float(tempered.std()) / 100)
+    assert second == pytest.approx(float(plain.mean()), abs=5 * float(plain.std()) / 100)
+    assert f"elbo at beta 0.50={-first:.3f}" in shown
+    assert f"elbo={-found.losses[10:30].mean():.3f}" in shown
+
+
+@pytest.mark.usefixtures("short_rounds")
 @pytest.mark.parametrize(
     ("make", "args", "options"),
     [
@@ -159,6 +174,9 @@ HALF = lambda progress: 1.0 if progress < 0.5 else 0.1  # noqa: E731
 @pytest.mark.parametrize(
     ("then", "now", "num_over", "taken", "schedule", "is_same"),
     [
+        ([20], [40], 0, 20, {"temper": schedules.rezende_mohamed}, True),
+        ([20], [40], 0, 20, {"temper": schedules.linear}, False),
+        ([10, 20], [10, 40], 1, 5, {"temper": schedules.linear}, True),
         ([10, 20], [10, 20], 1, 5, schedules.cosine, True),
         ([20], [40], 0, 20, schedules.constant, True),
         ([20], [40], 0, 20, None, True),
@@ -180,7 +198,9 @@ def test_other_numbers_of_steps_are_the_same_fit_where_the_steps_so_far_are(
     then, now, num_over, taken, schedule, is_same
 ):
     rounds = [schedules.Round(number, 4) for number in now]
-    fit = types.SimpleNamespace(rounds=rounds, options=types.SimpleNamespace(schedule=schedule))
+    given = schedule if isinstance(schedule, dict) else {"schedule": schedule}
+    options = types.SimpleNamespace(**{"schedule": None, "temper": None, **given})
+    fit = types.SimpleNamespace(rounds=rounds, options=options)
     saved = {"num_steps": then, "scores": [[0.0]] * num_over, "training": {"losses": [0.0] * taken}}
     if is_same:
         loop.Loop._check_num_steps(fit, saved)

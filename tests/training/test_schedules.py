@@ -9,7 +9,15 @@ import torch
 
 import pyro_flowguides as fg
 from pyro_flowguides.training import schedules
-from pyro_flowguides.training.schedules import RoundScore, doubling_rounds, find_schedule, got_worse, is_worth_another
+from pyro_flowguides.training.schedules import (
+    RoundScore,
+    check_temper,
+    doubling_rounds,
+    find_schedule,
+    find_temper,
+    got_worse,
+    is_worth_another,
+)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +38,35 @@ def test_schedules(schedule, expected):
 def test_an_unknown_schedule(name):
     with pytest.raises(ValueError, match=f"unknown schedule '{name}'; known are constant, cosine, or a function"):
         find_schedule(name)
+
+
+@pytest.mark.parametrize(
+    ("temper", "num_steps", "expected"),
+    [
+        ("linear", 1000, {0: 0.01, 100: 0.208, 250: 0.505, 499: 0.99802, 500: 1.0, 999: 1.0}),
+        ("rezende_mohamed", 12_000, {0: 0.01, 100: 0.02, 5000: 0.51, 9900: 1.0, 11_999: 1.0}),
+        (lambda progress: min(1.0, 0.5 + progress), 100, {0: 0.5, 25: 0.75, 50: 1.0, 99: 1.0}),
+    ],
+)
+def test_inverse_temperatures(temper, num_steps, expected):
+    function = find_temper(temper)
+    assert {step: function(step, num_steps) for step in expected} == pytest.approx(expected, rel=1e-12)
+    check_temper(function, num_steps)
+
+
+@pytest.mark.parametrize(
+    ("temper", "message"),
+    [
+        ("cosine", "unknown temper 'cosine'; known are linear, rezende_mohamed, or a function"),
+        ("rezende_mohamed", r"must rise to 1 in the first round, and is 0.02 after its 100 steps; give more num_steps"),
+        (lambda progress: 0.5, r"must rise to 1 in the first round, and is 0.5 after"),
+        (lambda progress: progress, r"above 0 and at most 1, got 0.0 at step 0 of 100"),
+        (lambda progress: 1.5 if 0.3 < progress < 0.4 else 1.0, r"got 1.5 at step 31 of 100"),
+    ],
+)
+def test_wrong_inverse_temperatures(temper, message):
+    with pytest.raises(ValueError, match=message):
+        check_temper(find_temper(temper), 100)
 
 
 def test_rounds_double():
