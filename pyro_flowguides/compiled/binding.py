@@ -15,19 +15,17 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from pyro.optim import PyroOptim
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import internals
 from ..processes import Processes
-from . import capture
 from .capture import Parameters
-from .losses import Objective, Prepared
-from .snapshot import Buffers, Snapshot
+from .snapshot import Snapshot
 from .update import Adam, State, Update
 
 # Optimisers that treat every number alike, whatever tensor it is in: for them one vector is as good as many tensors.
@@ -268,163 +266,6 @@ class Binding:
         if isinstance(self.outside, PyroOptim):
             return copy.deepcopy(self.outside.get_state())
         return None if self.outside is None else copy.deepcopy(self.outside.state_dict())
-
-
-class Trained:
-    """What a training trains: the parameters that it has met so far, bound together, and the buffers of model and guide.
-
-    Arguments:
-        model: The model.
-        guide: The guide.
-        objective: The objective.
-        bind: Binds parameters, taking over the state of an earlier binding if there is one.
-        begin_anew: Called when the parameters are not those of before.
-    """
-
-    def __init__(
-        self,
-        model: Callable,
-        guide: Callable,
-        objective: Objective,
-        bind: Callable[[Parameters, Binding | None], Binding],
-        begin_anew: Callable[[], None],
-    ) -> None:
-        self.objective = objective
-        self.functions = model, guide
-        # The tensors that the objective has made for the step, see Prepared.
-        self.inputs: tuple[Tensor, ...] | None = None
-        self._step = 0
-        self.modules = [function for function in (model, guide) if isinstance(function, nn.Module)]
-        self.buffers = Buffers(model, guide)
-        # None before the first step.
-        self.binding: Binding | None = None
-        self._make_binding = bind
-        self._begin_anew = begin_anew
-
-    @property
-    def bound(self) -> Binding:
-        """The binding, after the first step."""
-        assert self.binding is not None
-        return self.binding
-
-    def drop_stale(self) -> None:
-        """Forgets the parameters if they were replaced, as by clearing or loading Pyro's store."""
-        if self.binding is not None and not self.binding.is_current():
-            self.binding = None
-
-    def prepare(self, step: int, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Lets the objective make its tensors for a step."""
-        self._step = step
-        self.inputs = ()
-        if isinstance(self.objective, Prepared):
-            like = torch.zeros(()) if self.binding is None else self.binding.state.scalars
-            self.inputs = self.objective.inputs(step, like, *self.functions, args, kwargs)
-
-    def is_comparable(self, first: int, last: int) -> bool:
-        """Whether these two steps minimise the same."""
-        return not isinstance(self.objective, Prepared) or self.objective.is_comparable(first, last)
-
-    def step_inputs(self, learning_rate: float, arguments: Sequence[Tensor]) -> list[Tensor]:
-        """All inputs of a captured step.
-
-        Arguments:
-            learning_rate: The learning rate.
-            arguments: The tensors among the arguments of model and guide.
-        """
-        return [*self.bound.tensors(learning_rate), *(self.inputs or ()), *arguments]
-
-    @contextmanager
-    def given(self, inputs: Sequence[Tensor]) -> Iterator[None]:
-        """The loss takes other tensors in the place of those of the objective."""
-        own = self.inputs
-        self.inputs = tuple(inputs)
-        try:
-            yield
-        finally:
-            self.inputs = own
-
-    def loss(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        """The loss of the objective at the tensors that it has made last."""
-        if self.inputs is None:
-            self.prepare(self._step, args, kwargs)
-        loss: Callable[..., Tensor] = self.objective.loss
-        return loss(*self.functions, args, kwargs, *(self.inputs or ()))
-
-    def differentiate(self, args: tuple, kwargs: dict[str, Any]) -> capture.Gradients:
-        """Loss and gradients by running model and guide, and the parameters that are new, bound."""
-        # The first time with Pyro's checks as the user has set them.
-        with capture.no_waiting() if self.binding is not None else nullcontext():
-            result = capture.differentiate(lambda: self.loss(args, kwargs))
-        self._bind(result.parameters)
-        return result
-
-    def find(self, args: tuple, kwargs: dict[str, Any]) -> AbstractContextManager[None]:
-        """Binds the parameters for these arguments; on leaving, all that running model and guide has changed is undone."""
-
-        def run() -> None:
-            with capture.no_waiting():
-                self.differentiate(args, kwargs)
-
-        return capture.without_side_effects(run)
-
-    def ensure(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Finds the parameters unless they are known."""
-        self.drop_stale()
-        if self.binding is None:
-            with self.find(args, kwargs):
-                pass
-
-    def begin_together(self, processes: Processes, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Takes parameters and buffers of the first process, and a seed of its own.
-
-        Raises:
-            ValueError: if the processes have different parameters.
-        """
-        self.ensure(args, kwargs)
-        sizes = dict(zip(self.bound.parameters.names, map(tuple, self.bound.shapes), strict=True))
-        for rank, theirs in enumerate(processes.gather(sizes)):
-            for name in {**sizes, **theirs}:
-                here, there = sizes.get(name, "none"), theirs.get(name, "none")
-                if here != there:
-                    raise ValueError(
-                        f"CompiledSVI: process {rank} has parameter '{name}' of shape {there}, process {processes.rank} of shape "
-                        f"{here}; model, guide and the shapes of the data must be the same in all processes"
-                    )
-        processes.share(self.bound.state.vectors)
-        self.buffers.restore(processes.from_first(self.buffers.copy))
-        processes.separate_noise()
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """Goes back to a snapshot.
-
-        Raises:
-            ValueError: if it is of other parameters, of another optimiser, or of other buffers.
-        """
-        self.bound.check_fits(snapshot)
-        if tuple(snapshot.rows) != self.bound.parameters.names:
-            # The state of an optimiser outside of the graph is one of the parameters in their order.
-            self._rebind(self.bound.parameters.in_order(snapshot.rows))
-        self.buffers.restore(snapshot.buffers)
-        self.bound.restore(snapshot)
-
-    def _bind(self, parameters: Parameters) -> None:
-        """Makes sure that these parameters are trained."""
-        if self.binding is not None:
-            if {id(leaf) for leaf in parameters.leaves} <= self.binding.ids:
-                self.binding.adopt_moved_values()
-                return
-            parameters = self.binding.parameters.union(parameters)
-        elif not parameters.leaves:
-            raise ValueError(
-                "CompiledSVI: the loss has no gradient to any parameter: model and guide have none, or none that it depends on"
-            )
-        self._rebind(parameters)
-
-    def _rebind(self, parameters: Parameters) -> None:
-        self.binding = self._make_binding(parameters, self.binding)
-        # They have the dtype and the device of the parameters.
-        self.inputs = None
-        self._begin_anew()
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from ..model.sites import unchanged_random_state
 from . import backends, capture, rewrite
 from .arguments import Arguments as Arguments
 from .arguments import Key as Key
-from .binding import Trained
 from .capture import CaptureError
+from .trained import Trained
 
 # The number of captured steps that are kept.
 MAX_CAPTURES = 8

@@ -14,13 +14,14 @@ from torch import Tensor
 from ..checks import warn
 from ..model.call import ModelCall
 from ..processes import apart, find_processes
-from .binding import Binding, OptimizerFactory, Trained, optimizer_factory
+from .binding import Binding, OptimizerFactory, optimizer_factory
 from .capture import CaptureError
 from .captures import Arguments, CapturedStep, Captures, capture_step
 from .losses import KL, Prepared, PyroELBO, as_function, as_objective
 from .lost import why_lost
 from .rollback import Watch
 from .snapshot import Snapshot
+from .trained import Trained
 from .update import NUM_SKIPPED, Scalars
 
 BACKENDS = ("auto", "replay", "inductor", "eager")
