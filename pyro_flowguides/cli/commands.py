@@ -140,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="look for modes that the guide has not drawn (default: where it is cheap)",
     )
+    fitting.add_argument("--max-seconds", type=float, metavar="S", help="end each fit after so many seconds")
     fitting.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
     fitting.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
@@ -171,6 +172,8 @@ def _fit(options: argparse.Namespace) -> bool:
         value = getattr(options, option)
         if value is not None and value < 1:
             raise UserError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
+    if options.max_seconds is not None and not options.max_seconds > 0:
+        raise UserError(f"--max-seconds must be above 0, got {options.max_seconds}")
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed must be from 0 to {2**32 - 1}, got {options.seed}")
     example, file = find_model(options.model, options.data)
@@ -221,6 +224,7 @@ def _fit_one(example: Example, file: Path | None, name: str, options: argparse.N
             num_steps=options.num_steps,
             num_particles=options.num_particles,
             search_modes=options.search_modes,
+            max_seconds=options.max_seconds,
             seed=options.seed,
             progress=not options.no_progress,
         )

@@ -39,6 +39,7 @@ def fit(
     num_particles: int | None = None,
     batches: Iterable[Any] | None = None,
     num_restarts: int = 1,
+    max_seconds: float | None = None,
     seed: int | None = None,
     progress: bool = True,
     loss: Objective | ELBO | Callable[..., Tensor] | None = None,
@@ -87,6 +88,10 @@ def fit(
         num_restarts: The number of independent fits, with the seeds ``seed``, ``seed + 1``, …, of which the best by ELBO is
             kept; the draws of all are in ``FitResult.restarts``. A flow guide that is not set up yet starts from new weights
             each time, any other guide from the parameters it has.
+        max_seconds: The seconds after which the fit has ended, the final draws and the search for modes included; by default as
+            many as it takes. Rounds that have no time left are left out, and the learning rate of the last one falls as the time
+            runs out. A fit with a limit is not the same when it is repeated. Whitening, and a step that has begun, are not cut
+            off. With restarts each has its part of the time. Not together with ``temper``.
         seed: Seeds Pyro first, if given.
         progress: Whether to show a progress bar.
 
@@ -166,6 +171,7 @@ def fit(
         if number is not None:
             check_positive_integer("fit", name, number)
     check_positive_integer("fit", "max_nonfinite_steps", max_nonfinite_steps)
+    _check_seconds(max_seconds, temper)
     division = find_division("fit", distributed, has_batches=batches is not None)
     if division is not None:
         described: dict[str, Any] = {
@@ -193,6 +199,7 @@ def fit(
         whiten=whiten,
         search_modes=search_modes,
         seed=seed,
+        max_seconds=max_seconds,
         checkpoint=checkpoint,
         callbacks=callbacks,
         progress=progress,
@@ -213,3 +220,16 @@ def fit(
             return fit_repeatedly(call, guide, options, num_restarts)
         with private_store(model, guide) as (model, guide):
             return Loop(replace(call, model=model), guide, options).run()
+
+
+def _check_seconds(max_seconds: Any, temper: Any) -> None:
+    if max_seconds is None:
+        return
+    if isinstance(max_seconds, bool) or not isinstance(max_seconds, (int, float)):
+        raise TypeError(f"fit: max_seconds must be a number of seconds, got {max_seconds!r}")
+    if not max_seconds > 0:
+        raise ValueError(f"fit: max_seconds must be above 0, got {max_seconds}")
+    if temper is not None:
+        raise ValueError(
+            "fit: temper goes by steps, which max_seconds may cut off; give num_steps in place of max_seconds"
+        )

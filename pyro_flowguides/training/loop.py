@@ -28,6 +28,7 @@ from ..model.ownership import owned
 from ..model.sites import unchanged_random_state
 from . import start
 from .batches import warn_of_plate_of_the_batch
+from .clock import RESERVE, WORTH_A_ROUND, Clock
 from .fingerprint import density_difference, describe, difference, fingerprint, log_densities
 from .first_draws import check_gradients, check_start
 from .result import FitResult
@@ -54,6 +55,7 @@ class Options(StepOptions):
     whiten: str | None
     search_modes: bool | None
     seed: int | None
+    max_seconds: float | None
 
 
 class Loop:
@@ -89,7 +91,7 @@ class Loop:
             return self._run()
 
     def _run(self) -> FitResult:
-        began = time.perf_counter()
+        self.began = time.perf_counter()
         if self.options.seed is not None:
             pyro.set_rng_seed(self.options.seed)
         checkpoint = self.options.checkpoint
@@ -139,7 +141,7 @@ class Loop:
             losses=np.array(self.losses),
             num_skipped=self.num_skipped,
             num_rolled_back=self.num_rolled_back,
-            wall_time=time.perf_counter() - began,
+            wall_time=time.perf_counter() - self.began,
             vectorization=self.tracer.vectorization,
             draws=draws,
             columns=self.call.columns,
@@ -152,7 +154,9 @@ class Loop:
         for round in self.rounds[len(self.scores) :]:
             steps = self._steps_of(round, saved)
             saved = None
+            round_began = time.perf_counter()
             stopped = self._train(steps, round)
+            seconds = time.perf_counter() - round_began
             try:
                 draws = self._judge()
             except KeyboardInterrupt:
@@ -165,7 +169,7 @@ class Loop:
                 # Taken back.
                 steps.svi.restore(self.best, *self.call.args, **self.call.kwargs)
                 return self._draw()
-            if stopped or not is_worth_another(self.scores):
+            if stopped or not is_worth_another(self.scores) or not self._has_time_for_another(seconds):
                 return draws
             # Kept.
             self.best = steps.svi.snapshot()
@@ -209,13 +213,49 @@ class Loop:
         title = type(self.guide).__name__
         if len(self.rounds) > 1:
             title += f", round {len(self.scores) + 1} of at most {len(self.rounds)}"
-        steps = Steps(self, round.num_steps, loss, title=title, temper=beta)
+        steps = Steps(self, round.num_steps, loss, title=title, temper=beta, clock=self._clock(round.num_steps))
         if saved is not None:
             assert self.options.checkpoint is not None
             with self.options.checkpoint.used():
                 steps.load_state_dict(saved["training"])
                 self._check_densities(saved)
         return steps
+
+    def _clock(self, num_steps: int) -> Clock | None:
+        if self.options.max_seconds is None:
+            return None
+        division = self.options.division
+        end = self.began + (1 - RESERVE) * self.options.max_seconds - self._seconds_of_judging
+        return Clock(num_steps, end, division.processes if division else None)
+
+    def _has_time_for_another(self, seconds: float) -> bool:
+        """Whether the next round can be made in good part.
+
+        Arguments:
+            seconds: Those of the last one, of half the steps and, unless their number is fixed, half the particles.
+        """
+        clock = self._clock(1)
+        if clock is None:
+            return True
+        times = 2 if self.options.num_particles is not None else 4
+
+        def decide() -> bool:
+            return clock.seconds_left >= WORTH_A_ROUND * times * seconds
+
+        return decide() if clock.processes is None else clock.processes.from_first(decide)
+
+    @functools.cached_property
+    def _seconds_of_judging(self) -> float:
+        """The seconds that the draws take that judge a round, about."""
+        part = 10
+        began = time.perf_counter()
+        with unchanged_random_state(), pyro.validation_enabled(False):
+            draw_traced(self.tracer, self._num_final_draws // part)
+        return part * (time.perf_counter() - began)
+
+    @property
+    def _num_final_draws(self) -> int:
+        return NUM_FINAL_DRAWS if self.tracer.vectorizes else NUM_LOOPED_DRAWS
 
     def check_batch(self, call: ModelCall, batches: Iterable[Any]) -> None:
         """Warns where the data of the first batch stand in a plate of the batch's own size."""
@@ -236,7 +276,7 @@ class Loop:
         return draws
 
     def _draw(self) -> Draws:
-        num_samples = NUM_FINAL_DRAWS if self.tracer.vectorizes else NUM_LOOPED_DRAWS
+        num_samples = self._num_final_draws
         draw = functools.partial(draw_traced, self.tracer, log_likelihood=self.log_likelihood)
         # Draws of a poor fit may leave the support of the model, which is no error: they weigh nothing.
         with pyro.validation_enabled(False):

@@ -41,6 +41,7 @@ def _fit_repeatedly(call: ModelCall, guide: Callable, options: Options, num_rest
         one = replace(
             options,
             seed=None if options.seed is None else options.seed + index,
+            max_seconds=options.max_seconds and options.max_seconds / num_restarts,
             checkpoint=options.checkpoint and options.checkpoint.of_restart(index),
         )
         candidate = copy.deepcopy(guide) if starts_anew else first_guide

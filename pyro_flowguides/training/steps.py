@@ -19,6 +19,7 @@ from ..compiled.svi import CHECK_EVERY, CompiledSVI
 from ..model.call import ModelCall
 from .batches import Batches
 from .checkpoint import Checkpoint, random_state
+from .clock import Clock
 from .division import Division, restore_state
 from .schedules import needs_loss
 
@@ -92,6 +93,7 @@ class Steps:
         shows: What the progress bar calls the negative loss.
         pauses: A function and a number: it is called after every so many steps, and ends the training by returning True.
         temper: The inverse temperature of the loss at a step, which the progress bar shows where it is not 1.
+        clock: How much time there is; None for as much as the steps take.
     """
 
     def __init__(
@@ -104,8 +106,9 @@ class Steps:
         shows: str = "elbo",
         pauses: tuple[Callable[[], bool], int] | None = None,
         temper: Callable[[int], float] | None = None,
+        clock: Clock | None = None,
     ) -> None:
-        self.training, self.num_steps = training, num_steps
+        self.training, self.num_steps, self.clock = training, num_steps, clock
         self._title, self._shows, self._pauses, self._temper = title, shows, pauses, temper
         options, schedule = training.options, training.options.schedule
         self.svi = CompiledSVI(
@@ -113,7 +116,7 @@ class Steps:
             training.guide,
             options.optim or default_optimizer(),
             options.loss or loss,
-            schedule=schedule and (lambda step: schedule(step / num_steps)),
+            schedule=schedule and (lambda step: schedule(clock.progress if clock else step / num_steps)),
             clip_factor=CLIP_FACTOR,
             distributed=options.division is not None,
             **options.svi,
@@ -160,8 +163,12 @@ class Steps:
         stopped = False
         while self.number < self.num_steps and not stopped:
             if self.number % every == 0 or step is None:
-                step = self.svi.compile_step(*self._next_arguments(), self.num_steps - self.number)
+                step = self.svi.compile_step(*self._next_arguments(), self._steps_left)
             self.pending.append(step())
+            if self.clock is not None:
+                self.clock.look(self.number)
+                if self.clock.progress == 1:
+                    break
             if isinstance(scheduler, PyroLRScheduler):
                 scheduler.step(*[float(self.pending[-1])] * needs_loss(scheduler))
             for callback in callbacks:
@@ -179,6 +186,10 @@ class Steps:
         if checkpoint is not None:
             self.training.save(self)
         return stopped
+
+    @property
+    def _steps_left(self) -> int:
+        return self.num_steps - self.number if self.clock is None else self.clock.steps_left(self.number)
 
     def _next_arguments(self) -> tuple[tuple, dict[str, Any]]:
         call = self.training.call
@@ -206,6 +217,7 @@ class Steps:
                 ): f"{-np.nanmean(values) if not np.isnan(values).all() else np.nan:.3f}",
                 "gradient": f"{now.norm:.2g}",
                 "skipped": int(now.num_skipped),
+                **({"seconds_left": round(self.clock.seconds_left)} if self.clock else {}),
             },
             refresh=False,
         )

@@ -168,6 +168,7 @@ def test_data_become_tensors_in_the_default_dtype(tmp_path):
         (lambda m, d, t: ["eight_schools", "--guide", "copula"], "unknown guide 'copula'; known are coupling"),
         (lambda m, d, t: ["eight_schools", "--compare", "copula"], "unknown guide 'copula'"),
         (lambda m, d, t: ["eight_schools", "--num-steps", "-5"], "--num-steps must be at least 1, got -5"),
+        (lambda m, d, t: ["eight_schools", "--max-seconds", "0"], "--max-seconds must be above 0, got 0.0"),
         (lambda m, d, t: ["eight_schools", "--data", d], "is a bundled model with its own data"),
         (lambda m, d, t: ["eight_schools", "--out", f"{d}/out"], "cannot be made"),
         (lambda m, d, t: ["missing.py:model", "--data", d], "there is no file missing.py"),

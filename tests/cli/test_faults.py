@@ -285,6 +285,7 @@ def test_an_interrupt_before_or_after_the_training_is_one_line(
                 "num_steps": None,
                 "num_particles": None,
                 "search_modes": None,
+                "max_seconds": None,
                 "seed": 0,
                 "progress": True,
             },
@@ -295,13 +296,14 @@ def test_an_interrupt_before_or_after_the_training_is_one_line(
         (["--seed", "3"], {"seed": 3}),
         (["--no-progress"], {"progress": False}),
         (["--search-modes"], {"search_modes": True}),
+        (["--max-seconds", "90"], {"max_seconds": 90.0}),
         (["--no-search-modes"], {"search_modes": False}),
     ],
 )
 def test_options_reach_the_fit(options, expected, quick_fit, capsys):
     assert main(["fit", "eight_schools", *options]) == 0
     assert len(quick_fit) == 1
-    of_fit = {"num_steps", "num_particles", "search_modes", "seed", "progress"}
+    of_fit = {"num_steps", "num_particles", "search_modes", "max_seconds", "seed", "progress"}
     assert quick_fit[0].keys() == {"guide", "model_kwargs", *of_fit}
     assert expected.items() <= quick_fit[0].items()
     assert list(quick_fit[0]["model_kwargs"]) == ["sigma", "y"]
