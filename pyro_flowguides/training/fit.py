@@ -22,7 +22,7 @@ from ..model.ownership import private_store
 from .batches import arguments
 from .checkpoint import Checkpoint
 from .loop import Loop, Options
-from .restarts import fit_repeatedly
+from .restarts import WAYS, fit_repeatedly
 from .result import FitResult
 from .schedules import find_schedule
 
@@ -36,6 +36,7 @@ def fit(
     num_particles: int | None = None,
     batches: Iterable[Any] | None = None,
     num_restarts: int = 1,
+    restarts: str = "best",
     seed: int | None = None,
     progress: bool = True,
     loss: Objective | ELBO | Callable[..., Tensor] | None = None,
@@ -82,6 +83,9 @@ def fit(
         num_restarts: The number of independent fits, with the seeds ``seed``, ``seed + 1``, …, of which the best by ELBO is
             kept; the draws of all are in ``FitResult.restarts``. A flow guide that is not set up yet starts from new weights
             each time, any other guide from the parameters it has.
+        restarts: What is kept of them: ``"best"``, or ``"mixture"`` for an :class:`pyro_flowguides.AutoMixture` of all, weighed
+            by the evidence that each holds; those that hold the same are merged. The guide that was given has the parameters
+            of the best.
         seed: Seeds Pyro first, if given.
         progress: Whether to show a progress bar.
 
@@ -146,6 +150,8 @@ def fit(
         if number is not None:
             check_positive_integer("fit", name, number)
     check_positive_integer("fit", "max_nonfinite_steps", max_nonfinite_steps)
+    if restarts not in WAYS:
+        raise ValueError(f'fit: restarts must be "best" or "mixture", got {restarts!r}')
     kwargs = dict(model_kwargs or {})
     args_are_a_batch = batches is not None and not args and not kwargs
     options = Options(
@@ -175,6 +181,6 @@ def fit(
         args, kwargs = arguments(next(iter(batches)))
     call = ModelCall.given("fit", model, args, kwargs)
     if num_restarts > 1:
-        return fit_repeatedly(call, guide, options, num_restarts)
+        return fit_repeatedly(call, guide, options, num_restarts, restarts)
     with private_store(model, guide) as (model, guide):
         return Loop(replace(call, model=model), guide, options).run()
