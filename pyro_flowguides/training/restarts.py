@@ -103,8 +103,8 @@ def _check_mixture(fit: FitResult) -> None:
     """Raises ValueError where the restarts cannot be weighed against each other."""
     if fit.parameters:
         raise ValueError(
-            f"fit: restarts=\"mixture\" is for one posterior, but the model has parameters ('{next(iter(fit.parameters))}'), so that "
-            'every restart is of another one; use restarts="best"'
+            f"fit: restarts=\"mixture\" is for one posterior, and the parameter '{next(iter(fit.parameters))}' of the model makes every "
+            'restart one of another; use restarts="best"'
         )
     if reason := fit.draws.elbo_error or fit.draws.weights_error:
         raise ValueError(f'fit: restarts="mixture" weighs draws, but {reason}; use restarts="best"')
