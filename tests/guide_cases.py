@@ -41,10 +41,13 @@ NORMAL_GUIDES = {
 }
 
 
-GUIDES = {**NORMAL_GUIDES, "student_t": StudentTFlow}
+FLOWS = {**NORMAL_GUIDES, "student_t": StudentTFlow}
+GUIDES = {**FLOWS, "mixture": Mixture}
 
 
 every_guide = pytest.mark.parametrize("Guide", GUIDES.values(), ids=GUIDES)
+# Guides that are one flow.
+every_flow = pytest.mark.parametrize("Guide", FLOWS.values(), ids=FLOWS)
 
 
 every_normal_guide = pytest.mark.parametrize("Guide", NORMAL_GUIDES.values(), ids=NORMAL_GUIDES)

@@ -158,29 +158,31 @@ class AutoMixture(AutoFlow):
 
     def _find_starts(self, latents: Latents, args: tuple, kwargs: dict[str, Any]) -> Starts | None:
         """A start for each component; None for one component that starts as in AutoFlow."""
-        # A part of a list has the density of the part alone, of which the other latents are drawn.
-        if self.num_components == 1 or self.master is not None:
-            return None
-        call = ModelCall(self.model, args, kwargs)
-        try:
-            with quiet_trace(), pyro.validation_enabled(False):
-                target = Target(call, latents, vectorize=None)
-                maxima, nats = find_maxima(target, NUM_STARTS if target.runs_together else NUM_LOOPED_STARTS)
-        except ERRORS_OF_MODELS as error:
-            warn(
-                f"{type(self).__name__}: modes were not looked for, and there is one component: "
-                f"{' '.join(str(error).split())[:300]}"
-            )
-            return None
-        asked = MAX_COMPONENTS if self.num_components == "auto" else int(self.num_components)
-        starts = Starts(maxima.points[:asked], maxima.scale_trils[:asked], nats[:asked])
-        if self.num_components != "auto" and len(nats) < asked:
-            starts = self._spread(starts, asked, latents)
-        if len(starts.locs) < 2:
+        found = self._find_modes(latents, args, kwargs)
+        if isinstance(self.num_components, int):
+            found = self._spread(found, self.num_components, latents)
+        if len(found.locs) < 2:
             return None
         if latents.dim > whitening.MAX_FULL_RANK_DIM:
-            starts = starts._replace(scales=starts.scales.square().sum(-1).sqrt())
-        return starts
+            found = found._replace(scales=found.scales.square().sum(-1).sqrt())
+        return found
+
+    def _find_modes(self, latents: Latents, args: tuple, kwargs: dict[str, Any]) -> Starts:
+        """The heaviest modes, as many as there may be components; none where there is no search."""
+        loc = latents.init_loc.double()
+        nothing = Starts(loc.new_zeros(0, len(loc)), loc.new_zeros(0, len(loc), len(loc)), loc.new_zeros(0))
+        # A part of a list has the density of the part alone, of which the other latents are drawn.
+        if self.num_components == 1 or self.master is not None:
+            return nothing
+        try:
+            with quiet_trace(), pyro.validation_enabled(False):
+                target = Target(ModelCall(self.model, args, kwargs), latents, vectorize=None)
+                maxima, nats = find_maxima(target, NUM_STARTS if target.runs_together else NUM_LOOPED_STARTS)
+        except ERRORS_OF_MODELS as error:
+            warn(f"{type(self).__name__}: modes were not looked for: {' '.join(str(error).split())[:300]}")
+            return nothing
+        most = self.num_components if isinstance(self.num_components, int) else MAX_COMPONENTS
+        return Starts(maxima.points[:most], maxima.scale_trils[:most], nats[:most])
 
     def _spread(self, starts: Starts, number: int, latents: Latents) -> Starts:
         """More components around the heaviest mode, or around the start of the latents, which share its mass."""

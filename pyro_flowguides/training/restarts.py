@@ -102,9 +102,10 @@ def _fit_repeatedly(call: ModelCall, guide: Callable, options: Options, num_rest
 def _check_mixture(fit: FitResult) -> None:
     """Raises ValueError where the restarts cannot be weighed against each other."""
     if fit.parameters:
+        name = next(iter(fit.parameters))
         raise ValueError(
-            f"fit: restarts=\"mixture\" is for one posterior, and the parameter '{next(iter(fit.parameters))}' of the model makes every "
-            'restart one of another; use restarts="best"'
+            f"fit: restarts=\"mixture\" is for one posterior, and the parameter '{name}' of the model makes every restart one of "
+            'another; use restarts="best"'
         )
     if reason := fit.draws.elbo_error or fit.draws.weights_error:
         raise ValueError(f'fit: restarts="mixture" weighs draws, but {reason}; use restarts="best"')
