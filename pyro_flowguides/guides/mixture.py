@@ -15,7 +15,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from .. import bases
+from .. import bases, internals
 from .. import transforms as T
 from ..checks import check_positive_integer, warn
 from ..distributions import FlowMixture, NormalizingFlow, systematic
@@ -227,11 +227,15 @@ class AutoMixture(AutoFlow):
     def _replace_components(self, chosen: Sequence[tuple[T.Compose, bases.Base]], logits: Tensor) -> None:
         """Puts copies of other components in the place of these."""
         pairs = copy.deepcopy(list(chosen))
-        module = Components([flow for flow, _ in pairs], [base for _, base in pairs], logits)
+        modules: list[Any] = [part for pair in pairs for part in pair]
+        for module in modules:
+            # It has been called as a part of another module.
+            internals.set_module_context(module, None)
+        components = Components([flow for flow, _ in pairs], [base for _, base in pairs], logits)
         with self._pyro_context:
             # Their names in the store are taken over by others.
             del self.flow
-        self._attach_modules({"flow": module.to(logits)})
+        self._attach_modules({"flow": components.to(logits)})
         # They have been trained.
         self._initial = torch.zeros(0)
 

@@ -126,6 +126,7 @@ def test_fit_learns_the_weights():
     fit = fg.fit(TWO, guide, seed=0, num_steps=300, num_particles=64, whiten=None, progress=False, search_modes=False)
     torch.testing.assert_close(fit.guide.weights.sort().values, torch.tensor([0.3, 0.7]), rtol=0, atol=0.01)
     assert float(fit.elbo) == pytest.approx(50, abs=0.005)
+    pyro.clear_param_store()
     other = fg.AutoMixture(TWO, fg.transforms.Affine, affine=None, num_components=3).setup()
     other.load_state_dict(fit.guide.state_dict())
     x = torch.linspace(-6, 6, 20).unsqueeze(-1)
@@ -138,9 +139,7 @@ def test_keeps_the_contract_with_two_components():
         with pyro.plate("rows", 2):
             pyro.sample("pair", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
-    for gradient in ("total", "path"):
-        pyro.clear_param_store()
-        check_guide(small(Mixture)(model, gradient=gradient), model)
+    check_guide(small(Mixture)(model, gradient="path"), model)
 
 
 def test_simplify_merges_and_drops():
@@ -190,7 +189,7 @@ def test_restarts_as_a_mixture():
     """Each restart finds one of two modes; the mixture has both, with their masses, and each once."""
 
     def model():
-        x = pyro.sample("x", dist.ImproperUniform(dist.constraints.real, (), ()))
+        x = pyro.sample("x", dist.Normal(0.0, 1000.0))
         pyro.factor("density", two_modes(x.unsqueeze(-1)))
 
     fit = fg.fit(
@@ -207,4 +206,4 @@ def test_restarts_as_a_mixture():
     assert isinstance(fit.guide, fg.AutoMixture)
     assert len(fit.restarts) == 5
     torch.testing.assert_close(fit.guide.weights.sort().values, torch.tensor([0.3, 0.7]), rtol=0, atol=0.02)
-    assert float(fit.elbo) == pytest.approx(50, abs=0.01)
+    assert float(fit.elbo) == pytest.approx(50 - math.log(1000 * (2 * math.pi) ** 0.5), abs=0.01)

@@ -43,6 +43,17 @@ def loader(generator=None):
     return torch.utils.data.DataLoader(data, batch_size=2, shuffle=True, generator=generator)
 
 
+def mirrored(y):
+    """Two modes, of which one is the image of the other."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mu.abs(), 1.0), obs=y)
+
+
+def mixture(model):
+    return fg.AutoMixture(model, fg.transforms.Affine, affine=None)
+
+
 def rates(name):
     return {"lr": 0.1} if "locs" in name else {"lr": 0.01}
 
@@ -52,6 +63,7 @@ CASES = {
     "flow, whitened": (conjugate, small, lambda: {"whiten": "batch_and_match"}),
     "normal": (conjugate, AutoNormal, dict),
     "replayed": (conjugate, small, lambda: {"backend": "replay"}),
+    "mixture": (mirrored, mixture, lambda: {"backend": "replay", "whiten": "auto"}),
     "average": (conjugate, small, lambda: {"ema_decay": 0.9}),
     "SGD": (conjugate, small, lambda: {"optim": functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9)}),
     "Pyro's Adam": (conjugate, AutoNormal, lambda: {"optim": pyro.optim.Adam({"lr": 0.02})}),
