@@ -236,7 +236,7 @@ class AutoMixture(AutoFlow):
             # Their names in the store are taken over by others.
             del self.flow
         self._attach_modules({"flow": components.to(logits)})
-        # They have been trained.
+        # They have been trained, and there is no start to go back to.
         self._initial = torch.zeros(0)
 
     def _pairs(self) -> list[tuple[Any, Any]]:
@@ -364,7 +364,8 @@ class AutoMixture(AutoFlow):
 
     def start_over_if_better(self, target: Target) -> bool:
         """As :meth:`AutoFlow.start_over_if_better` with one component; a mixture of several never starts over."""
-        return len(self.flow) == 1 and super().start_over_if_better(target)
+        # What is made of trained components has no start to go back to.
+        return len(self.flow) == 1 and len(self._initial) > 0 and super().start_over_if_better(target)
 
 
 def _fitted(log_density: LogProb, start: tuple[Tensor, Tensor], method: str) -> tuple[Tensor, Tensor]:
