@@ -226,7 +226,8 @@ class AutoMixture(AutoFlow):
 
     def _replace_components(self, chosen: Sequence[tuple[T.Compose, bases.Base]], logits: Tensor) -> None:
         """Puts copies of other components in the place of these."""
-        pairs = copy.deepcopy(list(chosen))
+        # One by one: a component may be chosen more than once.
+        pairs = [copy.deepcopy(pair) for pair in chosen]
         modules: list[Any] = [part for pair in pairs for part in pair]
         for module in modules:
             # It has been called as a part of another module.
