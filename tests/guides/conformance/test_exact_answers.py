@@ -4,7 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from guide_cases import every_guide, every_normal_guide, small
+from guide_cases import every_flow, every_guide, every_normal_guide, small
 from models import Y, conjugate, conjugate_answer, funnel, train
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import init_to_value
@@ -15,7 +15,7 @@ import pyro_flowguides as fg
 
 
 @pytest.mark.slow
-@every_guide
+@every_flow
 def test_finds_a_conjugate_posterior(Guide):
     y = torch.tensor(Y, dtype=torch.float64)
     guide = Guide(conjugate, gradient="path", init_scale=0.3)
