@@ -362,9 +362,10 @@ class FlowMixture(dist.TorchDistribution):
                 "torch.jit.trace cannot record the path gradient, which differentiates within the forward pass; use "
                 'gradient="total" with the Jit ELBOs, or Trace_ELBO with gradient="path"'
             )
-        each, pull_back = value_and_pull_back(self.component_log_probs, x.detach())
+        # The parameters have no gradient from here; within the pull-back the points have one all the same.
         with torch.no_grad():
-            each = with_own(each.detach(), own.detach())
+            each, pull_back = value_and_pull_back(self.component_log_probs, x)
+            each = with_own(each, own)
             joint = each + self.logits.detach().log_softmax(-1)
             (score,) = pull_back(joint.softmax(-1))
         return joint.logsumexp(-1) + ((x - x.detach()) * score).sum(-1), each
