@@ -13,8 +13,11 @@ from pyro.infer.autoguide import init_to_uniform
 
 import pyro_flowguides as fg
 from pyro_flowguides.compiled.losses import KL, as_objective
+from pyro_flowguides.diagnostics.tracer import Tracer
 from pyro_flowguides.distributions import systematic
+from pyro_flowguides.model.call import ModelCall
 from pyro_flowguides.testing.guides import check_guide
+from pyro_flowguides.training.start import batched_calls
 
 
 def two_modes(x):
@@ -93,6 +96,28 @@ def test_constants_in_the_density_add_no_noise(in_double):
         Trace_ELBO(num_particles=3, vectorize_particles=True).differentiable_loss(model, guide).backward()
         gradients.append(guide.flow.logits.grad.clone())
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-7)
+
+
+def test_the_gradient_of_a_recorded_model_is_the_same(in_double):
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(1), 10.0).to_event(1))
+        pyro.factor("density", two_modes(x))
+
+    def for_one_draw():
+        x = pyro.sample("x", dist.Normal(torch.zeros(1), 10.0).to_event(1))
+        pyro.factor("density", two_modes(x[0].reshape(1)))
+
+    guide = moved(set_up(model))
+    tracer = Tracer(ModelCall(for_one_draw, (), {}), guide, differentiable=True)
+    recorded = batched_calls(tracer, arguments_vary=False)
+    assert recorded is not None
+    gradients = []
+    for objective, of in ((KL(5, max_plate_nesting=0), model), (KL(5, batched=recorded), for_one_draw)):
+        pyro.set_rng_seed(2)
+        guide.zero_grad()
+        objective.loss(of, guide, (), {}).backward()
+        gradients.append([parameter.grad.clone() for parameter in guide.parameters()])
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("number", [1, 2, 7, 256])
