@@ -22,13 +22,14 @@ from .diagnostics import (
     plot_weights,
     to_arviz,
 )
-from .distributions import NormalizingFlow
+from .distributions import FlowMixture, NormalizingFlow
 from .guides import (
     AmortizedFlow,
     AutoContinuousFlow,
     AutoCoupling,
     AutoFlow,
     AutoIAF,
+    AutoMixture,
     AutoPlanar,
     AutoRadial,
     AutoResidual,
@@ -44,6 +45,7 @@ __all__ = [
     "AutoCoupling",
     "AutoFlow",
     "AutoIAF",
+    "AutoMixture",
     "AutoPlanar",
     "AutoRadial",
     "AutoResidual",
@@ -57,6 +59,7 @@ __all__ = [
     "Estimate",
     "FitResult",
     "FlowAnnealedBootstrap",
+    "FlowMixture",
     "IWELBO",
     "LogDensity",
     "Mode",

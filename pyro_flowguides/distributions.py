@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.score_parts import ScoreParts
+from pyro.ops.provenance import detach_provenance
 from torch import Tensor
+from torch.distributions import constraints
 
 from . import transforms as T
 from .transforms.base import Conditioned
@@ -39,7 +44,6 @@ class NormalizingFlow(dist.TransformedDistribution):
         ValueError: if the gradient is unknown; at the first draw or density, if the transform still needs a context.
 
     Example:
-        >>> from pyro_flowguides.flows import coupling
         >>> from pyro_flowguides.flows import coupling
         >>> base = dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1)
         >>> flow = NormalizingFlow(base, coupling(2))
@@ -176,3 +180,224 @@ class NormalizingFlow(dist.TransformedDistribution):
             self._validate_sample(value)
         z, log_det = self.transform.inverse_and_log_det(value)
         return self.base_dist.log_prob(z) + log_det
+
+
+class FlowMixture(dist.TorchDistribution):
+    r"""A mixture of normalizing flows, with an exact density by the inverses of all of them.
+
+    .. math:: q(x) = \sum_k \pi_k q_k(x), \qquad \nabla_\pi E_q[r] = \sum_k \nabla \pi_k E_{q_k}[r], \quad r = \log p - \log q.
+
+    Draws are stratified: n draws have about :math:`n \pi_k` from component k, within one or two, in random order. Given its
+    component a draw is reparameterised, and its log-density has the gradient of the components.
+
+    The weights learn by the score function :math:`s(x) = \log \sum_k \pi_k q_k(x)` as a function of :math:`\pi` alone, which
+    :meth:`score_parts` gives to Pyro's ELBOs. The draws are stratified in two halves, independent of each other, and each half
+    has the mean of r over the other as its baseline. There is no bias, and a constant in r, such as log Z, adds no noise. A
+    draw alone has no baseline. ``Trace_ELBO``, ``TraceGraph_ELBO`` and ``TraceEnum_ELBO`` train the weights.
+    ``TraceMeanField_ELBO`` refuses to. ``RenyiELBO`` has no such term, and does not train them.
+
+    Arguments:
+        components: The flows :math:`q_k`, over vectors of the same size.
+        logits: The weights before a softmax, shape (K,).
+        gradient: As in :class:`NormalizingFlow`. ``"path"``: the log-density of a draw depends on the parameters through the draw
+            alone, by the score of the whole mixture (Roeder et al. 2017, arXiv:1703.09194).
+
+    Cost: n draws are n passes and n inverses of every component.
+
+    Raises:
+        ValueError: if the gradient is unknown.
+
+    Example:
+        >>> from pyro_flowguides.flows import coupling
+        >>> base = dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1)
+        >>> mixture = FlowMixture([NormalizingFlow(base, coupling(2)) for _ in range(3)], torch.zeros(3))
+        >>> x, log_prob = mixture.rsample_and_log_prob((5,))
+        >>> x.shape, log_prob.shape
+        (torch.Size([5, 2]), torch.Size([5]))
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    support = constraints.real_vector
+
+    def __init__(
+        self,
+        components: Sequence[NormalizingFlow],
+        logits: Tensor,
+        *,
+        gradient: str = "total",
+        batch_shape: torch.Size = torch.Size(),
+        validate_args: bool | None = None,
+    ) -> None:
+        if gradient not in ("total", "path"):
+            raise ValueError(f'FlowMixture: gradient must be "total" or "path", got {gradient!r}')
+        self.components, self.logits, self.gradient = list(components), logits, gradient
+        # The last draw, its log-density, and the score function of the weights there.
+        self._last_draw: tuple[Tensor, Tensor, Tensor] | None = None
+        super().__init__(batch_shape, components[0].event_shape, validate_args=validate_args)
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override, unused-ignore]
+        """Whether draws carry all of the gradient, which they do unless weights are learnt."""
+        return not (self.logits.requires_grad and torch.is_grad_enabled())
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights of the components, shape (K,)."""
+        return self.logits.softmax(-1)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> FlowMixture:
+        shape = torch.Size(batch_shape)
+        return FlowMixture(self.components, self.logits, gradient=self.gradient, batch_shape=shape, validate_args=False)
+
+    def component_log_probs(self, value: Tensor) -> Tensor:
+        """The log-density of every component by its inverse, shape ``value.shape[:-1] + (K,)``."""
+        rows = value.reshape(-1, value.shape[-1])
+        each = []
+        for component in self.components:
+            z, log_det = component.transform.inverse_and_log_det(rows)
+            each.append(component.base_dist.log_prob(z) + log_det)
+        return torch.stack(each, -1).reshape(*value.shape[:-1], len(self.components))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log-density of a draw, or of any other point."""
+        value = detach_provenance(value)
+        if self._last_draw is not None and value is self._last_draw[0]:
+            return self._last_draw[1]
+        return (self.component_log_probs(value) + self.logits.log_softmax(-1)).logsumexp(-1)
+
+    def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> ScoreParts:
+        """log q, the score function of the weights, and what an ELBO subtracts to be differentiated.
+
+        The ELBOs multiply the score function by log p; by log q it is multiplied here, since they leave the density of an
+        auxiliary site out.
+        """
+        log_q = self.log_prob(x)
+        drawn = self._last_draw is not None and detach_provenance(x) is self._last_draw[0]
+        if not drawn or self.has_rsample:
+            return ScoreParts(log_q, 0.0, log_q)  # type: ignore[arg-type]
+        assert self._last_draw is not None
+        score = self._last_draw[2]
+        return ScoreParts(log_q, score, log_q + log_q.detach() * score)
+
+    def __call__(self, sample_shape: Any = torch.Size(), *args: Any, **kwargs: Any) -> Tensor:
+        return self.rsample(sample_shape)
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        self._last_draw = self._draw(torch.Size(sample_shape))
+        return self._last_draw[0]
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def rsample_and_log_prob(self, sample_shape: torch.Size | Sequence[int] = torch.Size()) -> tuple[Tensor, Tensor]:
+        """Draws x with its log-density, whose gradient follows ``self.gradient``."""
+        return self._draw(torch.Size(sample_shape))[:2]
+
+    def _draw(self, sample_shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+        shape = sample_shape + self.batch_shape
+        number = math.prod(shape)
+        weights = self.weights.detach()
+        half = number - number // 2
+        index = torch.cat([stratified(weights, half), stratified(weights, number - half)])
+        x, own, penalty = self._draw_from(index)
+        log_q, score = self._log_q(x, own, index)
+        if torch.is_grad_enabled():
+            log_q = log_q + (penalty - penalty.detach())
+        # The mean over each half is what the other half has as its baseline.
+        first, second = score[:half], score[half:]
+        if number > 1:
+            score = torch.cat([first - second.sum() / half, second - first.sum() / (number - half)])
+        return x.reshape(*shape, -1), log_q.reshape(shape), score.reshape(shape)
+
+    def draw_from(self, index: Tensor, base_draws: Sequence[Tensor]) -> Tensor:
+        """Pushes points of the base distributions forward.
+
+        Arguments:
+            index: The component of each, shape (n,).
+            base_draws: Points of the base distribution of every component, shape (n, D).
+        """
+        each = [flow.transform(z) for flow, z in zip(self.components, base_draws, strict=True)]
+        return _chosen(each, index)
+
+    def _draw_from(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Draws from the given components, the log-density of each in its own, and the penalty on the way.
+
+        All components draw all points, so that the shapes are known before the draw.
+        """
+        points, densities, penalties = [], [], []
+        for component in self.components:
+            z = component.base_dist.rsample(torch.Size([len(index)]))
+            with collect_penalties() as found:
+                x, log_det = component.transform.forward_and_log_det(z)
+            points.append(x)
+            densities.append(component.base_dist.log_prob(z) - log_det)
+            penalties.append(sum((penalty.reshape(-1) for penalty in found), torch.zeros_like(log_det)))
+        return _chosen(points, index), _chosen(densities, index), _chosen(penalties, index)
+
+    def _log_q(self, x: Tensor, own: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """log q at draws, and the score function of the weights there.
+
+        Arguments:
+            x: The draws, shape (n, D).
+            own: The log-density of each in its own component, from the forward pass, which no rounding of an inverse touches.
+            index: The component of each.
+        """
+        is_own = index.unsqueeze(-1) == torch.arange(len(self.components), device=index.device)
+        log_weights = self.logits.log_softmax(-1)
+
+        def with_own(log_probs: Tensor, own: Tensor) -> Tensor:
+            return torch.where(is_own, own.unsqueeze(-1), log_probs)
+
+        if self.gradient == "total" or not torch.is_grad_enabled():
+            each = with_own(self.component_log_probs(x), own)
+            log_q = (each + log_weights.detach()).logsumexp(-1)
+        else:
+            log_q, each = self._with_path_gradient(x, own, with_own)
+        return log_q, (each.detach() + log_weights).logsumexp(-1)
+
+    def _with_path_gradient(self, x: Tensor, own: Tensor, with_own: Any) -> tuple[Tensor, Tensor]:
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            raise NotImplementedError(
+                "torch.jit.trace cannot record the path gradient, which differentiates within the forward pass; use "
+                'gradient="total" with the Jit ELBOs, or Trace_ELBO with gradient="path"'
+            )
+        # The parameters have no gradient from here; within the pull-back the points have one all the same.
+        with torch.no_grad():
+            each, pull_back = value_and_pull_back(self.component_log_probs, x)
+            each = with_own(each, own)
+            joint = each + self.logits.detach().log_softmax(-1)
+            (score,) = pull_back(joint.softmax(-1))
+        return joint.logsumexp(-1) + ((x - x.detach()) * score).sum(-1), each
+
+    def ode_error(self, num_draws: int = 1000) -> OdeError:
+        """The worst of the components, see :meth:`NormalizingFlow.ode_error`."""
+        errors = [component.ode_error(num_draws) for component in self.components]
+        return OdeError(*(max(values) for values in zip(*errors, strict=True)))
+
+
+def stratified(weights: Tensor, number: int) -> Tensor:
+    r"""Indices of which about :math:`n \pi_k` are k, in random order, with static shapes.
+
+    Arguments:
+        weights: The weights :math:`\pi`, shape (K,).
+        number: The number n of indices.
+    """
+    offset, order = (
+        torch.rand((), dtype=weights.dtype, device=weights.device),
+        torch.rand(number, device=weights.device),
+    )
+    return systematic(weights, number, offset)[order.argsort()]
+
+
+def systematic(weights: Tensor, number: int, offset: Tensor | float) -> Tensor:
+    """The component that each of n equal strata of the unit interval meets at an offset from 0 to 1, in rising order."""
+    strata = torch.arange(number, dtype=weights.dtype, device=weights.device)
+    index = torch.searchsorted(weights.cumsum(-1), (strata + offset) / max(number, 1))
+    # The weights may add up to a little less than 1.
+    return index.clamp(max=len(weights) - 1)
+
+
+def _chosen(each: Sequence[Tensor], index: Tensor) -> Tensor:
+    """Row i of the tensor number ``index[i]``, for every i."""
+    return torch.stack(list(each))[index, torch.arange(len(index), device=index.device)]

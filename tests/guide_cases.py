@@ -21,6 +21,13 @@ class ShortContinuousFlow(fg.AutoContinuousFlow):
         super().__init__(model, num_units=8, num_steps=num_steps, **options)
 
 
+class Mixture(fg.AutoMixture):
+    """Two components, whatever the number of modes."""
+
+    def __init__(self, model, **options):
+        super().__init__(model, num_components=2, **options)
+
+
 NORMAL_GUIDES = {
     "flow": fg.AutoFlow,
     "continuous": ShortContinuousFlow,
@@ -34,10 +41,13 @@ NORMAL_GUIDES = {
 }
 
 
-GUIDES = {**NORMAL_GUIDES, "student_t": StudentTFlow}
+FLOWS = {**NORMAL_GUIDES, "student_t": StudentTFlow}
+GUIDES = {**FLOWS, "mixture": Mixture}
 
 
 every_guide = pytest.mark.parametrize("Guide", GUIDES.values(), ids=GUIDES)
+# Guides that are one flow.
+every_flow = pytest.mark.parametrize("Guide", FLOWS.values(), ids=FLOWS)
 
 
 every_normal_guide = pytest.mark.parametrize("Guide", NORMAL_GUIDES.values(), ids=NORMAL_GUIDES)
@@ -45,6 +55,6 @@ every_normal_guide = pytest.mark.parametrize("Guide", NORMAL_GUIDES.values(), id
 
 def small(Guide):
     """The guide with two layers, where the time goes into recording them or running them one by one."""
-    if Guide in (fg.AutoFlow, StudentTFlow):
+    if Guide in (fg.AutoFlow, StudentTFlow, Mixture):
         return functools.partial(Guide, flow=functools.partial(fg.flows.coupling, num_layers=2))
     return functools.partial(Guide, num_layers=2)

@@ -20,6 +20,7 @@ from pyro.infer.util import get_dependent_plate_dims, torch_sum
 from torch import Tensor
 
 from .. import internals
+from ..distributions import FlowMixture
 from ..guides.base import path_gradient
 from ..guides.delta import LatentDelta
 from ..model.call import ModelCall
@@ -329,6 +330,10 @@ def _log_weight_and_surrogate(
         log_prob = torch_sum(site["log_prob"], sum_dims)
         log_weight, surrogate = log_weight + log_prob, surrogate + log_prob
     for site in _samples(guide_trace):
+        if isinstance(site["fn"], FlowMixture) and not site["fn"].has_rsample:
+            raise ValueError(
+                "RenyiELBO and IWELBO have no gradient for the weights of a mixture; use Trace_ELBO, which fit does by default"
+            )
         log_prob = torch_sum(site["log_prob"], sum_dims)
         log_weight = log_weight - log_prob
         if not is_identically_zero(site["score_parts"].entropy_term):

@@ -123,8 +123,14 @@ def recorded_loss(
         if not is_identically_zero(site["score_parts"].entropy_term):
             surrogate = surrogate - site["score_parts"].entropy_term.sum()
     log_weight = (log_p - log_q).detach()
+    # As in Trace_ELBO, without the density of auxiliary sites.
+    cost = log_weight + sum(
+        site["log_prob"].detach().reshape(num_particles, -1).sum(-1)
+        for site in sites
+        if site["infer"].get("is_auxiliary")
+    )
     for site in sites:
         score = site["score_parts"].score_function
         if not is_identically_zero(score):
-            surrogate = surrogate + (log_weight * score.reshape(num_particles, -1).sum(-1)).sum()
+            surrogate = surrogate + (cost * score.reshape(num_particles, -1).sum(-1)).sum()
     return (surrogate.detach() - surrogate - log_weight.sum()) / num_particles

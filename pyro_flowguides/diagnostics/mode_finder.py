@@ -16,19 +16,19 @@ from torch import Tensor
 
 from ..checks import check_positive_integer, warn
 from ..guides.auto import init_or_feasible
-from ..model import supports
+from ..model import mode_search, supports
 from ..model.ascent import ascend
 from ..model.call import ModelCall
 from ..model.enumeration import is_summed_out
 from ..model.latents import Latents
+from ..model.maxima import MAX_DIM, Coordinates, coordinates, first_starts, prior_draws, rounding
 from ..model.missing import FillMissing
+from ..model.mode_search import Maxima, Metered
 from ..model.sites import is_subsample, quiet_trace, unchanged_random_state
 from ..model.target import ERRORS_OF_MODELS, Target
-from . import mode_search
 from .draws import Draws, to_numpy
 from .importance import Estimate
 from .mode_masses import MIN_DRAWS_OF_A_MODE, Comparison, compare, weigh
-from .mode_search import Maxima, Metered
 from .modes import Mode, Modes
 from .sampling import draw_traced
 from .summary import scalars
@@ -37,8 +37,6 @@ from .tracer import Tracer
 
 NUM_STARTS = 128
 NUM_DRAWS = 8192
-# Draws of the prior: starts, and the scale of the search where there is no guide.
-NUM_PRIOR_DRAWS = 16
 # Where every draw is a run of the model.
 NUM_LOOPED_STARTS, NUM_LOOPED_DRAWS = 16, 1024
 # Up to so many points a batch of the target takes the same time, about that of a training step of a flow.
@@ -48,8 +46,6 @@ SMALL_BATCH = 256
 POINTS_PER_STEP = {"flow": SMALL_BATCH / 20, "cheap": SMALL_BATCH / 48, "looped": 0.8}
 # By default there is no search that could not take so many steps with all of its starts.
 MIN_STEPS = 30
-# More latents have a matrix of curvature that is too large.
-MAX_DIM = 1000
 # The number of scalars that say where a mode is.
 NUM_SHOWN = 3
 
@@ -190,7 +186,7 @@ class Search:
         vectorize, batched = (None, None) if tracer is None else (tracer.vectorizes, tracer.batched)
         with unchanged_random_state():
             self.target = Target(call, self.latents, vectorize=vectorize, batched=batched)
-        self.rounding = 4 * float(torch.finfo(self.latents.init_loc.dtype).eps)
+        self.rounding = rounding(self.latents)
         self.drawn = None if draws is None else pack(self.latents, draws)
 
     def run(self, num_starts: int, num_draws: int, allowance: float = math.inf) -> Modes:
@@ -201,88 +197,44 @@ class Search:
             num_draws: The number of draws to measure masses with.
             allowance: How many points of the target may be asked for, about.
         """
-        prior = self._prior_draws(NUM_PRIOR_DRAWS)
-        loc, scale_tril = self._coordinates(prior)
+        prior = prior_draws(self.call, self.latents)
+        points = prior if self.drawn is None else self.drawn
+        within = coordinates(points, self.latents.init_loc, full=self.drawn is not None)
         log_density = Metered(
-            self._log_density(loc, scale_tril), allowance - num_draws, SMALL_BATCH if self.target.runs_together else 1
+            within.log_density(self.target.log_prob),
+            allowance - num_draws,
+            SMALL_BATCH if self.target.runs_together else 1,
         )
-
-        def standard(x: Tensor) -> Tensor:
-            return torch.linalg.solve_triangular(scale_tril, (x - loc).mT, upper=False).mT
 
         def climb(points: Tensor) -> Tensor:
             return ascend(log_density, points, mode_search.MAX_STEPS, rounding=self.rounding).points
 
-        like: Any = {"dim": len(loc), "dtype": loc.dtype, "device": loc.device}
-        from_prior = prior[: num_starts // 4]
-        rest = num_starts - len(from_prior)
-        starts = [
-            standard(from_prior),
-            mode_search.inflated(rest - rest // 2, **like),
-            mode_search.uniform(rest // 2, **like),
-        ]
-        from_the_inside = torch.cat(starts)
-        from_the_inside = from_the_inside[from_the_inside.norm(dim=-1).argsort()]
         maxima, total = mode_search.search(
             log_density,
-            # Where the model raises far outside, it is a part of the batch.
-            from_the_inside,
+            first_starts(prior, num_starts, within),
             # Without a guide the first batch knows nothing of the scale of the posterior.
             min_batches=2 if self.drawn is None else 1,
             rounding=self.rounding,
         )
         if not len(maxima):
             return Modes((), total, 0, self.draws is not None)
-        log_det = scale_tril.diagonal().log().sum()
         maxima = maxima.heaviest(max(2, num_draws // MIN_DRAWS_OF_A_MODE))
         masses = weigh(log_density, maxima, num_draws)
         if self.drawn is None or self.draws is None:
             found = Comparison.without_guide(masses)
         else:
-            log_weights = self.draws.log_weights.double() - log_det
-            found = compare(masses, standard(self.drawn), log_weights, self.draws.verdict.khat, climb)
-        modes = self._modes(found, maxima, loc, scale_tril)
+            log_weights = self.draws.log_weights.double() - within.log_det
+            found = compare(masses, within.standard(self.drawn), log_weights, self.draws.verdict.khat, climb)
+        modes = self._modes(found, maxima, within)
         return Modes(modes, total, sum(mode.num_found for mode in modes), self.draws is not None)
 
-    def _prior_draws(self, number: int) -> Tensor:
-        """Up to so many draws of the prior; a flat one has none."""
-        rows = []
-        model = FillMissing()(self.call.without_initial_values.model)
-        with quiet_trace():
-            for _ in range(number):
-                try:
-                    trace = poutine.trace(model).get_trace(*self.call.args, **self.call.kwargs)
-                    rows.append(self.latents.pack(trace))
-                except ERRORS_OF_MODELS:
-                    break
-        init = self.latents.init_loc
-        drawn = torch.stack(rows).double() if rows else init.new_zeros(0, len(init)).double()
-        return drawn[drawn.isfinite().all(-1)]
-
-    def _coordinates(self, prior: Tensor) -> tuple[Tensor, Tensor]:
-        """Location and scale of the coordinates of the search: those of the guide's draws, or of the prior."""
-        points = prior if self.drawn is None else self.drawn
-        init = self.latents.init_loc.double()
-        if len(points) < 2:
-            return init, torch.eye(len(init)).to(init)
-        sds = points.std(0)
-        sds = torch.where(sds > 1e-6, sds, 1.0)
-        if self.drawn is not None and len(points) > 2 * len(init):
-            factor, failed = torch.linalg.cholesky_ex(torch.cov(points.mT).reshape(len(init), -1))
-            if not int(failed):
-                return points.mean(0), factor
-        return points.mean(0), sds.diag()
-
-    def _log_density(self, loc: Tensor, scale_tril: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda z: self.target.log_prob(loc + z @ scale_tril.mT)
-
-    def _modes(self, found: Comparison, maxima: Maxima, loc: Tensor, scale_tril: Tensor) -> tuple[Mode, ...]:
-        points = loc + maxima.points @ scale_tril.mT
+    def _modes(self, found: Comparison, maxima: Maxima, within: Coordinates) -> tuple[Mode, ...]:
+        points = within.original(maxima.points)
         order = np.lexsort((-found.mass, found.is_lost))
         order = order[found.mass[order] >= mode_search.MIN_MASS * found.mass.max()]
         with torch.no_grad(), pyro.validation_enabled(False):
             values = self.target.constrain(points.to(self.latents.init_loc.dtype))
-        proposals, log_det = found.masses.maxima, float(scale_tril.diagonal().log().sum())
+        proposals = found.masses.maxima
         symmetries = find_symmetries(self.latents, self.target.log_prob, values, points, order)
         places = self._places(values, order)
         return tuple(
@@ -298,9 +250,9 @@ class Search:
                 symmetric_to=symmetries[rank][0],
                 symmetry=symmetries[rank][1],
                 where=places[rank],
-                loc=loc + scale_tril @ proposals.points[index],
-                scale_tril=scale_tril @ proposals.scale_trils[index],
-                log_mass=float(found.nats[index]) + log_det,
+                loc=within.original(proposals.points[index]),
+                scale_tril=within.scale_tril @ proposals.scale_trils[index],
+                log_mass=float(found.nats[index] + within.log_det),
             )
             for rank, index in enumerate(order.tolist())
         )

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..model.mode_search import MIN_MASS, Maxima
 from ..model.target import LogProb
 from .importance import psis
-from .mode_search import MIN_MASS, Maxima
 
 MIN_DRAWS_OF_A_MODE = 64
 # Modes with fewer effective draws have no mass that could be relied on.

@@ -2,7 +2,7 @@ r"""The modes of a posterior, the mass of each, and which of them a guide has no
 
 Importance weights of a guide's draws are blind to what the guide never reaches. A search with many starts is not: all of them
 climb together on the batched log density (:mod:`pyro_flowguides.model.ascent`), and where they arrive the mass is measured
-(:mod:`pyro_flowguides.diagnostics.mode_search`).
+(:mod:`pyro_flowguides.model.mode_search`).
 """
 
 from __future__ import annotations

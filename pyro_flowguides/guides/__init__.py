@@ -3,6 +3,7 @@
 from .amortized import AmortizedFlow
 from .auto import AutoFlow
 from .base import FlowGuide
+from .mixture import AutoMixture
 from .named import (
     AutoContinuousFlow,
     AutoCoupling,
@@ -20,6 +21,7 @@ __all__ = [
     "AutoCoupling",
     "AutoFlow",
     "AutoIAF",
+    "AutoMixture",
     "AutoPlanar",
     "AutoRadial",
     "AutoResidual",

@@ -143,6 +143,13 @@ class AutoFlow(FlowGuide, AutoContinuous):
         return self
 
     def _build(self, args: tuple, kwargs: dict[str, Any]) -> Latents:
+        latents = self._lay_out(args, kwargs)
+        if latents.sites:
+            self._attach_flow(latents, args, kwargs)
+        return latents
+
+    def _lay_out(self, args: tuple, kwargs: dict[str, Any]) -> Latents:
+        """The latents of the prototype in one vector."""
         latents = Latents.whole(self.prototype_trace, type(self).__name__)
         if not latents.sites:
             if self.create_plates is None:
@@ -153,6 +160,14 @@ class AutoFlow(FlowGuide, AutoContinuous):
             return latents
         latents = supports.mark_varying(latents, ModelCall(self.model, args, kwargs), self.prototype_trace)
         self._check_given_indices(latents, args, kwargs)
+        return latents
+
+    def _attach_flow(self, latents: Latents, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Makes the flow."""
+        self._attach(self._make_parts(latents), latents.init_loc)
+
+    def _make_parts(self, latents: Latents) -> list[T.FlowTransform]:
+        """A flow, the trainable affine map, and the fixed one, which starts where the latents do."""
         dim, loc = latents.dim, latents.init_loc
         parts = [self._make_body(dim)]
         if self._affine == "lower_triangular":
@@ -161,8 +176,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
             parts.append(T.Affine(dim))
         scale = torch.full_like(loc, self._init_scale)
         parts.append(T.FixedAffine(loc, scale if dim > whitening.MAX_FULL_RANK_DIM else scale.diag()))
-        self._attach(parts, loc)
-        return latents
+        return parts
 
     def _check_given_indices(self, latents: Latents, args: tuple, kwargs: dict[str, Any]) -> None:
         """Raises ValueError where the model is given the indices of a plate with latents and the guide is not."""
@@ -364,8 +378,11 @@ class AutoFlow(FlowGuide, AutoContinuous):
         if method == "init":
             return self
         target = Target(replace(call, model=model or call.model), self.latents, vectorize=vectorize, batched=batched)
-        self._put_map(*whitening.whiten(target, self._map_in_double(), method))
+        self._whiten(target, method)
         return self
+
+    def _whiten(self, target: Target, method: str) -> None:
+        self._put_map(*whitening.whiten(target, self._map_in_double(), method))
 
     def start_over_if_better(self, target: Target) -> bool:
         """Whitens a trained guide anew where it no longer fits, as after a fit to other data; its training starts over then.

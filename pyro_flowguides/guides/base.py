@@ -225,15 +225,19 @@ class FlowGuide(AutoGuide):
         """Makes flow and base distribution parts of the guide, in the dtype and on the device of the latents."""
         flow = T.Compose(parts).to(dtype=loc.dtype, device=loc.device)
         base = BASES[self._base](flow.dim).to(dtype=loc.dtype, device=loc.device)
-        # Before they are attached: the other order leaves every parameter in the store under a second name.
-        to_pyro_module_(flow)
-        to_pyro_module_(base)
-        named = [(f"flow.{name}", parameter) for name, parameter in flow.named_parameters()]
-        named += [(f"base.{name}", parameter) for name, parameter in base.named_parameters()]
+        self._attach_modules({"flow": flow, "base": base})
+
+    def _attach_modules(self, modules: Mapping[str, nn.Module]) -> None:
+        """Makes modules parts of the guide under these names, and their parameters those of the store."""
+        named = list(self.named_parameters())
+        for owner, module in modules.items():
+            # Before they are attached: the other order leaves every parameter in the store under a second name.
+            to_pyro_module_(module)
+            named += [(f"{owner}.{name}", parameter) for name, parameter in module.named_parameters()]
         # And before anything is replaced: to set a module anew takes the values of the old one out of the store.
-        self._check_param_store([*self.named_parameters(), *named])
-        self.flow = flow
-        self.base = base
+        self._check_param_store(named)
+        for owner, module in modules.items():
+            setattr(self, owner, module)
         self._initial = self._flat_parameters()
         self._join_param_store()
 

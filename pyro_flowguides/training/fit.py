@@ -25,7 +25,7 @@ from .checkpoint import Checkpoint
 from .division import common_seed, find_division
 from .fingerprint import describe_options
 from .loop import Loop, Options
-from .restarts import fit_repeatedly
+from .restarts import WAYS, fit_repeatedly
 from .result import FitResult
 from .schedules import find_schedule, find_temper
 
@@ -40,6 +40,7 @@ def fit(
     batches: Iterable[Any] | None = None,
     num_restarts: int = 1,
     max_seconds: float | None = None,
+    restarts: str = "best",
     seed: int | None = None,
     progress: bool = True,
     loss: Objective | ELBO | Callable[..., Tensor] | None = None,
@@ -92,6 +93,9 @@ def fit(
             many as it takes. Rounds that have no time left are left out, and the learning rate of the last one falls as the time
             runs out. A fit with a limit is not the same when it is repeated. Whitening, and a step that has begun, are not cut
             off. With restarts each has its part of the time. Not together with ``temper``.
+        restarts: What is kept of them: ``"best"``, or ``"mixture"`` for an :class:`pyro_flowguides.AutoMixture` of all, weighed
+            by the evidence that each holds; those that hold the same are merged. The guide that was given has the parameters
+            of the best.
         seed: Seeds Pyro first, if given.
         progress: Whether to show a progress bar.
 
@@ -184,6 +188,8 @@ def fit(
             described |= {"the data": [args, model_kwargs]}
         division.check_same("fit", describe_options(described))
         seed, checkpoint = common_seed(division, seed), division.checkpoint(checkpoint)
+    if restarts not in WAYS:
+        raise ValueError(f'fit: restarts must be "best" or "mixture", got {restarts!r}')
     kwargs = dict(model_kwargs or {})
     args_are_a_batch = batches is not None and not args and not kwargs
     options = Options(
@@ -217,7 +223,7 @@ def fit(
     call = ModelCall.given("fit", model, args, kwargs)
     with division.quiet() if division else nullcontext():
         if num_restarts > 1:
-            return fit_repeatedly(call, guide, options, num_restarts)
+            return fit_repeatedly(call, guide, options, num_restarts, restarts)
         with private_store(model, guide) as (model, guide):
             return Loop(replace(call, model=model), guide, options).run()
 

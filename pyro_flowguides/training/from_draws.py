@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..guides.auto import AutoFlow
+from ..guides.mixture import AutoMixture
 from ..model.call import ModelCall
 from ..model.latents import Latents, LatentSite
 from ..model.ownership import private_store
@@ -72,8 +73,10 @@ def fit_to_draws(
         ValueError: if the guide has been trained, a site is missing, a shape is wrong, a draw is not finite or outside of its
             support, a latent does not vary, or the support of a site depends on other latents.
     """
-    if not isinstance(guide, AutoFlow):
-        raise TypeError(f"{OWNER}: the guide must be an AutoFlow, such as AutoCoupling(model), got {guide!r}")
+    if not isinstance(guide, AutoFlow) or isinstance(guide, AutoMixture):
+        raise TypeError(
+            f"{OWNER}: the guide must be an AutoFlow with one flow, such as AutoCoupling(model), got {type(guide).__name__}"
+        )
     plan = Plan(num_steps, None, batch_size, patience, optim, schedule, progress)
     plan.check(OWNER)
     if seed is not None:

@@ -22,6 +22,8 @@ from ..diagnostics.draws import Draws
 from ..diagnostics.mode_finder import search_after_fit
 from ..diagnostics.modes import Modes
 from ..diagnostics.sampling import draw_traced
+from ..diagnostics.tracer import Tracer
+from ..guides.base import Call
 from ..model.call import ModelCall
 from ..model.missing import FillMissing
 from ..model.ownership import owned
@@ -96,10 +98,8 @@ class Loop:
             pyro.set_rng_seed(self.options.seed)
         checkpoint = self.options.checkpoint
         saved = None if checkpoint is None else checkpoint.load()
-        self.tracer, flow_guides = start.set_up(self.call, self.guide)
+        flow_guides = self._set_up()
         check_start(self.tracer, flow_guides)
-        if start.has_missing(self.tracer):
-            self.call = replace(self.call, model=FillMissing()(self.call.model))
         if self.options.loss is None:
             check_gradients(self.tracer)
         if checkpoint is not None:
@@ -127,6 +127,29 @@ class Loop:
             with checkpoint.used():
                 self._load(saved)
         draws = self._train_and_judge(saved)
+        if start.simplify(flow_guides):
+            draws = self._draw()
+        return self._result(draws, flow_guides, began)
+
+    def judge(self, prepare: Callable[[Tracer], None]) -> FitResult:
+        """The result for a guide that is made of trained parts, without any training.
+
+        Arguments:
+            prepare: Finishes the guide, once it is set up, with what traces it.
+        """
+        began = time.perf_counter()
+        flow_guides = self._set_up()
+        with pyro.validation_enabled(False):
+            prepare(self.tracer)
+        return self._result(self._draw(), flow_guides, began)
+
+    def _set_up(self) -> list[Call]:
+        self.tracer, flow_guides = start.set_up(self.call, self.guide)
+        if start.has_missing(self.tracer):
+            self.call = replace(self.call, model=FillMissing()(self.call.model))
+        return flow_guides
+
+    def _result(self, draws: Draws, flow_guides: list[Call], began: float) -> FitResult:
         start.warn_of_ode_error(flow_guides, draws.elbo)
         modes = self._search(draws, is_flow=bool(flow_guides))
         model, guide, parameters = owned(self.call.model, self.guide)

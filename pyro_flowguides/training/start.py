@@ -15,6 +15,7 @@ from ..diagnostics.importance import Estimate
 from ..diagnostics.tracer import Tracer
 from ..guides.auto import AutoFlow
 from ..guides.base import Call, calls_of_flow_guides
+from ..guides.mixture import AutoMixture
 from ..model.call import ModelCall
 from ..model.missing import as_given
 from ..model.sites import latent_sites, observed_sites, subsampled_plate, unchanged_random_state
@@ -102,6 +103,12 @@ def whiten(
                 flow_guide.start_over_if_better(Target(ModelCall(model, args, kwargs), flow_guide.latents, **how))
     for each in calls:
         each.guide.undamp()
+
+
+def simplify(calls: Sequence[Call]) -> bool:
+    """Merges and drops components of mixtures after the training; returns whether a guide has changed."""
+    mixtures = [each.guide for each in calls if isinstance(each.guide, AutoMixture)]
+    return sum(mixture.simplify() for mixture in mixtures) > 0
 
 
 def _is_alone(call: Call, tracer: Tracer) -> bool:

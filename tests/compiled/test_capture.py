@@ -143,6 +143,9 @@ def structured(model):
 GUIDES = {
     "AutoFlow": lambda model: fg.AutoFlow(model, lambda dim: fg.flows.nice(dim, num_layers=2, hidden_dims=[4])),
     "AutoCoupling": lambda model: fg.AutoCoupling(model, num_layers=2, hidden_dims=[4]),
+    "AutoMixture": lambda model: fg.AutoMixture(
+        model, lambda dim: fg.flows.coupling(dim, num_layers=1, hidden_dims=[4]), num_components=2, gradient="path"
+    ),
     "AutoIAF": lambda model: fg.AutoIAF(model, num_layers=2, hidden_dims=[4]),
     "AutoPlanar": lambda model: fg.AutoPlanar(model, num_layers=2),
     "AutoRadial": lambda model: fg.AutoRadial(model, num_layers=2),

@@ -13,8 +13,8 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 import pyro_flowguides as fg
 from pyro_flowguides.diagnostics.importance import judge
-from pyro_flowguides.diagnostics.mode_search import max_modes
 from pyro_flowguides.model.ascent import ascend, negative_hessians, without_errors
+from pyro_flowguides.model.mode_search import max_modes
 
 
 def mixture(masses, locs, scale=1.0):

@@ -48,6 +48,17 @@ def bootstrap():
     return fg.FlowAnnealedBootstrap(8, num_intermediate=1, num_leapfrog_steps=1, buffer_size=32, num_updates=3)
 
 
+def mirrored(y):
+    """Two modes, of which one is the image of the other."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mu.abs(), 1.0), obs=y)
+
+
+def mixture(model):
+    return fg.AutoMixture(model, fg.transforms.Affine, affine=None)
+
+
 def rates(name):
     return {"lr": 0.1} if "locs" in name else {"lr": 0.01}
 
@@ -57,6 +68,7 @@ CASES = {
     "flow, whitened": (conjugate, small, lambda: {"whiten": "batch_and_match"}),
     "normal": (conjugate, AutoNormal, dict),
     "replayed": (conjugate, small, lambda: {"backend": "replay"}),
+    "mixture": (mirrored, mixture, lambda: {"backend": "replay", "whiten": "auto"}),
     "average": (conjugate, small, lambda: {"ema_decay": 0.9}),
     "annealed draws": (conjugate, small, lambda: {"loss": bootstrap(), "num_particles": None}),
     "tempered": (conjugate, small, lambda: {"temper": lambda progress: min(1.0, 0.1 + 1.1 * progress)}),

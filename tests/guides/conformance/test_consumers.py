@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from guide_cases import every_guide, small
+from guide_cases import every_flow, small
 from models import Y, conjugate, conjugate_answer, funnel, train
 from pyro import poutine
 from pyro.contrib.forecast import Forecaster, ForecastingModel
@@ -123,7 +123,7 @@ def test_importance_sampling():
     assert khat < 0.7
 
 
-@every_guide
+@every_flow
 @pytest.mark.parametrize("with_data", [False, True])
 def test_neutra_has_the_density_of_the_model(Guide, with_data):
     def model(y=None):

@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from guide_cases import every_guide, every_normal_guide, small
+from guide_cases import every_flow, every_guide, every_normal_guide, small
 from models import Y, conjugate, correlated, kitchen_sink, train
 from pyro import poutine
 from pyro.infer import (
@@ -231,7 +231,7 @@ def test_mask_false_has_no_jacobian():
     torch.testing.assert_close(site["fn"].log_density, -site["value"].log())
 
 
-@every_guide
+@every_flow
 @pytest.mark.parametrize("init_scale", [1e-1, 1e-8])
 def test_init_scale(Guide, init_scale):
     guide = Guide(every_shape, init_scale=init_scale).setup()

@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from guide_cases import every_guide, small
+from guide_cases import every_flow, every_guide, small
 from models import Y, conjugate, conjugate_answer, correlated, train
 from pyro import poutine
 from pyro.infer import (
@@ -27,7 +27,8 @@ from transform_cases import perturb
 import pyro_flowguides as fg
 
 
-@every_guide
+# A mixture starts at the answer.
+@every_flow
 @pytest.mark.parametrize("gradient", ["total", "path"])
 def test_trains(Guide, gradient):
     loss_falls(Guide(conjugate, gradient=gradient), Trace_ELBO(num_particles=8, vectorize_particles=True))

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model.ascent import ascend, negative_hessians, without_errors
-from ..model.target import LogProb, value_and_score
+from .ascent import ascend, negative_hessians, without_errors
+from .target import LogProb, value_and_score
 
 # Starts are inflated up to this many standard deviations; uniform ones have a box of up to this half-width.
 MAX_INFLATION = 30.0
