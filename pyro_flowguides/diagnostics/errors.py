@@ -3,7 +3,7 @@ r"""How far the moments of a guide's draws are off, estimated from the draws and
 Let w be the weights, with mean 1, and z a scalar in posterior sds from its weighted mean. The weighted moments are means of the
 terms :math:`w z` and :math:`w z^2`. Their Monte-Carlo errors are known. What no draw has reached is estimated from the largest
 terms: a generalised Pareto tail is fitted to them, as Pareto smoothing does it for the weights alone, and the part of it beyond
-the largest term is what the posterior adds to the mean. For M terms above u in S draws, of shape k and scale :math:`\sigma`, this is
+the largest term is what the posterior adds to the mean. For M terms above u in S draws, of shape k and scale :math:`\sigma`:
 
 .. math:: \frac{1}{2S}\left[u + \frac{\sigma}{k}\left(\frac{(2M)^k}{1 - k} - 1\right)\right].
 
@@ -98,14 +98,16 @@ def moment_errors(columns: Sequence[np.ndarray], weights: ImportanceWeights) -> 
         ValueError: if the weights cannot be smoothed, see :attr:`ImportanceWeights.error`.
     """
     smoothed, unsmoothed = weights.weights, weights.scaled_weights
+    if effective_number(smoothed) < FEW_EFFECTIVE:
+        unknown = np.full(len(columns), np.nan)
+        nothing = Errors(unknown, unknown, unknown, unknown)
+        return MomentErrors(nothing, nothing, np.zeros(len(columns)))
     blocks = [np.stack(columns[i : i + BLOCK]) for i in range(0, len(columns), BLOCK)]
     joined = np.concatenate([np.empty((9, 0)), *(_block(block, smoothed, unsmoothed) for block in blocks)], axis=1)
-    if effective_number(smoothed) < FEW_EFFECTIVE:
-        joined[:8] = np.nan
     return MomentErrors(Errors(*joined[:4]), Errors(*joined[4:8]), joined[8])
 
 
-def _block(columns: np.ndarray, smoothed: np.ndarray, raw: np.ndarray) -> list[np.ndarray]:
+def _block(columns: np.ndarray, smoothed: np.ndarray, raw: np.ndarray) -> np.ndarray:
     """Biases and standard errors of the draws, then of the weighted draws, and the sampling error of the sd."""
     # A draw where a density overflows may be infinite. It weighs nothing; the moments of the draws as they are do not exist.
     finite = np.isfinite(columns)
@@ -122,11 +124,13 @@ def _block(columns: np.ndarray, smoothed: np.ndarray, raw: np.ndarray) -> list[n
     # What is hidden is known to its order of magnitude.
     mean_se = np.sqrt(square @ smoothed**2 + (above**2 + below**2) / (1 + mass) ** 2) / scale
     sd_se = np.sqrt((square - 1) ** 2 @ smoothed**2 / 4 + (scale - 1) ** 2) / scale
-    ratio = 1 / np.where(sd == 0, 1.0, sd * scale)
-    raw_mean = np.where(finite.all(1), -(mean / np.where(sd == 0, 1.0, sd) + moved) / scale, np.inf)
-    raw_sd = np.where(finite.all(1), ratio - 1, np.inf)
+    size = np.where(sd == 0, 1.0, sd)
+    raw_mean = np.where(finite.all(1), -(mean / size + moved) / scale, np.inf)
+    raw_sd = np.where(finite.all(1), 1 / (size * scale) - 1, np.inf)
     sampling_sd = np.sqrt(np.maximum(square**2 @ smoothed - 1, 0) / columns.shape[1]) / 2
-    return [raw_mean, mean_se, raw_sd, sd_se, -moved / scale, mean_se, 1 / scale - 1, sd_se, sampling_sd]
+    found = np.stack([raw_mean, mean_se, raw_sd, sd_se, -moved / scale, mean_se, 1 / scale - 1, sd_se, sampling_sd])
+    # A constant is right.
+    return np.where((sd == 0) & finite.all(1), 0.0, found)
 
 
 def _standardized(columns: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

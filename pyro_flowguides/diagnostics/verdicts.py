@@ -152,7 +152,7 @@ def judge(scalars: Mapping[str, np.ndarray], weights: ImportanceWeights) -> Verd
         *_special(found, weights, errors.raw),
         _finding(raw, weighted),
         *_draws_apart(weights, labels[~is_determined]),
-        f"k-hat is {found.khat:.2f} and {_percent(found.ess_fraction)} of the draws are effective",
+        f"k-hat is {found.khat:.2f} and {100 * found.ess_fraction:.2g}% of the draws are effective",
     ]
     return replace(found, reason="; ".join(clauses))
 
@@ -191,8 +191,8 @@ def _in_sds(error: float) -> str:
     return f"{max(error, 0.01):.2f} sd" if error < 10 else f"{error:,.0f} sd"
 
 
-def _percent(part: float) -> str:
-    return f"{part:,.0%}" if part > 0.1 else f"{part:.1%}" if part > 0.01 else f"{part:.2%}"
+def _percent(error: float) -> str:
+    return f"{max(error, 0.01):,.0%}"
 
 
 def _finding(raw: _Worst, weighted: _Worst) -> str:
