@@ -24,7 +24,7 @@ import numpy as np
 from .importance import ImportanceWeights, effective_number
 
 # From shape 1 on a Pareto tail has no mean. The posterior has one, so that its tail ends somewhere that no draw shows.
-MAX_SHAPE = 0.95
+MAX_SHAPE = 0.9
 # The variance of the posterior is at least this part of the weighted one: a shift of the mean takes some away.
 MIN_VARIANCE = 0.05
 # Fewer effective draws have no sd to speak of, and no tail.

@@ -121,13 +121,15 @@ def judge(scalars: Mapping[str, np.ndarray], weights: ImportanceWeights) -> Verd
     Example:
         >>> rng = np.random.default_rng(0)
         >>> x = rng.normal(size=10_000)  # of a standard normal guide, for a posterior with mean 0.3
-        >>> print(judge({"x": x}, ImportanceWeights(-0.5 * (x - 0.3) ** 2, -0.5 * x**2)))
+        >>> verdict = judge({"x": x}, ImportanceWeights(-0.5 * (x - 0.3) ** 2, -0.5 * x**2))
+        >>> verdict.kind.name, f"{verdict.mean_error:.1f}", f"{verdict.weighted_mean_error:.2f}"
+        ('GOOD_ONCE_WEIGHTED', '0.3', '0.01')
     """
     num_draws = len(weights)
     if weights.error:
         return Verdict(VerdictKind.UNKNOWN, math.nan, math.nan, num_draws, weights.error)
-    effective = effective_number(weights.weights)
-    found = Verdict(VerdictKind.EXACT, weights.shape, effective / num_draws, num_draws, "")
+    ess_fraction = effective_number(weights.weights) / num_draws
+    found = Verdict(VerdictKind.EXACT, weights.shape, ess_fraction, num_draws, "")
     if weights.are_constant:
         return replace(found, reason="every draw has the same weight, up to rounding")
     if num_draws < MIN_EFFECTIVE:
@@ -148,11 +150,12 @@ def judge(scalars: Mapping[str, np.ndarray], weights: ImportanceWeights) -> Verd
         weighted_mean_error=weighted.mean,
         weighted_sd_error=weighted.sd,
     )
+    effective = format(ess_fraction, ".0%" if ess_fraction > 0.1 else ".2%")
     clauses = [
         *_special(found, weights, errors.raw),
         _finding(raw, weighted),
         *_draws_apart(weights, labels[~is_determined]),
-        f"k-hat is {found.khat:.2f} and {100 * found.ess_fraction:.2g}% of the draws are effective",
+        f"k-hat is {found.khat:.2f} and {effective} of the draws are effective",
     ]
     return replace(found, reason="; ".join(clauses))
 
@@ -168,6 +171,8 @@ class _Worst:
 
     @classmethod
     def of(cls, errors: Errors, labels: np.ndarray, is_determined: np.ndarray) -> _Worst:
+        if not len(labels):
+            return cls(0.0, "nothing", 0.0, "nothing")
         mean, sd = errors.mean, np.where(is_determined, errors.sd, 0.0)
         first, second = int(mean.argmax()), int(sd.argmax())
         return cls(float(mean[first]), str(labels[first]), float(sd[second]), str(labels[second]))

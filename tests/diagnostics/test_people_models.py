@@ -12,7 +12,8 @@ from pyro import poutine
 from pyro.infer.reparam import LocScaleReparam
 
 import pyro_flowguides as fg
-from pyro_flowguides.diagnostics.importance import ImportanceWeights, VerdictKind
+from pyro_flowguides.diagnostics.importance import ImportanceWeights
+from pyro_flowguides.diagnostics.verdicts import VerdictKind
 
 
 @poutine.reparam(config={"theta": LocScaleReparam(0.0)})

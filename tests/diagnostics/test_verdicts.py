@@ -87,6 +87,11 @@ def test_verdicts(name, kind, said):
         assert math.isnan(verdict.mean_error)
 
 
+def test_a_model_without_scalars_has_a_verdict():
+    ratios = 0.1 * np.random.default_rng(0).normal(size=1000)
+    assert judge({}, ImportanceWeights(ratios, np.zeros(1000))).kind is VerdictKind.GOOD
+
+
 def test_weights_that_cannot_be_smoothed_give_their_reason():
     weights = ImportanceWeights(np.arange(10.0), np.zeros(10))
     verdict = judge({"x": np.zeros(10)}, weights)
