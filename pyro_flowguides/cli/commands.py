@@ -19,9 +19,9 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoLowRankMultivariateNorm
 
 from ..checks import version
 from ..diagnostics.compare import comparison_table
-from ..diagnostics.importance import VerdictKind
 from ..diagnostics.posterior import Posterior, posterior_from_tree
 from ..diagnostics.summary import summarize
+from ..diagnostics.verdicts import VerdictKind
 from ..examples import EXAMPLES
 from ..examples.example import Example
 from ..guides.named import AutoCoupling, AutoIAF, AutoPlanar, AutoRadial, AutoResidual, AutoSpline, AutoSylvester

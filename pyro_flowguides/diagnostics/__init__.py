@@ -2,12 +2,13 @@
 
 from .compare import compare
 from .draws import Draws
-from .importance import Estimate, Verdict, VerdictKind
+from .importance import Estimate
 from .mode_finder import find_modes
 from .modes import Mode, Modes
 from .plots import plot_elbo, plot_flow, plot_marginals, plot_modes, plot_weights
 from .posterior import to_arviz
 from .sampling import draw
+from .verdicts import Verdict, VerdictKind
 
 __all__ = [
     "Draws",

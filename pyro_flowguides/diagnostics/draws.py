@@ -15,8 +15,9 @@ from torch import Tensor
 
 from . import moments
 from .arviz import Coords, Dims
-from .importance import UNKNOWN, Estimate, ImportanceWeights, Verdict, VerdictKind, elbo
+from .importance import UNKNOWN, Estimate, ImportanceWeights, elbo
 from .summary import diagnose, scalars, summarize
+from .verdicts import Verdict, VerdictKind, judge
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,16 @@ class Draws:
         """The effective number of draws, ``1 / Σ w²`` of the smoothed weights, with a bootstrap standard error."""
         return UNKNOWN if self._error else self.weights.ess
 
-    @property
+    @functools.cached_property
     def verdict(self) -> Verdict:
-        """What the weights say about the guide; see :func:`pyro_flowguides.diagnostics.importance.judge`."""
+        """What the weights say about the guide; see :func:`pyro_flowguides.diagnostics.verdicts.judge`.
+
+        It is of all latents but the discrete ones that are summed out.
+        """
         if self._error:
             return Verdict(VerdictKind.UNKNOWN, UNKNOWN.value, UNKNOWN.value, len(self), self._error)
-        return self.weights.verdict
+        values = {name: to_numpy(value) for name, value in self.values.items() if name not in self.summed_out}
+        return judge(scalars(values, self.dims, {}), self.weights)
 
     def resample(self, num_samples: int, *, replace: bool = True, seed: int | None = None) -> Draws:
         """Draws of the posterior with equal weights: these, taken with their smoothed weights as probabilities.
@@ -195,9 +200,10 @@ class Draws:
 
         Arguments:
             kind: ``"stats"``: mean, standard deviation and quantiles; ``"diagnostics"``: what the importance weights say about
-                the mean, see :func:`pyro_flowguides.diagnostics.summary.diagnose`; ``"all"``: both.
+                them, with estimated errors ``mean_error`` and ``sd_error``, see
+                :func:`pyro_flowguides.diagnostics.summary.diagnose`; ``"all"``: both.
             quantiles: Numbers between 0 and 1.
-            weighted: Whether to weigh the draws for mean, standard deviation and quantiles.
+            weighted: Whether to weigh the draws for mean, standard deviation and quantiles; the estimated errors are of the same.
             coords: Labels along a dimension, by the name of its plate.
             dims: Names of dimensions, by site, where the plates do not give them.
 
@@ -211,7 +217,7 @@ class Draws:
         if kind != "diagnostics":
             tables.append(summarize(posterior, names, labels, quantiles, self._weights(weighted)))
         if kind != "stats":
-            tables.append(diagnose(posterior, names, labels, self.weights))
+            tables.append(diagnose(posterior, names, labels, self.weights, weighted))
         return pd.concat(tables, axis=1)
 
     def __getitem__(self, index: slice | Tensor) -> Draws:

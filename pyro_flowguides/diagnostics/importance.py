@@ -1,4 +1,4 @@
-r"""Importance weights of a guide's draws: how well they fit, and the verdict in words.
+r"""Importance weights of a guide's draws, and how well they fit.
 
 With draws x from the guide, :math:`w = p(x, y) / q(x)`. Their mean logarithm is the ELBO, and the shape :math:`\hat k` of their
 upper tail tells whether the guide covers the posterior: Vehtari et al. (2024), *Pareto smoothed importance sampling*,
@@ -9,10 +9,9 @@ This module works on numpy arrays and needs no torch.
 
 from __future__ import annotations
 
-import enum
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,16 +20,6 @@ from .arviz import arviz_generation
 NUM_BOOTSTRAP = 25
 # A tail of at least five draws is needed to fit its shape, and a fifth of the draws is taken as the tail.
 MIN_DRAWS = 25
-# Above this fraction of effective draws the weights do not matter, whatever the shape of their tail.
-NEAR_PERFECT_ESS = 0.997
-# A lost mode with a larger fraction of the mass makes every verdict doubtful.
-NEGLIGIBLE_MASS = 0.03
-MODES_LOST = (
-    "doubtful: {unseen} The draws are of the other modes alone ({reason}). Fit from the lost mode as well, see "
-    "docs/how_to/several_modes.md."
-)
-# Below this one the moments of the unweighted draws are visibly off.
-WELL_FITTED_ESS = 0.9
 
 
 @dataclass(frozen=True)
@@ -65,125 +54,6 @@ class Estimate:
 
 
 UNKNOWN = Estimate(float("nan"), float("nan"))
-
-
-class VerdictKind(enum.Enum):
-    """What can be said about a guide; the value is the sentence, for the reason and what is known of other modes."""
-
-    EXACT = "exact: {reason}. {unseen}"
-    GOOD = "good: {reason}. {unseen}"
-    GOOD_ONCE_WEIGHTED = "good once the draws are weighted or resampled: {reason}. {unseen}"
-    DOUBTFUL = (
-        "doubtful: {reason}. Neither its draws nor weights can be trusted there. Try, in this order, another "
-        "parameterisation of the model (non-centred for weak data), base='student_t' for heavy tails, a flow with more "
-        "layers, more steps, and NUTS in the space of the flow (NeuTra)."
-    )
-    UNKNOWN = "unknown: {reason}."
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether to believe a guide, by the importance weights of its draws; ``print`` gives the sentence. Made by :func:`judge`.
-
-    Attributes:
-        kind: Exact, good, good once weighted, doubtful or unknown.
-        khat: The Pareto shape of the weights' tail; NaN where all weights are equal or unknown.
-        ess_fraction: The effective sample size as a fraction of the draws; NaN where it is unknown.
-        num_draws: The number S of draws.
-        reason: The findings, or why there are none, in words.
-        unseen: What is known of modes that the guide has not drawn, in a sentence.
-        lost_mass: The fraction of the mass of modes that it has not drawn, as far as they are known.
-    """
-
-    kind: VerdictKind
-    khat: float
-    ess_fraction: float
-    num_draws: int
-    reason: str
-    unseen: str = "A mode that the guide never reaches cannot be detected."
-    lost_mass: float = 0.0
-
-    def __str__(self) -> str:
-        if self.lost_mass > NEGLIGIBLE_MASS:
-            return MODES_LOST.format(reason=self.reason, unseen=self.unseen)
-        return self.kind.value.format(reason=self.reason, unseen=self.unseen)
-
-    @property
-    def khat_meaning(self) -> str:
-        r"""What k-hat says here, in words.
-
-        Weights of Pareto shape k are reliable from about :math:`10^{1 / (1 - \max(0, k))}` draws on: Vehtari et al. (2024),
-        *Pareto smoothed importance sampling*, arXiv:1507.02646.
-
-        Example:
-            >>> print(judge(0.75, 0.5, 10_000).khat_meaning)
-            k-hat is the shape of the upper tail of p / q. At 0.75, weights would be reliable from about 10,000 draws on; there
-            are 10,000.
-            >>> print(judge(1.2, 0.01, 10_000).khat_meaning)
-            k-hat is the shape of the upper tail of p / q. From 1 on, as here, no number of draws makes the weights reliable.
-        """
-        if self.kind is VerdictKind.UNKNOWN:
-            return f"k-hat, the shape of the upper tail of p / q, is unknown: {self.reason}."
-        if math.isnan(self.khat):
-            return "k-hat, the shape of the upper tail of p / q, cannot be estimated where p / q is the same at every draw."
-        start = "k-hat is the shape of the upper tail of p / q."
-        if self.khat >= 1:
-            return f"{start} From 1 on, as here, no number of draws makes the weights reliable."
-        exponent = 1 / (1 - max(0.0, self.khat))
-        needed = (
-            f"about {round(10**exponent, 1 - math.floor(exponent)):,.0f}" if exponent < 12 else f"10^{exponent:.0f}"
-        )
-        return f"{start} At {self.khat:.2f}, weights would be reliable from {needed} draws on; there are {self.num_draws:,}."
-
-
-def judge(khat: float, ess_fraction: float, num_draws: int) -> Verdict:
-    """What k-hat and the effective sample size say about the guide.
-
-    Arguments:
-        khat: The Pareto shape; NaN where the weights are constant.
-        ess_fraction: The effective sample size as a fraction of the draws.
-        num_draws: The number S of draws.
-
-    Example:
-        >>> verdict = judge(0.31, 0.95, 10_000)
-        >>> verdict.kind is VerdictKind.GOOD
-        True
-        >>> print(verdict)
-        good: k-hat 0.31 is below 0.70 and 95% of the draws are effective. A mode that the guide never reaches cannot be detected.
-    """
-    if math.isnan(khat):
-        kind, reason = VerdictKind.EXACT, "every draw has the same weight, up to rounding"
-    elif khat < (threshold := khat_threshold(num_draws)):
-        kind = VerdictKind.GOOD if ess_fraction > WELL_FITTED_ESS else VerdictKind.GOOD_ONCE_WEIGHTED
-        reason = f"k-hat {khat:.2f} is below {threshold:.2f} and {ess_fraction:.0%} of the draws are effective"
-    elif ess_fraction > NEAR_PERFECT_ESS:
-        kind = VerdictKind.GOOD
-        reason = f"{ess_fraction:.1%} of the draws are effective; the heavy tail (k-hat {khat:.2f}) carries negligible weight"
-    else:
-        kind = VerdictKind.DOUBTFUL
-        reason = f"k-hat {khat:.2f} is not below {threshold:.2f}: the guide misses part of the posterior"
-        if ess_fraction > WELL_FITTED_ESS:
-            reason += f", a small one: {ess_fraction:.0%} of the draws are effective"
-    return Verdict(kind, khat, ess_fraction, num_draws, reason)
-
-
-def after_search(verdict: Verdict, finding: str, lost_mass: float) -> Verdict:
-    """The verdict on a guide once other modes have been looked for.
-
-    Arguments:
-        verdict: By the weights alone.
-        finding: What the search has found, in a sentence.
-        lost_mass: The fraction of the mass of modes that the guide has not drawn; above ``NEGLIGIBLE_MASS`` it is doubtful.
-
-    Example:
-        >>> print(after_search(judge(0.31, 0.95, 10_000), "128 starts found no other mode.", 0.0))
-        good: k-hat 0.31 is below 0.70 and 95% of the draws are effective. 128 starts found no other mode.
-    """
-    if verdict.kind is VerdictKind.UNKNOWN:
-        return verdict
-    if lost_mass > NEGLIGIBLE_MASS:
-        return replace(verdict, kind=VerdictKind.DOUBTFUL, unseen=finding, lost_mass=lost_mass)
-    return replace(verdict, unseen=finding[:1].upper() + finding[1:])
 
 
 def khat_threshold(num_samples: int) -> float:
@@ -241,7 +111,7 @@ def _psis_error(log_ratios: np.ndarray, where: str) -> str | None:
 class ImportanceWeights:
     r"""The weights :math:`w \propto p / q` of draws, Pareto-smoothed; everything is computed when it is first asked for.
 
-    Where the weights cannot be smoothed, :attr:`khat` and :attr:`ess` are NaN and :attr:`verdict` says why; everything else
+    Where the weights cannot be smoothed, :attr:`khat` and :attr:`ess` are NaN and :attr:`error` says why; everything else
     raises ValueError with that reason.
 
     Arguments:
@@ -293,18 +163,40 @@ class ImportanceWeights:
         return np.exp(self.smoothed_log_weights)
 
     @functools.cached_property
+    def scaled_weights(self) -> np.ndarray:
+        """The weights before they are smoothed, on the scale where the smoothed ones have mean 1."""
+        finite = np.isfinite(self.log_ratios)
+        # The smoothing leaves all but the tail as it was, up to the normalisation.
+        shift = np.median((self.smoothed_log_weights - self.log_ratios)[finite])
+        # The largest of very poor draws overflow.
+        with np.errstate(over="ignore"):
+            return np.exp(self.log_ratios + shift + math.log(len(self)))
+
+    @functools.cached_property
+    def unexplained_mass(self) -> float:
+        """The part of all weight that the smoothing has taken away from the draw with the largest one, since it stands alone."""
+        largest = self.log_ratios.argmax()
+        share = np.exp(self.log_ratios[largest] - np.logaddexp.reduce(self.log_ratios))
+        return max(0.0, float(share - self.weights[largest]))
+
+    @functools.cached_property
     def elbo(self) -> Estimate:
         """The evidence lower bound, see :func:`elbo`."""
         return elbo(self.log_ratios)
 
+    @property
+    def shape(self) -> float:
+        """The Pareto shape of the tail alone, without the standard error, which takes 25 times as long."""
+        return UNKNOWN.value if self.error else self._psis[1]
+
     @functools.cached_property
     def khat(self) -> Estimate:
         """The Pareto shape of the tail, with a bootstrap standard error; NaN where all weights are equal."""
-        if self.error or math.isnan(self._psis[1]):
+        if math.isnan(self.shape):
             return UNKNOWN
         rng = np.random.default_rng(0)
         repeats = [psis(rng.choice(self.log_ratios, len(self)))[1] for _ in range(NUM_BOOTSTRAP)]
-        return Estimate(self._psis[1], float(np.std(repeats, ddof=1)))
+        return Estimate(self.shape, float(np.std(repeats, ddof=1)))
 
     @functools.cached_property
     def ess(self) -> Estimate:
@@ -312,20 +204,8 @@ class ImportanceWeights:
         if self.error:
             return UNKNOWN
         rng = np.random.default_rng(0)
-        repeats = [_effective_number(rng.choice(self.weights, len(self))) for _ in range(NUM_BOOTSTRAP)]
-        return Estimate(_effective_number(self.weights), float(np.std(repeats, ddof=1)))
-
-    @functools.cached_property
-    def verdict(self) -> Verdict:
-        """What k-hat and the effective sample size say about the guide, see :func:`judge`."""
-        if self.error:
-            return Verdict(VerdictKind.UNKNOWN, UNKNOWN.value, UNKNOWN.value, len(self), self.error)
-        verdict = judge(self._psis[1], _effective_number(self.weights) / len(self), len(self))
-        if not self.num_without_density:
-            return verdict
-        where = self.where and f" ({self.where})"
-        lost = f"{self.num_without_density:,} of {len(self):,} draws have no density{where} and weigh nothing"
-        return replace(verdict, reason=f"{verdict.reason}; {lost}")
+        repeats = [effective_number(rng.choice(self.weights, len(self))) for _ in range(NUM_BOOTSTRAP)]
+        return Estimate(effective_number(self.weights), float(np.std(repeats, ddof=1)))
 
     def iw_elbo(self, num_weights: int) -> Estimate:
         """See :func:`iw_elbo`."""
@@ -366,7 +246,8 @@ class ImportanceWeights:
         return rng.choice(len(self), num_samples, replace=replace, p=self.weights / self.weights.sum())
 
 
-def _effective_number(weights: np.ndarray) -> float:
+def effective_number(weights: np.ndarray) -> float:
+    """The number of equal weights with the same relative error of a mean: (Σ w)² / Σ w²."""
     return float(weights.sum() ** 2 / (weights**2).sum())
 
 

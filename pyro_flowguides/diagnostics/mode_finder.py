@@ -224,7 +224,7 @@ class Search:
             found = Comparison.without_guide(masses)
         else:
             log_weights = self.draws.log_weights.double() - within.log_det
-            found = compare(masses, within.standard(self.drawn), log_weights, self.draws.verdict.khat, climb)
+            found = compare(masses, within.standard(self.drawn), log_weights, self.draws.weights.shape, climb)
         modes = self._modes(found, maxima, within)
         return Modes(modes, total, sum(mode.num_found for mode in modes), self.draws is not None)
 

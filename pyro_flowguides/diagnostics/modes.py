@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import pandas as pd
 from torch import Tensor
 
-from .importance import Estimate, Verdict, after_search
+from .importance import Estimate
+from .verdicts import Verdict, after_search
 
 # The number of modes that a sentence names.
 NUM_NAMED = 3
@@ -133,7 +134,7 @@ class Modes:
         )
 
     def judge(self, verdict: Verdict) -> Verdict:
-        """The verdict on the guide after this search; see :func:`pyro_flowguides.diagnostics.importance.after_search`."""
+        """The verdict on the guide after this search; see :func:`pyro_flowguides.diagnostics.verdicts.after_search`."""
         return after_search(verdict, self.finding, self.lost_mass)
 
     def to_dataframe(self) -> pd.DataFrame:

@@ -20,9 +20,9 @@ from ..model.call import ModelCall
 from .arviz import Coords, Dims, Group, to_tree
 from .draws import Draws, concatenate
 from .groups import completed_dims, draws_groups, model_groups, stack_numbered
-from .importance import Verdict, after_search
 from .replay import draws_at
 from .sampling import draw
+from .verdicts import Verdict, after_search
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from . import moments
+from .errors import moment_errors
 from .importance import ImportanceWeights
 
 
@@ -57,6 +58,7 @@ def diagnose(
     dims: Mapping[str, Sequence[str]],
     coords: Mapping[str, Sequence[Any]],
     weights: ImportanceWeights,
+    weighted: bool = False,
 ) -> pd.DataFrame:
     """What the importance weights say about every scalar.
 
@@ -65,20 +67,30 @@ def diagnose(
         dims: The names of the dimensions of each shape.
         coords: The labels along a dimension; a dimension without labels is numbered.
         weights: Of the draws.
+        weighted: Whether the errors are those of the weighted draws, or of the draws as they are.
 
     Returns:
         A data frame with the index of :func:`summarize` and the columns ``khat`` (see :meth:`ImportanceWeights.khat_of_mean`),
         ``shift`` (by how many standard deviations the weights move the mean), ``ess`` (the number of draws of the posterior that
-        would estimate the mean as well as the weighted draws) and ``mcse_mean`` (the standard error of the weighted mean).
+        would estimate the mean as well as the weighted draws), ``mcse_mean`` (the standard error of the weighted mean), and the
+        estimated errors with their standard errors, see :mod:`pyro_flowguides.diagnostics.errors`: ``mean_error`` and
+        ``mean_error_se`` (the mean minus the posterior's, in its sds), ``sd_error`` and ``sd_error_se`` (the sd over the
+        posterior's, minus 1). Where a few draws carry all the weight, the errors are NaN.
     """
+    columns = scalars(values, dims, coords)
     rows = {}
-    for label, column in scalars(values, dims, coords).items():
-        plain, weighted = moments.mean(column), moments.mean(column, weights.weights)
+    for label, column in columns.items():
+        plain, mean = moments.mean(column), moments.mean(column, weights.weights)
         sd = moments.sd(column, weights.weights)
-        mcse = np.sqrt((weights.weights**2 * (column - weighted) ** 2).sum())
+        mcse = np.sqrt((weights.weights**2 * (column - mean) ** 2).sum())
         with np.errstate(divide="ignore", invalid="ignore"):
-            rows[label] = [weights.khat_of_mean(column), (weighted - plain) / sd, (sd / mcse) ** 2, mcse]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["khat", "shift", "ess", "mcse_mean"])
+            rows[label] = [weights.khat_of_mean(column), (mean - plain) / sd, (sd / mcse) ** 2, mcse]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["khat", "shift", "ess", "mcse_mean"])
+    errors = moment_errors(list(columns.values()), weights)
+    found = errors.weighted if weighted else errors.raw
+    return table.assign(
+        mean_error=found.mean_bias, mean_error_se=found.mean_se, sd_error=found.sd_bias, sd_error_se=found.sd_se
+    )
 
 
 def scalars(

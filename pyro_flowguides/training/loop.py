@@ -129,7 +129,7 @@ class Loop:
         draws = self._train_and_judge(saved)
         if start.simplify(flow_guides):
             draws = self._draw()
-        return self._result(draws, flow_guides, began)
+        return self._result(draws, flow_guides)
 
     def judge(self, prepare: Callable[[Tracer], None]) -> FitResult:
         """The result for a guide that is made of trained parts, without any training.
@@ -137,11 +137,11 @@ class Loop:
         Arguments:
             prepare: Finishes the guide, once it is set up, with what traces it.
         """
-        began = time.perf_counter()
+        self.began = time.perf_counter()
         flow_guides = self._set_up()
         with pyro.validation_enabled(False):
             prepare(self.tracer)
-        return self._result(self._draw(), flow_guides, began)
+        return self._result(self._draw(), flow_guides)
 
     def _set_up(self) -> list[Call]:
         self.tracer, flow_guides = start.set_up(self.call, self.guide)
@@ -149,7 +149,7 @@ class Loop:
             self.call = replace(self.call, model=FillMissing()(self.call.model))
         return flow_guides
 
-    def _result(self, draws: Draws, flow_guides: list[Call], began: float) -> FitResult:
+    def _result(self, draws: Draws, flow_guides: list[Call]) -> FitResult:
         start.warn_of_ode_error(flow_guides, draws.elbo)
         modes = self._search(draws, is_flow=bool(flow_guides))
         model, guide, parameters = owned(self.call.model, self.guide)

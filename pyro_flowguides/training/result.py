@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from ..diagnostics.arviz import Coords, Dims, Group
 from ..diagnostics.draws import Draws
-from ..diagnostics.importance import Estimate, Verdict
+from ..diagnostics.importance import Estimate
 from ..diagnostics.modes import Modes
 from ..diagnostics.posterior import Posterior, to_arviz
 from ..diagnostics.replay import predict_new
 from ..diagnostics.sampling import draw
+from ..diagnostics.verdicts import Verdict
 from ..model.call import ModelCall
 from . import saving
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pyro
 import torch
 
 from ..checks import warn
@@ -108,7 +109,10 @@ def whiten(
 def simplify(calls: Sequence[Call]) -> bool:
     """Merges and drops components of mixtures after the training; returns whether a guide has changed."""
     mixtures = [each.guide for each in calls if isinstance(each.guide, AutoMixture)]
-    return sum(mixture.simplify() for mixture in mixtures) > 0
+    with unchanged_random_state():
+        # Several processes come to the same end.
+        pyro.set_rng_seed(0)
+        return sum(mixture.simplify() for mixture in mixtures) > 0
 
 
 def _is_alone(call: Call, tracer: Tracer) -> bool:

@@ -148,12 +148,17 @@ def test_summary_kinds(off):
     draws, mean, sd = off, MEAN, SD
     stats, diagnostics = draws.summary(weighted=True), draws.summary(kind="diagnostics")
     both = draws.summary(kind="all")
-    assert list(diagnostics.columns) == ["khat", "shift", "ess", "mcse_mean"]
+    errors = ["mean_error", "mean_error_se", "sd_error", "sd_error_se"]
+    assert list(diagnostics.columns) == ["khat", "shift", "ess", "mcse_mean", *errors]
     assert list(both.columns) == [*stats.columns, *diagnostics.columns]
     assert stats.loc["mu", "mean"] == pytest.approx(draws.mean()["mu"])
     assert both.loc["mu", "mean"] == pytest.approx(draws.mean(weighted=False)["mu"])
     # The guide is one sd of the posterior above it.
     assert diagnostics.loc["mu", "shift"] == pytest.approx(-1.0, abs=0.05)
+    assert diagnostics.loc["mu", "mean_error"] == pytest.approx(1.0, abs=4 * diagnostics.loc["mu", "mean_error_se"])
+    assert diagnostics.loc["mu", "sd_error"] == pytest.approx(0.5, abs=4 * diagnostics.loc["mu", "sd_error_se"])
+    weighted = draws.summary(kind="diagnostics", weighted=True).loc["mu"]
+    assert abs(weighted["mean_error"]) < 4 * weighted["mean_error_se"] < 0.1
     assert draws.mean()["mu"] == pytest.approx(mean, abs=4 * diagnostics.loc["mu", "mcse_mean"])
     assert diagnostics.loc["mu", "ess"] == pytest.approx((sd / diagnostics.loc["mu", "mcse_mean"]) ** 2, rel=0.05)
     with pytest.raises(ValueError, match='"stats", "diagnostics" or "all", got \'statistics\''):

@@ -12,7 +12,7 @@ from models import eight_schools, funnel
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 import pyro_flowguides as fg
-from pyro_flowguides.diagnostics.importance import judge
+from pyro_flowguides.diagnostics.verdicts import Verdict, after_search
 from pyro_flowguides.model.ascent import ascend, negative_hessians, without_errors
 from pyro_flowguides.model.mode_search import max_modes
 
@@ -354,13 +354,10 @@ def test_a_guide_that_draws_both_modes_has_lost_none():
 
 
 def test_a_small_lost_mode_is_named_and_does_not_make_a_fit_doubtful():
-    from pyro_flowguides.diagnostics.importance import after_search
-
-    verdict = after_search(
-        judge(0.3, 0.95, 10_000), "a mode at x = 3 with about 2% of the mass has not been drawn.", 0.02
-    )
+    good = Verdict(fg.VerdictKind.GOOD, 0.3, 0.95, 10_000, "no mean is off")
+    verdict = after_search(good, "a mode at x = 3 with about 2% of the mass has not been drawn.", 0.02)
     assert verdict.kind is fg.VerdictKind.GOOD
-    assert str(verdict).endswith("effective. A mode at x = 3 with about 2% of the mass has not been drawn.")
+    assert str(verdict).endswith("is off. A mode at x = 3 with about 2% of the mass has not been drawn.")
 
 
 def test_images_of_a_drawn_mode_are_told_apart():

@@ -53,3 +53,4 @@ def test_a_scalar_that_is_the_same_in_every_draw_has_a_row():
     table = diagnose({"x": x, "zero": np.zeros(1000)}, {}, {}, ImportanceWeights(-0.5 * (x - 1) ** 2, -0.5 * x**2))
     assert table.loc["x"].notna().all()
     assert table.loc["zero", "mcse_mean"] == 0
+    assert (table.loc["zero", ["mean_error", "sd_error"]] == 0).all()

@@ -75,7 +75,9 @@ def test_the_fit_is_that_of_the_marginal_posterior(name, request):
     fit = request.getfixturevalue("fit") if name == "whole" else FITS[name]()
     evidence, mean, sd, z = exact()
     assert fit.elbo.value == pytest.approx(evidence, abs=0.05)
-    assert fit.verdict.kind is fg.VerdictKind.GOOD
+    # The exact posterior is no normal one.
+    is_off = abs(float(fit.draws.mean(weighted=False)["mu"]) - mean) / sd > 0.1
+    assert fit.verdict.kind is (fg.VerdictKind.GOOD_ONCE_WEIGHTED if is_off else fg.VerdictKind.GOOD)
     assert fit.ess.value > 8_500
     # Of 10,000 draws, weighted.
     assert float(fit.draws.mean()["mu"]) == pytest.approx(mean, abs=5 * sd / 100)
