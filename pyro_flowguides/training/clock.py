@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 from ..processes import Processes
 
@@ -10,6 +11,34 @@ from ..processes import Processes
 RESERVE = 0.1
 # A round is begun if this part of it can be made.
 WORTH_A_ROUND = 0.25
+
+
+@dataclass(frozen=True)
+class Limit:
+    """When a training has to end.
+
+    Attributes:
+        end: The moment, by ``time.perf_counter``.
+        processes: Several processes go by the clock of the first.
+    """
+
+    end: float
+    processes: Processes | None = None
+
+    def clock(self, num_steps: int) -> Clock:
+        """A clock for a round of so many steps that begins now."""
+        return Clock(num_steps, self.end, self.processes)
+
+
+def has_time(limit: Limit | None, seconds: float) -> bool:
+    """Whether a good part of a round of so many seconds can be made; without a limit all of it."""
+    if limit is None:
+        return True
+
+    def decide() -> bool:
+        return limit.end - time.perf_counter() >= WORTH_A_ROUND * seconds
+
+    return limit.processes.from_first(decide) if limit.processes else decide()
 
 
 class Clock:

@@ -30,11 +30,20 @@ from ..model.ownership import owned
 from ..model.sites import unchanged_random_state
 from . import start
 from .batches import warn_of_plate_of_the_batch
-from .clock import RESERVE, WORTH_A_ROUND, Clock
+from .clock import RESERVE, Limit, has_time
 from .fingerprint import density_difference, describe, difference, fingerprint, log_densities
 from .first_draws import check_gradients, check_start
 from .result import FitResult
-from .schedules import Round, RoundScore, Temper, check_temper, doubling_rounds, got_worse, is_worth_another
+from .schedules import (
+    Round,
+    RoundScore,
+    Temper,
+    check_num_steps,
+    check_temper,
+    doubling_rounds,
+    got_worse,
+    is_worth_another,
+)
 from .steps import StepOptions, Steps, default_optimizer
 
 # Where the number of steps is fixed beforehand.
@@ -192,7 +201,9 @@ class Loop:
                 # Taken back.
                 steps.svi.restore(self.best, *self.call.args, **self.call.kwargs)
                 return self._draw()
-            if stopped or not is_worth_another(self.scores) or not self._has_time_for_another(seconds):
+            # The next one has twice the steps and, unless their number is fixed, twice the particles.
+            next_seconds = (2 if self.options.num_particles is not None else 4) * seconds
+            if stopped or not is_worth_another(self.scores) or not has_time(self._limit, next_seconds):
                 return draws
             # Kept.
             self.best = steps.svi.snapshot()
@@ -236,7 +247,8 @@ class Loop:
         title = type(self.guide).__name__
         if len(self.rounds) > 1:
             title += f", round {len(self.scores) + 1} of at most {len(self.rounds)}"
-        steps = Steps(self, round.num_steps, loss, title=title, temper=beta, clock=self._clock(round.num_steps))
+        clock = None if self._limit is None else self._limit.clock(round.num_steps)
+        steps = Steps(self, round.num_steps, loss, title=title, temper=beta, clock=clock)
         if saved is not None:
             assert self.options.checkpoint is not None
             with self.options.checkpoint.used():
@@ -244,37 +256,20 @@ class Loop:
                 self._check_densities(saved)
         return steps
 
-    def _clock(self, num_steps: int) -> Clock | None:
+    @functools.cached_property
+    def _limit(self) -> Limit | None:
+        """The time that this fit has, from the first round on."""
         if self.options.max_seconds is None:
             return None
-        division = self.options.division
-        end = self.began + (1 - RESERVE) * self.options.max_seconds - self._seconds_of_judging
-        return Clock(num_steps, end, division.processes if division else None)
-
-    def _has_time_for_another(self, seconds: float) -> bool:
-        """Whether the next round can be made in good part.
-
-        Arguments:
-            seconds: Those of the last one, of half the steps and, unless their number is fixed, half the particles.
-        """
-        clock = self._clock(1)
-        if clock is None:
-            return True
-        times = 2 if self.options.num_particles is not None else 4
-
-        def decide() -> bool:
-            return clock.seconds_left >= WORTH_A_ROUND * times * seconds
-
-        return decide() if clock.processes is None else clock.processes.from_first(decide)
-
-    @functools.cached_property
-    def _seconds_of_judging(self) -> float:
-        """The seconds that the draws take that judge a round, about."""
         part = 10
-        began = time.perf_counter()
+        before = time.perf_counter()
         with unchanged_random_state(), pyro.validation_enabled(False):
             draw_traced(self.tracer, self._num_final_draws // part)
-        return part * (time.perf_counter() - began)
+        # The draws that judge a round take as much time as these, times their number.
+        judging = part * (time.perf_counter() - before)
+        division = self.options.division
+        end = self.began + (1 - RESERVE) * self.options.max_seconds - judging
+        return Limit(end, division.processes if division else None)
 
     @property
     def _num_final_draws(self) -> int:
@@ -374,7 +369,8 @@ class Loop:
         return {"belongs_to": fingerprint(call, self.guide, self.tracer, named), "arguments": arguments}
 
     def _load(self, saved: dict[str, Any]) -> None:
-        self._check_num_steps(saved)
+        num_steps = [round.num_steps for round in self.rounds]
+        check_num_steps(saved, num_steps, self.options.schedule, self.options.temper)
         self.losses = [float(loss) for loss in saved["losses"]]
         self.scores = [RoundScore(*map(float, score)) for score in saved["scores"]]
         self.num_skipped, self.num_rolled_back = int(saved["num_skipped"]), int(saved["num_rolled_back"])
@@ -386,28 +382,6 @@ class Loop:
             different = density_difference(saved["log_densities"], log_densities(self.tracer))
             if different:
                 raise ValueError(different)
-
-    def _check_num_steps(self, saved: dict[str, Any]) -> None:
-        """More steps in the last round are no other fit, if those that were taken would have been the same."""
-        then, now = saved["num_steps"], [round.num_steps for round in self.rounds]
-        if then == now:
-            return
-        taken = len(saved["training"]["losses"])
-        schedule, temper = self.options.schedule, self.options.temper if len(now) == 1 else None
-
-        def at(step: int, num_steps: int) -> list[float]:
-            """What a step depends on that may depend on the number of steps."""
-            return [*([schedule(step / num_steps)] if schedule else []), *([temper(step, num_steps)] if temper else [])]
-
-        same_rounds = then[:-1] == now[:-1] and len(saved["scores"]) == len(now) - 1 and taken <= now[-1]
-        if same_rounds and all(at(step, then[-1]) == at(step, now[-1]) for step in range(taken)):
-            return
-        before, after = (" + ".join(map(str, numbers)) for numbers in (then, now))
-        raise ValueError(
-            f"it is of a fit with num_steps = {before}, here it is {after}: the steps that were taken would not have been the "
-            "same; more steps in the last round are possible where learning rate and temperature do not depend on their number, "
-            "as with schedule='constant' and without temper"
-        )
 
     def _modules(self) -> dict[str, torch.nn.Module]:
         functions = {"model": self.call.model, "guide": self.guide}

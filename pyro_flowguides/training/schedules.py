@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from pyro.optim.lr_scheduler import PyroLRScheduler
@@ -202,3 +202,34 @@ def got_worse(scores: Sequence[RoundScore]) -> bool:
     if now.lost > before.lost + MAX_MORE_LOST:
         return True
     return not now.elbo >= before.elbo - 2 * math.hypot(now.elbo_se, before.elbo_se)
+
+
+def check_num_steps(saved: Mapping[str, Any], now: list[int], schedule: Schedule | None, temper: Temper | None) -> None:
+    """Raises ValueError unless the steps of a checkpoint would have been the same with these numbers of steps.
+
+    More steps in the last round are no other fit, if neither learning rate nor temperature depend on their number.
+
+    Arguments:
+        saved: The content of the checkpoint.
+        now: The numbers of steps of the rounds.
+        schedule: The schedule of the learning rate, if there is one.
+        temper: The rise of the inverse temperature in the first round, if there is one.
+    """
+    then = saved["num_steps"]
+    if then == now:
+        return
+    taken, temper = len(saved["training"]["losses"]), temper if len(now) == 1 else None
+
+    def at(step: int, num_steps: int) -> list[float]:
+        """What a step depends on that may depend on the number of steps."""
+        return [*([schedule(step / num_steps)] if schedule else []), *([temper(step, num_steps)] if temper else [])]
+
+    same_rounds = then[:-1] == now[:-1] and len(saved["scores"]) == len(now) - 1 and taken <= now[-1]
+    if same_rounds and all(at(step, then[-1]) == at(step, now[-1]) for step in range(taken)):
+        return
+    before, after = (" + ".join(map(str, numbers)) for numbers in (then, now))
+    raise ValueError(
+        f"it is of a fit with num_steps = {before}, here it is {after}: the steps that were taken would not have been the same; "
+        "more steps in the last round are possible where learning rate and temperature do not depend on their number, as with "
+        "schedule='constant' and without temper"
+    )

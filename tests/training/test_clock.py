@@ -8,7 +8,7 @@ import torch
 import pyro_flowguides as fg
 from pyro_flowguides.examples import EIGHT_SCHOOLS
 from pyro_flowguides.training import clock
-from pyro_flowguides.training.clock import Clock
+from pyro_flowguides.training.clock import Clock, Limit, has_time
 
 MODEL, DATA = EIGHT_SCHOOLS.model, EIGHT_SCHOOLS.data()
 OPTIONS = {"seed": 0, "progress": False, "search_modes": False}
@@ -70,23 +70,14 @@ def test_without_time_there_is_a_step_and_a_verdict():
     assert len(result.draws) == 10_000 and str(result.verdict)
 
 
-def test_no_round_is_begun_that_cannot_be_made(monkeypatch):
-    """The first round takes a second of the ten that there are; the next one would take four and the one after it sixteen."""
-    seconds = {"now": 0.0}
-    monkeypatch.setattr(clock, "time", types.SimpleNamespace(perf_counter=lambda: seconds["now"]))
-    loop = types.SimpleNamespace(
-        options=types.SimpleNamespace(max_seconds=10.0, num_particles=None, division=None),
-        began=0.0,
-        _seconds_of_judging=1.0,
-    )
-    loop._clock = types.MethodType(fg.training.loop.Loop._clock, loop)
-    has_time = types.MethodType(fg.training.loop.Loop._has_time_for_another, loop)
-    seconds["now"] = 1.0
-    assert has_time(1.0)
-    seconds["now"] = 5.0
-    assert not has_time(4.0)
-    loop.options.num_particles = 8
-    assert has_time(4.0)
+def test_no_round_is_begun_that_cannot_be_made(now):
+    limit = Limit(110.0)
+    now.value = 107.0
+    assert has_time(limit, 12.0) and not has_time(limit, 12.1)
+    now.value = 111.0
+    assert not has_time(limit, 0.1)
+    assert has_time(None, 1e9)
+    assert limit.clock(5).progress == 0
 
 
 def test_restarts_share_the_time():
