@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from guide_cases import Mixture, small
+from models import Y
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import init_to_uniform
 
@@ -232,3 +233,34 @@ def test_restarts_as_a_mixture():
     assert len(fit.restarts) == 5
     torch.testing.assert_close(fit.guide.weights.sort().values, torch.tensor([0.3, 0.7]), rtol=0, atol=0.02)
     assert float(fit.elbo) == pytest.approx(50 - math.log(1000 * (2 * math.pi) ** 0.5), abs=0.01)
+
+
+def mirrored(y):
+    """Two modes, of which one is the image of the other."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mu.abs(), 1.0), obs=y)
+
+
+def test_what_a_fit_of_a_mixture_can_do(tmp_path):
+    """Summary, export, predictions, comparison, a file; a second fit of the same mixture continues."""
+    y = torch.tensor(Y)
+
+    def new():
+        return fg.AutoMixture(mirrored, fg.transforms.Affine, affine=None)
+
+    options = {"num_particles": 16, "progress": False, "seed": 0, "search_modes": False}
+    fit = fg.fit(mirrored, new(), y, num_steps=20, **options)
+    torch.testing.assert_close(fit.guide.weights, torch.tensor([0.5, 0.5]), rtol=0, atol=0.02)
+    # The square root of the mean of mu²: the posterior of |mu| is about N(1.3, 0.45²).
+    assert float(fit.summary().loc["mu", "sd"]) == pytest.approx((1.3**2 + 0.2) ** 0.5, abs=0.1)
+    assert fit.to_arviz(num_samples=50).posterior["mu"].shape == (1, 50)
+    draws = fg.draw(mirrored, fit.guide, y, num_samples=200, seed=0)
+    assert float((draws.values["mu"] > 0).float().mean()) == pytest.approx(0.5, abs=0.05)
+    assert len(fg.compare({"mixture": fit, "draws": draws}, y, num_samples=200, seed=0)) == 2
+    fit.save(tmp_path / "fit")
+    loaded = fg.FitResult.load(tmp_path / "fit", mirrored, new())
+    x = torch.linspace(-3, 3, 7).unsqueeze(-1)
+    torch.testing.assert_close(loaded.guide.log_prob(x), fit.guide.log_prob(x))
+    again = fg.fit(mirrored, fit.guide, y, num_steps=5, **options)
+    assert len(again.guide.weights) == 2
