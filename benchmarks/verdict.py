@@ -222,14 +222,14 @@ def report(records: list[dict[str, Any]]) -> str:
             "# The verdict against the errors of the fits",
             "A fit is right if no mean is off by more than 0.1 sd of the posterior and no sd by more than 10%, give or take two "
             "standard errors of the reference. A verdict is right if its draws, or its weighted draws, are; doubtful is right if "
-            "neither are. The rule has one constant that was chosen on results, the largest shape of a tail: on the fits with seed "
+            "neither are. The rule has one constant that was chosen on results, the largest shape of a tail: on fits with seed "
             "0 of some posteriors, which have a row of their own. The guides coupling_20 and coupling_200 had that many steps, "
             "and normal, mvn and iaf one round of 1000.",
             "## How often a verdict is right",
             markdown_table(["fits", "number", *(kind.lower().replace("_", " ") for kind in kinds[:4])], verdicts),
             "## How often the worst error of a fit is within a factor of 2 of the expected one",
-            f"Of {len(records)} fits, {sum(map(_is_predicted, records))} have a prediction: of the others a few draws carry all the "
-            "weight, and their verdict is doubtful. Here are those whose worst error is above three standard errors of the "
+            f"Of {len(records)} fits, {sum(map(_is_predicted, records))} have a prediction: of the others a few draws carry all "
+            "the weight, and their verdict is doubtful. Here are those whose worst error is above three standard errors of the "
             "reference and of 10,000 exact draws together.",
             markdown_table(header, worst),
             "## The same of all scalars",
