@@ -20,6 +20,7 @@ from .diagnostics import (
     plot_marginals,
     plot_modes,
     plot_weights,
+    plot_weights_of,
     to_arviz,
 )
 from .distributions import FlowMixture, NormalizingFlow
@@ -82,6 +83,7 @@ __all__ = [
     "plot_marginals",
     "plot_modes",
     "plot_weights",
+    "plot_weights_of",
     "to_arviz",
     "transforms",
 ]

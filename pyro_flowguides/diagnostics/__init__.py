@@ -5,7 +5,7 @@ from .draws import Draws
 from .importance import Estimate
 from .mode_finder import find_modes
 from .modes import Mode, Modes
-from .plots import plot_elbo, plot_flow, plot_marginals, plot_modes, plot_weights
+from .plots import plot_elbo, plot_flow, plot_marginals, plot_modes, plot_weights, plot_weights_of
 from .posterior import to_arviz
 from .sampling import draw
 from .verdicts import Verdict, VerdictKind
@@ -25,5 +25,6 @@ __all__ = [
     "plot_marginals",
     "plot_modes",
     "plot_weights",
+    "plot_weights_of",
     "to_arviz",
 ]

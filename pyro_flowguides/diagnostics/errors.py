@@ -23,7 +23,8 @@ import numpy as np
 
 from .importance import ImportanceWeights, effective_number
 
-# From shape 1 on a Pareto tail has no mean. The posterior has one, so that its tail ends somewhere that no draw shows.
+# From shape 1 on a Pareto tail has no mean. The posterior has one, so that its tail ends somewhere that no draw shows. Of 0.8 to
+# 0.95, this one has the best expected errors of the draws as they are, on the posteriors CHOSEN_ON of benchmarks/verdict.py.
 MAX_SHAPE = 0.9
 # The variance of the posterior is at least this part of the weighted one: a shift of the mean takes some away.
 MIN_VARIANCE = 0.05

@@ -117,6 +117,42 @@ def plot_weights(draws: Any, *, ax: Any = None) -> Any:
     return ax
 
 
+def plot_weights_of(draws: Any, labels: Sequence[str], *, axes: Any = None) -> Any:
+    """The smoothed weight of every draw against its value of a scalar, one panel per scalar.
+
+    A slope is an error of the mean, a bowl one of the sd, and weights that rise towards an end are a part that the guide misses.
+
+    Arguments:
+        draws: :class:`Draws` or a fit.
+        labels: The scalars to show, an element of a vector as ``"theta[0]"``.
+        axes: An array of at least ``len(labels)`` matplotlib Axes to draw on; made if not given.
+
+    Returns:
+        The Axes, a flat array.
+
+    Raises:
+        ImportError: without matplotlib.
+        TypeError: if the labels are a single string.
+        ValueError: if the draws have no weights or no such scalar, or there are not enough Axes.
+    """
+    if isinstance(labels, str):
+        raise TypeError(f"plot_weights_of: labels must be a sequence of labels, got the string '{labels}'")
+    draws = getattr(draws, "draws", draws)
+    weights, columns = _weights_of(draws), scalars(draws.posterior(), draws.dims, {})
+    relative = weights.weights * len(weights)
+    panels = _panels(axes, len(labels), "plot_weights_of", "scalars")
+    for panel, label in zip(panels, labels, strict=False):
+        if label not in columns:
+            known = ", ".join(f"'{each}'" for each in list(columns)[:10]) + (", …" if len(columns) > 10 else "")
+            raise ValueError(f"plot_weights_of: there are no draws of '{label}'; there are {known}")
+        # A draw without density has no place on a logarithmic axis.
+        panel.semilogy(columns[label][relative > 0], relative[relative > 0], ".", markersize=2, alpha=0.3)
+        panel.axhline(1.0, color="0.4", linewidth=1)
+        panel.set_title(label, fontsize="medium")
+    panels[0].set_ylabel("weight / mean weight")
+    return panels
+
+
 def _upper_tail(weights: ImportanceWeights) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The largest weights, raw and smoothed, by the mean weight, and the fraction of draws with at least that weight."""
     order = np.argsort(weights.log_ratios)

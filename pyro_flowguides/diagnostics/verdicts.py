@@ -24,6 +24,8 @@ MAX_MEAN_ERROR = MAX_SD_ERROR = 0.1
 MIN_EFFECTIVE = round(MAX_MEAN_ERROR**-2)
 # A lost mode with a larger fraction of the mass makes every verdict doubtful; so does a single draw.
 NEGLIGIBLE_MASS = 0.03
+# With a larger fraction of effective draws there is hardly any weight in the tail, however heavy it is.
+WELL_FITTED_ESS = 0.9
 # With a smaller fraction of effective draws, correct marginals say little about all scalars together.
 LOW_ESS = 0.5
 MODES_LOST = (
@@ -138,7 +140,8 @@ def judge(scalars: Mapping[str, np.ndarray], weights: ImportanceWeights) -> Verd
     errors = moment_errors(list(scalars.values()), weights)
     labels, is_determined = np.array(list(scalars)), errors.sampling_sd <= MAX_SD_ERROR / 2
     raw, weighted = (_Worst.of(each, labels, is_determined) for each in (errors.raw, errors.weighted))
-    if weights.unexplained_mass > NEGLIGIBLE_MASS or not (raw.is_small or weighted.is_small):
+    are_small = raw.is_small or weighted.is_small
+    if weights.unexplained_mass > NEGLIGIBLE_MASS or _is_boundless(found) or not are_small:
         kind = VerdictKind.DOUBTFUL
     else:
         kind = VerdictKind.GOOD if raw.is_small else VerdictKind.GOOD_ONCE_WEIGHTED
@@ -192,6 +195,11 @@ class _Worst:
         )
 
 
+def _is_boundless(verdict: Verdict) -> bool:
+    """Whether the weights have so heavy a tail that its mean is infinite, and much of the weight in it."""
+    return verdict.khat >= 1 and verdict.ess_fraction < WELL_FITTED_ESS
+
+
 def _in_sds(error: float) -> str:
     return f"{max(error, 0.01):.2f} sd" if error < 10 else f"{error:,.0f} sd"
 
@@ -223,7 +231,9 @@ def _special(verdict: Verdict, weights: ImportanceWeights, errors: Errors) -> It
         yield "the tail of the weights is heavy, but hardly any weight is in it"
     if verdict.kind is VerdictKind.GOOD and verdict.ess_fraction < LOW_ESS:
         yield "every scalar is right on its own, but perhaps not what depends on many of them"
-    if verdict.kind is VerdictKind.DOUBTFUL and lone <= NEGLIGIBLE_MASS and not errors.are_seen:
+    if _is_boundless(verdict):
+        yield "the tail of the weights is so heavy that there is no bound to what it hides"
+    elif verdict.kind is VerdictKind.DOUBTFUL and lone <= NEGLIGIBLE_MASS and not errors.are_seen:
         yield "no error can be seen, but the weights are so uneven that they would hide one; more draws may tell"
 
 

@@ -110,6 +110,21 @@ def test_the_weights_have_labels_that_do_not_overlap(spread):
     assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False))
 
 
+def test_the_weights_of_scalars():
+    draws = scaled_draws(0.5, 1.5, 2000)
+    (panel,) = fg.plot_weights_of(SimpleNamespace(draws=draws, guide=None), ["mu"])
+    points = panel.get_lines()[0]
+    np.testing.assert_array_equal(points.get_xdata(), draws.posterior()["mu"])
+    np.testing.assert_allclose(points.get_ydata(), draws.weights.weights * 2000)
+    assert panel.get_yscale() == "log" and panel.get_title() == "mu"
+    with pytest.raises(ValueError, match="plot_weights_of: there are no draws of 'nu'; there are 'mu'"):
+        fg.plot_weights_of(draws, ["nu"])
+    with pytest.raises(TypeError, match="labels must be a sequence of labels, got the string 'mu'"):
+        fg.plot_weights_of(draws, "mu")
+    with pytest.raises(ValueError, match="the draws have been resampled"):
+        fg.plot_weights_of(draws.resample(50), ["mu"])
+
+
 def test_plot_marginals():
     rng = np.random.default_rng(0)
     posteriors = {name: {"a": rng.normal(size=200), "b": rng.normal(size=200)} for name in ("NUTS", "flow", "normal")}

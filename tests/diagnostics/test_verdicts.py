@@ -18,6 +18,8 @@ def case(name):
         return x, (x[0] ** 2 - ((x[0] - mean) / sd) ** 2) / 2
     if name == "heavy tail without weight":
         return x, 0.002 * rng.standard_t(1.5, size=10_000).clip(max=1000)
+    if name == "heavy tail with weight":
+        return x, np.log(1 + 0.002 * rng.pareto(1 / 1.2, size=10_000))
     if name == "one stray draw":
         x = rng.normal(size=(2, 100_000))
         ratios = 0.1 * x[0]
@@ -53,6 +55,7 @@ def case(name):
         ("normal 0 3", "DOUBTFUL", "the sd of x[0] by about"),
         ("normal 4 1", "DOUBTFUL", "of the weighted draws, the mean of x["),
         ("heavy tail without weight", "GOOD", "the tail of the weights is heavy, but hardly any weight is in it"),
+        ("heavy tail with weight", "DOUBTFUL", "so heavy that there is no bound to what it hides"),
         ("one stray draw", "DOUBTFUL", "draw 7 alone has 33% of the weight: the guide misses a part of the posterior"),
         (
             "few effective draws",
