@@ -44,9 +44,11 @@ class FlowAnnealedBootstrap(Prepared):
     where c corrects for what the guide has become since the point was weighed, and then is multiplied into its weight.
 
     It goes to ``fit(loss=)`` and :class:`pyro_flowguides.CompiledSVI`. Give the guide a wide start, ``whiten=None`` and
-    ``init_scale=``: whitening moves it to one mode. Annealing runs eagerly, outside of the captured step, and takes most of the
-    time: ``num_intermediate · num_hmc_steps · num_leapfrog_steps`` gradients of model and guide for ``num_draws`` draws each. The
-    buffer is part of the state of a training, so that a checkpoint resumes exactly. Parameters of the model are not trained.
+    ``init_scale=``: whitening moves it to one mode. In many dimensions start from a guide that covers the modes roughly, such
+    as a tempered fit, and lower the learning rate: the weights of a poor guide are those of a few points. Annealing runs
+    eagerly, outside of the captured step, and takes most of the time: ``num_intermediate · num_hmc_steps · num_leapfrog_steps``
+    gradients of model and guide for ``num_draws`` draws each. The buffer is part of the state of a training, so that a
+    checkpoint resumes exactly. Parameters of the model are not trained.
 
     Arguments:
         num_draws: The number N of draws of a step, and of an annealing.
