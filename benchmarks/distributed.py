@@ -158,7 +158,7 @@ def main() -> None:
         "one process, ms",
         "two, ms",
         "message, ms",
-        "draws per second",
+        "speed-up",
     ]
     write_results(
         options.out,

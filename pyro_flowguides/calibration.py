@@ -157,7 +157,9 @@ def symmetry_p_value(probabilities: np.ndarray) -> float:
 def fit_and_draw(model: Callable, guide: Callable, seed: int, **options: Any) -> Draws:
     """The draws of :func:`fit`, with its options; the default of ``infer`` in :func:`check_calibration`."""
     # Only the draws count.
-    return fit(model, guide, seed=seed, progress=False, **{"search_modes": False, **options}).draws
+    return fit(
+        model, guide, seed=seed, progress=False, **{"search_modes": False, "distributed": "independent", **options}
+    ).draws
 
 
 def check_calibration(

@@ -1,13 +1,15 @@
 """The processes of one training: what they agree on, and the one operation that a step needs, the mean over all of them.
 
-A group of processes is that of ``torch.distributed``, as ``torchrun`` starts it. Without one everything here is a no-operation.
+A group of processes is that of ``torch.distributed``, as ``torchrun`` starts it. Without one :func:`find_processes` returns None.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,13 +20,13 @@ from torch import Tensor
 
 Value = TypeVar("Value")
 
-_apart: list[bool] = []
+_is_apart: ContextVar[bool] = ContextVar("is_apart", default=False)
 
 
-@torch.library.custom_op("pyro_flowguides::mean_over_processes", mutates_args=())
+@torch.library.custom_op("pyro_flowguides::mean_over_processes", mutates_args=(), schema="(Tensor tensor) -> Tensor")
 def _mean_over_processes(tensor: Tensor) -> Tensor:
     result = tensor.clone()
-    if not _apart:
+    if not _is_apart.get():
         with _explained():
             torch.distributed.all_reduce(result)
         result /= torch.distributed.get_world_size()
@@ -38,12 +40,12 @@ def _(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def apart() -> Iterator[None]:
-    """Means are those of this process alone within: nobody waits for the others where they need not come by."""
-    _apart.append(True)
+    """Within, a mean is this process's own value: the others may not run this code."""
+    token = _is_apart.set(True)
     try:
         yield
     finally:
-        _apart.pop()
+        _is_apart.reset(token)
 
 
 @contextlib.contextmanager
@@ -54,8 +56,8 @@ def _explained() -> Iterator[None]:
         rank = torch.distributed.get_rank()
         reason = " ".join(str(error).split())[:200]
         raise RuntimeError(
-            f"process {rank} has lost the others: one of them has ended, or does not answer; see its own message. torch says: "
-            f"{reason}"
+            f"process {rank} has lost the others: one of them may have ended or be at another step (see its own message), or "
+            f"the backend does not take these tensors. torch says: {reason}"
         ) from error
 
 
@@ -78,7 +80,7 @@ def _unpacked(data: bytes) -> Any:
 class Processes:
     """The processes that train together.
 
-    Every method but the properties has to be called by all of them.
+    All of them have to call every method, in the same order, but for :meth:`part_of`.
 
     Attributes:
         rank: The number of this process, from 0.
@@ -94,15 +96,19 @@ class Processes:
         return self.rank == 0
 
     def mean(self, vectors: Sequence[Tensor], scalar: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Means over all processes, by one message for each vector; the scalar goes with the first one.
+        """Means over all processes, by one message in the widest dtype.
 
         Arguments:
             vectors: Vectors of one dtype each.
             scalar: A scalar.
         """
-        first = torch.cat([vectors[0], scalar.to(vectors[0].dtype).reshape(1)])
-        means = [_mean_over_processes(vector) for vector in (first, *vectors[1:])]
-        return [means[0][:-1], *means[1:]], means[0][-1].to(scalar.dtype)
+        parts = [*vectors, scalar.reshape(1)]
+        dtype = functools.reduce(torch.promote_types, [part.dtype for part in parts])
+        joined = _mean_over_processes(torch.cat([part.to(dtype) for part in parts]))
+        means = [
+            mean.to(part.dtype) for mean, part in zip(joined.split([len(part) for part in parts]), parts, strict=True)
+        ]
+        return means[:-1], means[-1].reshape(())
 
     def share(self, tensors: Sequence[Tensor]) -> None:
         """Gives tensors the values that they have in the first process, in place."""
@@ -143,7 +149,10 @@ class Processes:
 
     def any(self, condition: bool) -> bool:
         """Whether a condition holds in any of them."""
-        return any(self.gather(condition))
+        conditions: list[Any] = [None] * self.size
+        with _explained():
+            torch.distributed.all_gather_object(conditions, condition)
+        return any(conditions)
 
     def part_of(self, number: int) -> int:
         """How many of so many things are for this process."""

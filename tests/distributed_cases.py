@@ -160,6 +160,52 @@ def resumed(processes, directory):
     return {"whole": result_of(whole), "again": result_of(again)}
 
 
+def recorded(processes):
+    """``X @ beta`` meets particles."""
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def regression(x, y):
+        beta = pyro.sample("beta", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(x @ beta, 1.0).to_event(1), obs=y)
+
+    pyro.clear_param_store()
+    elbo = Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=0)
+    svi = CompiledSVI(regression, AutoNormal(regression), adam(), elbo)
+    losses = svi.run(30, x, Y)
+    return {"parameters": flat(svi.parameters.values()), "losses": losses}
+
+
+def restarts_as_a_mixture(processes):
+    return result_of(fit_of(num_steps=60, num_particles=8, num_restarts=2, restarts="mixture", seed=0))
+
+
+def resumed_with_a_sampler(processes, directory):
+    """From a checkpoint after 30 of 50 steps, in an epoch that is not the first."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(step, loss):
+        if step == 34:
+            raise Stop
+
+    def fit(path, resume=False, callbacks=()):
+        pyro.clear_param_store()
+        loader = DataLoader(TensorDataset(Y), batch_size=2, sampler=DistributedSampler(TensorDataset(Y)))
+        checkpoint = fg.Checkpoint(directory / path, every=5, resume=resume)
+        options = {"num_steps": 50, "seed": 0, "progress": False, "callbacks": callbacks, "checkpoint": checkpoint}
+        return fg.fit(mean_model, AutoNormal(mean_model), Y, batches=loader, **options)
+
+    whole = fit("sampled", callbacks=[lambda step, loss: False])
+    with contextlib.suppress(Stop):
+        fit("sampled and cut", callbacks=[stop])
+    again = fit("sampled and cut", resume=True, callbacks=[lambda step, loss: False])
+    return {
+        name: {"parameters": flat(fit.guide.parameters()), "losses": torch.tensor(fit.losses)}
+        for name, fit in {"whole": whole, "again": again}.items()
+    }
+
+
 def batches_of_data(processes):
     """What each process takes of a loader, and the loss over an epoch."""
     division = Division(processes, "data")
@@ -238,10 +284,13 @@ def main(directory):
         batches_of_data,
         a_fit_of_data,
         a_density,
+        recorded,
+        restarts_as_a_mixture,
         errors,
     ):
         found[case.__name__] = processes.gather(case(processes))
-    found["resumed"] = processes.gather(resumed(processes, directory))
+    for case in (resumed, resumed_with_a_sampler):
+        found[case.__name__] = processes.gather(case(processes, directory))
     if processes.is_first:
         torch.save(found, directory / "found.pt")
 

@@ -23,8 +23,8 @@ def is_pure(node: Node) -> bool:
         return False
     if is_random(node) or internals.is_mutable(node.target):
         return False
-    # Memory that somebody else fills.
-    return "empty" not in str(node.target)
+    # Memory that somebody else fills; a message to other processes, which wait for it.
+    return not any(name in str(node.target) for name in ("empty", "mean_over_processes"))
 
 
 def is_random(node: Node) -> bool:

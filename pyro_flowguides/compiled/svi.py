@@ -30,6 +30,10 @@ CHECK_EVERY = 50
 MAX_NONFINITE_STEPS = 50
 
 
+class NonfiniteError(RuntimeError):
+    """Too many steps in a row had no finite loss or gradient."""
+
+
 class CompiledSVI(SVI):
     """Stochastic variational inference with the whole step captured as one graph.
 
@@ -59,7 +63,8 @@ class CompiledSVI(SVI):
             ``loss(model, guide, *args, **kwargs)`` that returns a tensor.
         backend: ``"replay"`` repeats the graph operation by operation, and is ready at once. ``"inductor"`` compiles it, which
             takes from ten seconds to a minute, and makes a step two to four times faster. ``"auto"`` begins with replay and
-            compiles if the steps left in a :meth:`run` repay it. ``"eager"`` captures nothing.
+            compiles if the steps left in a :meth:`run` repay it; with several processes it stays with replay. ``"eager"``
+            captures nothing.
         schedule: The factor of the learning rate as a function of the number of the step, from 0.
         clip_norm: Scale gradients down to this norm.
         clip_factor: Scale gradients down to this multiple of the running mean of their norm.
@@ -177,7 +182,8 @@ class CompiledSVI(SVI):
             steps_left: The number of steps to expect, by which the backend ``"auto"`` decides.
         """
         self._trained.drop_stale()
-        if self._processes is not None and not self._is_together:
+        if self._processes is not None and not (self._is_together and self._trained.binding):
+            self._find_recording(args, kwargs)
             self._trained.begin_together(self._processes, args, kwargs)
             self._is_together = True
         arguments = Arguments(args, kwargs)
@@ -188,10 +194,13 @@ class CompiledSVI(SVI):
     def _first_step(self, arguments: Arguments, steps_left: int) -> Tensor:
         """Pyro's own step, so that a guide is set up from the same random numbers; when called again, the captured one."""
         if self._trained.binding is None:
-            if isinstance(self.objective, PyroELBO):
-                self.objective.find_recording(self.model, self.guide, arguments.args, arguments.kwargs)
+            self._find_recording(arguments.args, arguments.kwargs)
             return self._take_step(arguments, None)
         return self.compile_step(arguments.args, arguments.kwargs, steps_left)()
+
+    def _find_recording(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        if isinstance(self.objective, PyroELBO) and self._trained.binding is None:
+            self.objective.find_recording(self.model, self.guide, args, kwargs)
 
     def _take_step(self, arguments: Arguments, captured: CapturedStep | None) -> Tensor:
         self._last_arguments = arguments
@@ -233,6 +242,8 @@ class CompiledSVI(SVI):
 
     def loss_and_gradients(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a step, and the gradient to each unconstrained parameter by its name, without taking the step.
+
+        With several processes these are means, and all of them have to call it.
 
         Arguments:
             args: The positional arguments of model and guide.
@@ -280,8 +291,10 @@ class CompiledSVI(SVI):
             )
             return None
         self._trained.bound.adopt_moved_values()
+        # Compiled steps round in their own way: processes that chose by their own clocks would come apart.
+        backend = "replay" if self._processes is not None and self.backend == "auto" else self.backend
         with apart():
-            captured.choose_backend(self.backend, lambda: self._inputs(arguments), steps_left)
+            captured.choose_backend(backend, lambda: self._inputs(arguments), steps_left)
         return captured
 
     def _capture(self, arguments: Arguments) -> CapturedStep:
@@ -330,7 +343,10 @@ class CompiledSVI(SVI):
         verdict = self._watch.judge(self._trained.is_comparable(*steps))
         if verdict == "lost":
             reason = why_lost(self.model, self.guide, self._last_arguments.args, self._last_arguments.kwargs)
-            raise RuntimeError(
+            if self._processes is not None:
+                reasons = self._processes.gather(reason)
+                reason = "; ".join(f"in process {rank} {each}" for rank, each in enumerate(reasons))
+            raise NonfiniteError(
                 f"{self.max_nonfinite_steps} steps in a row had no finite loss or gradient, up to step {self.num_steps}; {reason}"
             )
         if verdict == "good":
@@ -394,11 +410,13 @@ class CompiledSVI(SVI):
         """
         with self._trained.find(args, kwargs):
             pass
+        if self._processes is not None:
+            self._trained.begin_together(self._processes, args, kwargs)
+            self._is_together = True
         self.restore(Snapshot.from_state_dict(state["now"]))
         self.num_steps, self.num_rolled_back = state["num_steps"], state["num_rolled_back"]
         self.learning_rate_scale = state["learning_rate_scale"]
         self._watch.load_state_dict(state["watch"], self._trained.bound.state.scalars.device)
-        self._is_together = True
         if isinstance(self.objective, Prepared):
             self.objective.load_state_dict(state["objective"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -128,14 +129,17 @@ class Trained:
             ValueError: if the processes have different parameters.
         """
         self.ensure(args, kwargs)
-        sizes = dict(zip(self.bound.parameters.names, map(tuple, self.bound.shapes), strict=True))
-        for rank, theirs in enumerate(processes.gather(sizes)):
-            for name in {**sizes, **theirs}:
-                here, there = sizes.get(name, "none"), theirs.get(name, "none")
+        parameters = self.bound.parameters
+        ours = [
+            f"'{name}' of shape {list(leaf.shape)} and dtype {leaf.dtype}"
+            for name, leaf in zip(parameters.names, parameters.leaves, strict=True)
+        ]
+        for rank, theirs in enumerate(processes.gather(ours)):
+            for here, there in zip_longest(ours, theirs, fillvalue="no more"):
                 if here != there:
                     raise ValueError(
-                        f"CompiledSVI: process {rank} has parameter '{name}' of shape {there}, process {processes.rank} of shape "
-                        f"{here}; model, guide and the shapes of the data must be the same in all processes"
+                        f"CompiledSVI: processes {processes.rank} and {rank} have different parameters: {here} in the one, "
+                        f"{there} in the other; model, guide and the shapes of the data must be the same in all processes"
                     )
         processes.share(self.bound.state.vectors)
         self.buffers.restore(processes.from_first(self.buffers.copy))

@@ -26,10 +26,15 @@ class Batches:
     """
 
     def __init__(self, batches: Iterable[Any]) -> None:
-        self.batches = batches
+        self.batches, self.epoch = batches, -1
         self._begin()
 
     def _begin(self) -> None:
+        self.epoch += 1
+        sampler: Any = getattr(self.batches, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            # A sampler for several processes, which has the same order in every epoch otherwise.
+            sampler.set_epoch(self.epoch)
         # A loader shuffles with the generator of torch, or with one of its own.
         self.random_state = random_state()
         generator = getattr(self.batches, "generator", None)
@@ -57,6 +62,7 @@ class Batches:
             "random_state": self.random_state,
             "generator_state": self.generator_state,
             "position": self.position,
+            "epoch": self.epoch,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -64,6 +70,7 @@ class Batches:
         set_random_state(state["random_state"])
         if state["generator_state"] is not None:
             self.batches.generator.set_state(state["generator_state"])  # type: ignore[attr-defined]
+        self.epoch = state["epoch"] - 1
         self._begin()
         for _ in range(state["position"]):
             next(self)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from ..processes import Processes
 
-# The part of all seconds that is kept for what comes after the training: the search for modes takes up to a tenth of it.
+# The part of ``max_seconds`` that is kept for the search for modes.
 RESERVE = 0.1
+# Several processes have to exchange a message to look.
+LOOK_EVERY = 10
 # A round is begun if this part of it can be made.
 WORTH_A_ROUND = 0.25
 
@@ -31,7 +33,7 @@ class Limit:
 
 
 def has_time(limit: Limit | None, seconds: float) -> bool:
-    """Whether a good part of a round of so many seconds can be made; without a limit all of it."""
+    """Whether there is time for a quarter of a round that takes so many seconds; always without a limit."""
     if limit is None:
         return True
 
@@ -52,20 +54,22 @@ class Clock:
         processes: Several processes go by the clock of the first.
 
     Attributes:
+        every: A look is due after so many steps.
         progress: From 0 to 1, at the last look.
         seconds_left: The seconds that were left at the last look.
     """
 
     def __init__(self, num_steps: int, end: float, processes: Processes | None = None) -> None:
         self.num_steps, self.end, self.processes = num_steps, end, processes
+        self.every = 1 if processes is None else LOOK_EVERY
         self.began = time.perf_counter()
         self.progress, self.seconds_left = 0.0, end - self.began
 
     def look(self, step: int) -> None:
-        """Looks at the clock before a step, or after the last one.
+        """Looks at the clock.
 
         Arguments:
-            step: The number of the step, from 0.
+            step: The number of steps taken so far.
         """
 
         def read() -> tuple[float, float]:

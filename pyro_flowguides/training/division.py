@@ -19,6 +19,7 @@ from ..diagnostics.draws import Draws, concatenate
 from ..model.sites import unchanged_random_state
 from ..processes import Processes, find_processes
 from .checkpoint import Checkpoint, set_random_state
+from .fingerprint import cut
 
 MODES = ("particles", "data", "independent")
 
@@ -43,7 +44,8 @@ class Division:
     def batches(self, batches: Iterable[Any]) -> Iterable[Any]:
         """The batches of this process: all of them, or its share where data are divided.
 
-        The share is one of every so many batches as there are processes; where a ``DistributedSampler`` has chosen already, all.
+        The share is every n-th batch for n processes. A ``DistributedSampler`` has divided the data already: its batches are
+        taken as they are.
         """
         if self.mode == "data" and isinstance(getattr(batches, "sampler", None), DistributedSampler):
             return batches
@@ -90,10 +92,10 @@ class Division:
             for name in {**first, **theirs}:
                 there, here = theirs.get(name, "none"), first.get(name, "none")
                 if there != here:
+                    alike = "" if self.mode == "data" else ", or with distributed='data'"
                     raise ValueError(
-                        f"{owner}: process {rank} and process 0 do not fit together: {name} is {there[:100]} in the one and "
-                        f"{here[:100]} in the other. All of them need the same script, options, versions"
-                        + (" and data (or distributed='data')" if self.mode == "particles" else "")
+                        f"{owner}: process {rank} and process 0 differ in {name}: it is {cut(there, here)} in the one, "
+                        f"{cut(here, there)} in the other. Start all of them alike{alike}"
                     )
 
 
@@ -122,31 +124,27 @@ def common_seed(division: Division | None, seed: int | None) -> int | None:
     return division.processes.from_first(lambda: int(torch.randint(2**31 - 1, ())) if seed is None else seed)
 
 
-def restore_state(
-    owner: str, division: Division | None, states: list[Any], load_batches: Callable[[Any], None] | None
-) -> None:
-    """Goes back to the state that this process had when a checkpoint was written.
+def own_state(owner: str, division: Division | None, states: list[Any]) -> Any:
+    """The state that this process had when a checkpoint was written; None, with a warning, if there were more or fewer of them.
+
+    Then the random numbers are those of the first process, or others in each of several.
 
     Arguments:
-        owner: What a warning begins with.
+        owner: What the warning begins with.
         division: How the processes divide the work now.
-        states: The random state of every process, and where it was among its batches.
-        load_batches: Goes back to a place among batches, if there are any.
+        states: The states of all processes, each of which begins with its random state.
     """
     size = division.processes.size if division else 1
-    if len(states) != size:
-        warn(
-            f"{owner}: the checkpoint was written by {len(states)} processes and is resumed by {size}: the training goes on, "
-            "with other random numbers than it would have had"
-        )
-        set_random_state(states[0][0])
-        if division:
-            division.processes.separate_noise()
-        return
-    state, batches = states[division.processes.rank if division else 0]
-    if load_batches is not None:
-        load_batches(batches)
-    set_random_state(state)
+    if len(states) == size:
+        return states[division.processes.rank if division else 0]
+    warn(
+        f"{owner}: the checkpoint was written by {len(states)} processes and is resumed by {size}: the training goes on, with "
+        "other random numbers than it would have had, and a new epoch of batches"
+    )
+    set_random_state(states[0][0])
+    if division:
+        division.processes.separate_noise()
+    return None
 
 
 class _CommonOrder:
@@ -159,11 +157,10 @@ class _CommonOrder:
 
     def __init__(self, batches: Iterable[Any], division: Division) -> None:
         self.wrapped, self.division = batches, division
-        size = division.processes.size
-        if division.mode == "data" and isinstance(batches, Sized) and len(batches) < size:
+        size, number = division.processes.size, _number_of(batches)
+        if division.mode == "data" and number is not None and number < size:
             raise ValueError(
-                f"fit: {len(batches)} batches are too few for {size} processes, which take one each at every step; make them "
-                "smaller"
+                f"{number} batches are too few for {size} processes, which take one each at every step; make them smaller"
             )
         seed = division.processes.from_first(lambda: int(torch.randint(2**63 - 1, ())))
         self.generator = torch.Generator().manual_seed(seed)
@@ -178,6 +175,8 @@ class _CommonOrder:
 
     def _in_order(self) -> Iterator[Any]:
         seed = int(torch.randint(2**31 - 1, (), generator=self.generator))
+        if (own := getattr(self.wrapped, "generator", None)) is not None:
+            own.manual_seed(seed)
         stream = _Stream(seed)
         with stream:
             iterator = iter(self.wrapped)
@@ -187,6 +186,14 @@ class _CommonOrder:
             if batch is _END:
                 return
             yield batch
+
+
+def _number_of(batches: Iterable[Any]) -> int | None:
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:
+        # A loader of a dataset without a length.
+        return None
 
 
 _END = object()
@@ -218,7 +225,7 @@ class _OfFirst(Checkpoint):
 
 
 class _Stream:
-    """Random numbers of their own for what happens within."""
+    """A random state of its own, which goes on from one use to the next."""
 
     def __init__(self, seed: int) -> None:
         with unchanged_random_state():

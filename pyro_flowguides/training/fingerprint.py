@@ -65,11 +65,11 @@ def difference(there: Mapping[str, str], here: Mapping[str, str]) -> str | None:
         before, now = there.get(name, "none"), here.get(name, "none")
         if before != now:
             owner = "guide" if name.split(".")[0] == "guide" else "fit"
-            return f"it is of another {owner}: {name} was {_cut(before, now)}, and is {_cut(now, before)} here"
+            return f"it is of another {owner}: {name} was {cut(before, now)}, and is {cut(now, before)} here"
     return None
 
 
-def _cut(text: str, other: str) -> str:
+def cut(text: str, other: str) -> str:
     """A long text from shortly before the place where it differs from another."""
     pairs = enumerate(zip(text, other, strict=False))
     same = next((index for index, (one, two) in pairs if one != two), min(len(text), len(other)))

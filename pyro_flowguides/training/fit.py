@@ -183,6 +183,15 @@ def fit(
             "num_steps": num_steps,
             "num_particles": num_particles,
             "num_restarts": num_restarts,
+            "restarts": restarts,
+            "max_seconds": max_seconds,
+            "whiten": whiten,
+            "temper": temper,
+            "search_modes": search_modes,
+            "the class of the guide": type(guide).__name__,
+            "the number of callbacks": len(callbacks),
+            "the steps between checkpoints": checkpoint and checkpoint.every,
+            "whether there are batches": batches is not None,
         }
         if division.mode == "particles":
             described |= {"the data": [args, model_kwargs]}

@@ -126,7 +126,15 @@ def fit_density(
         checkpoint = Checkpoint(checkpoint)
     division = find_division(OWNER, "data" if distributed else "independent", has_batches=True)
     if division is not None:
-        same = {"seed": seed, "num_steps": num_steps, "num_epochs": num_epochs, "the data": [data, context, validation]}
+        same = {
+            "seed": seed,
+            "num_steps": num_steps,
+            "num_epochs": num_epochs,
+            "batch_size": batch_size,
+            "the number of callbacks": len(callbacks),
+            "the steps between checkpoints": checkpoint and checkpoint.every,
+            "the data": [data, context, validation],
+        }
         division.check_same(OWNER, describe_options(same))
         seed, checkpoint = common_seed(division, seed), division.checkpoint(checkpoint)
     num_steps = NUM_STEPS if num_steps is None and num_epochs is None else num_steps
@@ -188,6 +196,8 @@ def _fit(
     gaussian = gaussian_of(OWNER, train.continuous(), units, whiten)
     of_context = None if train.context is None else context_scale_of(train.context)
     density = copy.deepcopy(Density(base, with_fixed_maps(made, units, gaussian, of_context))).to(train.x)
+    if plan.division is not None:
+        density.load_state_dict(plan.division.processes.from_first(lambda: dict(density.state_dict())))
     # The last one: its fixed maps depend on the others.
     belongs_to = {**belongs_to, "flow": [repr(density.transform), dict(density.state_dict())]}
 

@@ -177,11 +177,13 @@ class MaximumLikelihood:
         plan: Plan,
         belongs_to: Fingerprint | None = None,
     ) -> None:
-        epochs = Epochs(train, plan.batch_size)
+        size = plan.division.processes.size if plan.division else 1
+        epochs = Epochs(train, min(plan.batch_size, max(1, len(train) // size)))
         self.name, self.log_prob, self.plan = name, log_prob, plan
         self.options = plan.options(epochs)
-        size = plan.division.processes.size if plan.division else 1
-        self.num_steps = plan.num_steps or (plan.num_epochs or 0) * (len(epochs) // size)
+        # The steps of an epoch.
+        num_steps = len(epochs) // size
+        self.num_steps = plan.num_steps or (plan.num_epochs or 0) * num_steps
         # The same noise at every look.
         self.held_out = None if held_out is None else held_out.continuous()
         self.belongs_to = belongs_to or {}
@@ -193,7 +195,7 @@ class MaximumLikelihood:
         self.best_step = self.num_skipped = self.num_rolled_back = 0
         self.stopped_early = self.interrupted = False
         self.seconds = 0.0
-        self._look_every = max(len(epochs), CHECK_EVERY)
+        self._look_every = max(num_steps, CHECK_EVERY)
 
     def run(self, saved: Mapping[str, Any] | None = None, began: Mapping[str, Any] | None = None) -> None:
         """Trains.

@@ -137,7 +137,7 @@ class Loop:
                 self._load(saved)
         draws = self._train_and_judge(saved)
         if start.simplify(flow_guides):
-            draws = self._draw()
+            draws = self.draw()
         return self._result(draws, flow_guides)
 
     def judge(self, prepare: Callable[[Tracer], None]) -> FitResult:
@@ -150,7 +150,7 @@ class Loop:
         flow_guides = self._set_up()
         with pyro.validation_enabled(False):
             prepare(self.tracer)
-        return self._result(self._draw(), flow_guides)
+        return self._result(self.draw(), flow_guides)
 
     def _set_up(self) -> list[Call]:
         self.tracer, flow_guides = start.set_up(self.call, self.guide)
@@ -192,7 +192,7 @@ class Loop:
             try:
                 draws = self._judge()
             except KeyboardInterrupt:
-                if round is self.rounds[-1]:
+                if round is self.rounds[-1] or self.options.division is not None:
                     raise
                 # Instead of the next round; another interrupt ends the fit.
                 stopped = self.interrupted = True
@@ -200,7 +200,7 @@ class Loop:
             if self.best is not None and got_worse(self.scores):
                 # Taken back.
                 steps.svi.restore(self.best, *self.call.args, **self.call.kwargs)
-                return self._draw()
+                return self.draw()
             # The next one has twice the steps and, unless their number is fixed, twice the particles.
             next_seconds = (2 if self.options.num_particles is not None else 4) * seconds
             if stopped or not is_worth_another(self.scores) or not has_time(self._limit, next_seconds):
@@ -289,11 +289,12 @@ class Loop:
         return stopped
 
     def _judge(self) -> Draws:
-        draws = self._draw()
+        draws = self.draw()
         self.scores.append(RoundScore.of(draws))
         return draws
 
-    def _draw(self) -> Draws:
+    def draw(self) -> Draws:
+        """Draws of the guide as it is, enough to judge it."""
         num_samples = self._num_final_draws
         draw = functools.partial(draw_traced, self.tracer, log_likelihood=self.log_likelihood)
         # Draws of a poor fit may leave the support of the model, which is no error: they weigh nothing.
@@ -326,6 +327,8 @@ class Loop:
                     seed=self.options.seed or 0,
                 )
             except KeyboardInterrupt:
+                if self.options.division is not None:
+                    raise
                 self.interrupted = True
                 return None
 
@@ -389,7 +392,10 @@ class Loop:
 
     def _load_modules(self, saved: Mapping[str, Any]) -> None:
         """What steps do not change, such as the fixed map of a flow guide, once it is sure that this is the same fit."""
-        if different := difference(saved["fingerprint"]["belongs_to"], self.fingerprint["belongs_to"]):
+        compare = functools.partial(difference, saved["fingerprint"]["belongs_to"], self.fingerprint["belongs_to"])
+        # Data of the others are not those of the first process, which wrote the checkpoint.
+        different = self.options.division.processes.from_first(compare) if self.options.division else compare()
+        if different:
             raise ValueError(different)
         for name, module in self._modules().items():
             module.load_state_dict(saved["modules"][name])

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import warn
+from ..compiled.svi import NonfiniteError
 from ..diagnostics.mode_finder import pack
-from ..diagnostics.sampling import draw_traced
 from ..diagnostics.tracer import Tracer
 from ..guides.auto import AutoFlow
 from ..guides.mixture import AutoMixture
@@ -77,9 +77,14 @@ def _fit_repeatedly(call: ModelCall, guide: Callable, options: Options, num_rest
                 if keep == "mixture":
                     _check_mixture(fits[-1])
             except RuntimeError as error:
+                if options.division is not None and not isinstance(error, NonfiniteError):
+                    # The others may not have it.
+                    raise
                 warn(f"fit: restart {index} of {num_restarts} failed: {error}")
                 errors.append(error)
             except KeyboardInterrupt:
+                if options.division is not None:
+                    raise
                 # Before or after the training of this one: the others are whole.
                 if not fits:
                     raise
@@ -122,13 +127,16 @@ def _mixture(call: ModelCall, guide: Any, fits: Sequence[FitResult], options: Op
 
         def prepare(tracer: Tracer) -> None:
             mixture.mix(guides)
-            draws = draw_traced(tracer, len(fits[0].draws))
+            draws = loop.draw()
             x = pack(mixture.latents, draws).to(mixture.fixed_map.loc)
             with torch.no_grad():
                 log_q = mixture.get_posterior().component_log_probs(x).double()
                 log_weights = torch.as_tensor(draws.smoothed_log_weights).to(log_q)
                 mixture.flow.logits.copy_(weights_of_parts(log_weights, log_q).log())
-            mixture.simplify()
+            with unchanged_random_state():
+                # Several processes come to the same end.
+                pyro.set_rng_seed(0)
+                mixture.simplify()
 
         result = loop.judge(prepare)
     best = max(fits, key=lambda fit: fit.elbo.value)

@@ -15,12 +15,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checks import warn
+from ..compiled.losses import Prepared
 from ..compiled.svi import CHECK_EVERY, CompiledSVI
 from ..model.call import ModelCall
 from .batches import Batches
-from .checkpoint import Checkpoint, random_state
+from .checkpoint import Checkpoint, random_state, set_random_state
 from .clock import Clock
-from .division import Division, restore_state
+from .division import Division, own_state
 from .schedules import needs_loss
 
 LEARNING_RATE = 1e-2
@@ -161,14 +162,12 @@ class Steps:
         step: Callable[[], Tensor] | None = None
         before = len(self.training.losses)
         stopped = False
+        if self.clock is not None and self.number:
+            self.clock.look(self.number)
         while self.number < self.num_steps and not stopped:
             if self.number % every == 0 or step is None:
                 step = self.svi.compile_step(*self._next_arguments(), self._steps_left)
             self.pending.append(step())
-            if self.clock is not None:
-                self.clock.look(self.number)
-                if self.clock.progress == 1:
-                    break
             if isinstance(scheduler, PyroLRScheduler):
                 scheduler.step(*[float(self.pending[-1])] * needs_loss(scheduler))
             for callback in callbacks:
@@ -182,6 +181,10 @@ class Steps:
                 self._collect(bar)
             if checkpoint_due:
                 self.training.save(self)
+            if self.clock is not None and self.number % self.clock.every == 0:
+                self.clock.look(self.number)
+                if self.clock.progress == 1:
+                    break
         self._collect(bar)
         if checkpoint is not None:
             self.training.save(self)
@@ -232,13 +235,25 @@ class Steps:
         }
 
     def _own_state(self) -> list[Any]:
-        """The random state of this process, and where it is among its batches."""
-        return [random_state(), None if self.batches is None else self.batches.state_dict()]
+        """The random state of this process, where it is among its batches, and what its objective keeps."""
+        objective = self.svi.objective
+        return [
+            random_state(),
+            None if self.batches is None else self.batches.state_dict(),
+            objective.state_dict() if isinstance(objective, Prepared) else {},
+        ]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a :meth:`state_dict`."""
         call = self.training.call
         self.svi.load_state_dict(state["svi"], *call.args, **call.kwargs)
         self.losses = [float(loss) for loss in state["losses"]]
-        load_batches = None if self.batches is None else self.batches.load_state_dict
-        restore_state(self.training.name, self.division, state["states"], load_batches)
+        own = own_state(self.training.name, self.division, state["states"])
+        if own is None:
+            return
+        random, batches, objective = own
+        if self.batches is not None:
+            self.batches.load_state_dict(batches)
+        if isinstance(self.svi.objective, Prepared):
+            self.svi.objective.load_state_dict(objective)
+        set_random_state(random)

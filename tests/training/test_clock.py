@@ -63,6 +63,12 @@ def test_with_more_time_than_it_takes_a_fit_is_the_same():
     assert len(limited.losses) == 60
 
 
+def test_callbacks_see_every_step():
+    seen = []
+    fit(num_steps=20, num_particles=8, max_seconds=1e6, callbacks=[lambda step, loss: seen.append(step)])
+    assert seen == list(range(20))
+
+
 def test_without_time_there_is_a_step_and_a_verdict():
     result = fit(max_seconds=1e-3)
     assert len(result.losses) == 1
