@@ -26,6 +26,9 @@ from .importance import ImportanceWeights, effective_number
 # From shape 1 on a Pareto tail has no mean. The posterior has one, so that its tail ends somewhere that no draw shows. Of 0.8 to
 # 0.95, this one has the best expected errors of the draws as they are, on the posteriors CHOSEN_ON of benchmarks/verdict.py.
 MAX_SHAPE = 0.9
+# Weights that are bounded correct all they see. Of what others correct, up to this part was found to be left, since they grow on
+# where no draw is; the same posteriors.
+MAX_LEFT = 0.25
 # The variance of the posterior is at least this part of the weighted one: a shift of the mean takes some away.
 MIN_VARIANCE = 0.05
 # Fewer effective draws have no sd to speak of, and no tail.
@@ -103,12 +106,15 @@ def moment_errors(columns: Sequence[np.ndarray], weights: ImportanceWeights) -> 
         unknown = np.full(len(columns), np.nan)
         nothing = Errors(unknown, unknown, unknown, unknown)
         return MomentErrors(nothing, nothing, np.zeros(len(columns)))
+    left = 0.0 if weights.are_constant else min(MAX_LEFT, max(0.0, weights.shape))
     blocks = [np.stack(columns[i : i + BLOCK]) for i in range(0, len(columns), BLOCK)]
-    joined = np.concatenate([np.empty((9, 0)), *(_block(block, smoothed, unsmoothed) for block in blocks)], axis=1)
+    joined = np.concatenate(
+        [np.empty((9, 0)), *(_block(block, smoothed, unsmoothed, left) for block in blocks)], axis=1
+    )
     return MomentErrors(Errors(*joined[:4]), Errors(*joined[4:8]), joined[8])
 
 
-def _block(columns: np.ndarray, smoothed: np.ndarray, raw: np.ndarray) -> np.ndarray:
+def _block(columns: np.ndarray, smoothed: np.ndarray, raw: np.ndarray, left: float) -> np.ndarray:
     """Biases and standard errors of the draws, then of the weighted draws, and the sampling error of the sd."""
     # A draw where a density overflows may be infinite. It weighs nothing; the moments of the draws as they are do not exist.
     finite = np.isfinite(columns)
@@ -123,9 +129,10 @@ def _block(columns: np.ndarray, smoothed: np.ndarray, raw: np.ndarray) -> np.nda
     variance = (1 + hidden_mean(z * terms)) / (1 + mass) - moved**2
     scale = np.sqrt(np.maximum(variance, MIN_VARIANCE))
     # What is hidden is known to its order of magnitude.
-    mean_se = np.sqrt(square @ smoothed**2 + (above**2 + below**2) / (1 + mass) ** 2) / scale
-    sd_se = np.sqrt((square - 1) ** 2 @ smoothed**2 / 4 + (scale - 1) ** 2) / scale
+    hidden_mean_se, hidden_sd_se = np.hypot(above, below) / (1 + mass), scale - 1
     size = np.where(sd == 0, 1.0, sd)
+    mean_se = np.sqrt(square @ smoothed**2 + hidden_mean_se**2 + (left * mean / size) ** 2) / scale
+    sd_se = np.sqrt((square - 1) ** 2 @ smoothed**2 / 4 + hidden_sd_se**2 + (left * (1 / size - 1)) ** 2) / scale
     raw_mean = np.where(finite.all(1), -(mean / size + moved) / scale, np.inf)
     raw_sd = np.where(finite.all(1), 1 / (size * scale) - 1, np.inf)
     sampling_sd = np.sqrt(np.maximum(square**2 @ smoothed - 1, 0) / columns.shape[1]) / 2

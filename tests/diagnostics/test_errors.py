@@ -55,7 +55,8 @@ def test_what_no_draw_has_reached_is_expected(sd):
         expected.append(errors.weighted.sd[0])
         assert errors.raw.sd_bias[0] < -0.35
     assert np.median(missing) < -0.05
-    assert np.median(expected) == pytest.approx(-np.median(missing), rel=1.0)
+    # To an order of magnitude, and rather too large.
+    assert 0.5 < np.median(expected) / -np.median(missing) < 3
 
 
 def test_a_few_draws_with_all_the_weight_have_no_errors():
