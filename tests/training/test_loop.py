@@ -197,17 +197,14 @@ HALF = lambda progress: 1.0 if progress < 0.5 else 0.1  # noqa: E731
 def test_other_numbers_of_steps_are_the_same_fit_where_the_steps_so_far_are(
     then, now, num_over, taken, schedule, is_same
 ):
-    rounds = [schedules.Round(number, 4) for number in now]
-    given = schedule if isinstance(schedule, dict) else {"schedule": schedule}
-    options = types.SimpleNamespace(**{"schedule": None, "temper": None, **given})
-    fit = types.SimpleNamespace(rounds=rounds, options=options)
+    given = {"schedule": None, "temper": None, **(schedule if isinstance(schedule, dict) else {"schedule": schedule})}
     saved = {"num_steps": then, "scores": [[0.0]] * num_over, "training": {"losses": [0.0] * taken}}
     if is_same:
-        loop.Loop._check_num_steps(fit, saved)
+        schedules.check_num_steps(saved, now, **given)
     else:
         before, after = (" + ".join(map(str, each)) for each in (then, now))
         with pytest.raises(ValueError, match=re.escape(f"of a fit with num_steps = {before}, here it is {after}:")):
-            loop.Loop._check_num_steps(fit, saved)
+            schedules.check_num_steps(saved, now, **given)
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------
