@@ -29,8 +29,8 @@ WELL_FITTED_ESS = 0.9
 # With a smaller fraction of effective draws, correct marginals say little about all scalars together.
 LOW_ESS = 0.5
 MODES_LOST = (
-    "doubtful: {unseen} The draws are of the other modes alone ({reason}). Fit from the lost mode as well, see "
-    "docs/how_to/several_modes.md."
+    "doubtful: {unseen} The draws are of the other modes alone ({reason}). Fit AutoMixture, which starts at all modes, or fit "
+    "from the lost mode as well, see docs/how_to/several_modes.md."
 )
 
 
