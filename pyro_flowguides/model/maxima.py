@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -23,7 +24,8 @@ NUM_PRIOR_DRAWS = 16
 MAX_DIM = 1000
 
 
-class Coordinates(NamedTuple):
+@dataclass(frozen=True)
+class Coordinates:
     """Coordinates in which 1 is a sensible distance, float64.
 
     Attributes:
