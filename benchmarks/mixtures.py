@@ -77,7 +77,8 @@ def shares(fit: fg.FitResult, truth: Truth) -> Tensor:
     if "loc" in values:
         first = (values["loc"][..., 0] < values["loc"][..., 1]).double().mean()
     else:
-        first = (values["x"].reshape(len(fit.draws), -1)[:, 0] < 0).double().mean()
+        (site,) = values.values()
+        first = (site.reshape(len(fit.draws), -1)[:, 0] < 0).double().mean()
     return torch.stack([first, 1 - first])
 
 
