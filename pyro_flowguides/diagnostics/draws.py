@@ -16,8 +16,9 @@ from torch import Tensor
 from . import moments
 from .arviz import Coords, Dims
 from .importance import UNKNOWN, Estimate, ImportanceWeights, elbo
+from .modes import Modes
 from .summary import diagnose, scalars, summarize
-from .verdicts import Verdict, VerdictKind, judge
+from .verdicts import Verdict, VerdictKind, after_search, judge
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,25 @@ class Draws:
 
         It is of all latents but the discrete ones that are summed out.
         """
+        return self._judge(None)
+
+    def judge(self, modes: Modes | None) -> Verdict:
+        """The verdict with what a search for modes has found: errors include those of the modes that the guide has lost.
+
+        Arguments:
+            modes: Of :func:`find_modes` with this guide; None if they were not looked for.
+        """
+        if modes is None:
+            return self.verdict
+        return after_search(self._judge(modes) if modes.lost else self.verdict, modes.finding, modes.lost_mass)
+
+    def _judge(self, modes: Modes | None) -> Verdict:
         if self._error:
             return Verdict(VerdictKind.UNKNOWN, UNKNOWN.value, UNKNOWN.value, len(self), self._error)
         values = {name: to_numpy(value) for name, value in self.values.items() if name not in self.summed_out}
-        return judge(scalars(values, self.dims, {}), self.weights)
+        return judge(
+            scalars(values, self.dims, {}), self.weights, None if modes is None else modes.unseen(self.dims, {})
+        )
 
     def resample(self, num_samples: int, *, replace: bool = True, seed: int | None = None) -> Draws:
         """Draws of the posterior with equal weights: these, taken with their smoothed weights as probabilities.
@@ -195,6 +211,7 @@ class Draws:
         weighted: bool = False,
         coords: Coords | None = None,
         dims: Dims | None = None,
+        modes: Modes | None = None,
     ) -> pd.DataFrame:
         """A pandas table with one row per latent or deterministic scalar.
 
@@ -206,6 +223,8 @@ class Draws:
             weighted: Whether to weigh the draws for mean, standard deviation and quantiles; the estimated errors are of the same.
             coords: Labels along a dimension, by the name of its plate.
             dims: Names of dimensions, by site, where the plates do not give them.
+            modes: Of :func:`find_modes` with this guide. Where it has lost a mode, the estimated errors include what this does to
+                latents; those of deterministic sites are then NaN.
 
         Raises:
             ValueError: if the kind is unknown; if weights are asked for and the draws have none; if labels do not fit.
@@ -217,7 +236,8 @@ class Draws:
         if kind != "diagnostics":
             tables.append(summarize(posterior, names, labels, quantiles, self._weights(weighted)))
         if kind != "stats":
-            tables.append(diagnose(posterior, names, labels, self.weights, weighted))
+            unseen = None if modes is None else modes.unseen(names, labels)
+            tables.append(diagnose(posterior, names, labels, self.weights, weighted, unseen))
         return pd.concat(tables, axis=1)
 
     def __getitem__(self, index: slice | Tensor) -> Draws:

@@ -16,7 +16,7 @@ efficient estimation method for the generalized Pareto distribution*, Technometr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,9 +26,6 @@ from .importance import ImportanceWeights, effective_number
 # From shape 1 on a Pareto tail has no mean. The posterior has one, so that its tail ends somewhere that no draw shows. Of 0.8 to
 # 0.95, this one has the best expected errors of the draws as they are, on the posteriors CHOSEN_ON of benchmarks/verdict.py.
 MAX_SHAPE = 0.9
-# Weights that are bounded correct all they see. Of what others correct, up to this part was found to be left, since they grow on
-# where no draw is; the same posteriors.
-MAX_LEFT = 0.25
 # The variance of the posterior is at least this part of the weighted one: a shift of the mean takes some away.
 MIN_VARIANCE = 0.05
 # Fewer effective draws have no sd to speak of, and no tail.
@@ -71,6 +68,21 @@ class Errors:
 
 
 @dataclass(frozen=True)
+class Unseen:
+    """A part of the posterior that no draw has reached, such as lost modes.
+
+    Attributes:
+        mass: Its fraction of the mass.
+        mass_se: The standard error of the fraction.
+        moments: Mean and sd within it of every scalar, by its label, as far as they are known.
+    """
+
+    mass: float
+    mass_se: float
+    moments: Mapping[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
 class MomentErrors:
     """The errors of the moments of draws as they are, and of the weighted ones.
 
@@ -86,17 +98,20 @@ class MomentErrors:
     sampling_sd: np.ndarray
 
 
-def moment_errors(columns: Sequence[np.ndarray], weights: ImportanceWeights) -> MomentErrors:
+def moment_errors(
+    columns: Mapping[str, np.ndarray], weights: ImportanceWeights, unseen: Unseen | None = None
+) -> MomentErrors:
     """Estimates the errors of all means and sds.
 
     It takes about a millisecond for each scalar of 10,000 draws.
 
     Arguments:
-        columns: The draws of every scalar, each of shape (S,).
+        columns: The draws of every scalar by its label, each of shape (S,).
         weights: Of the draws.
+        unseen: What is known of a part of the posterior that no draw has reached, such as lost modes.
 
     Returns:
-        The errors; NaN where fewer than five draws carry the weight.
+        The errors; NaN where fewer than five draws carry the weight, or the moments of what is unseen are not known.
 
     Raises:
         ValueError: if the weights cannot be smoothed, see :attr:`ImportanceWeights.error`.
@@ -106,12 +121,42 @@ def moment_errors(columns: Sequence[np.ndarray], weights: ImportanceWeights) -> 
         unknown = np.full(len(columns), np.nan)
         nothing = Errors(unknown, unknown, unknown, unknown)
         return MomentErrors(nothing, nothing, np.zeros(len(columns)))
-    left = 0.0 if weights.are_constant else min(MAX_LEFT, max(0.0, weights.shape))
-    blocks = [np.stack(columns[i : i + BLOCK]) for i in range(0, len(columns), BLOCK)]
+    # Bounded weights correct all they see. Others grow on where no draw is: of what they correct, as much again may be left where
+    # k-hat is 1.
+    left = 0.0 if weights.are_constant else min(1.0, max(0.0, weights.shape)) ** 2
+    draws = list(columns.values())
+    blocks = [np.stack(draws[i : i + BLOCK]) for i in range(0, len(draws), BLOCK)]
     joined = np.concatenate(
-        [np.empty((9, 0)), *(_block(block, smoothed, unsmoothed, left) for block in blocks)], axis=1
+        [np.empty((13, 0)), *(_block(block, smoothed, unsmoothed, left) for block in blocks)], axis=1
     )
-    return MomentErrors(Errors(*joined[:4]), Errors(*joined[4:8]), joined[8])
+    raw, weighted = Errors(*joined[:4]), Errors(*joined[4:8])
+    if unseen is not None:
+        raw, weighted = (
+            _with_unseen(errors, moments[0], moments[1], unseen, list(columns))
+            for errors, moments in ((raw, joined[9:11]), (weighted, joined[11:13]))
+        )
+    return MomentErrors(raw, weighted, joined[8])
+
+
+def _with_unseen(errors: Errors, mean: np.ndarray, sd: np.ndarray, unseen: Unseen, labels: list[str]) -> Errors:
+    """Errors against the posterior, from those against the part of it that the draws are of, and mean and sd of the draws."""
+    others = np.array([unseen.moments.get(label, (np.nan, np.nan)) for label in labels]).reshape(-1, 2).T
+    # An infinite draw has no moments.
+    with np.errstate(invalid="ignore"):
+        seen_sd = sd / (1 + errors.sd_bias)
+        seen_mean = mean - errors.mean_bias * seen_sd
+        apart = others[0] - seen_mean
+        variance = (1 - unseen.mass) * seen_sd**2 + unseen.mass * others[1] ** 2
+        variance += unseen.mass * (1 - unseen.mass) * apart**2
+        whole = np.sqrt(variance)
+        # By how much the variance grows with the mass.
+        slope = others[1] ** 2 - seen_sd**2 + (1 - 2 * unseen.mass) * apart**2
+        return Errors(
+            (mean - seen_mean - unseen.mass * apart) / whole,
+            np.hypot(errors.mean_se * seen_sd, unseen.mass_se * apart) / whole,
+            sd / whole - 1,
+            np.hypot(errors.sd_se * seen_sd / whole, unseen.mass_se * slope / (2 * variance)),
+        )
 
 
 def _block(columns: np.ndarray, smoothed: np.ndarray, raw: np.ndarray, left: float) -> np.ndarray:
@@ -119,7 +164,7 @@ def _block(columns: np.ndarray, smoothed: np.ndarray, raw: np.ndarray, left: flo
     # A draw where a density overflows may be infinite. It weighs nothing; the moments of the draws as they are do not exist.
     finite = np.isfinite(columns)
     columns = np.where(finite, columns, 0.0).astype(np.float64)
-    x, _, _ = _standardized(columns, None)
+    x, center, spread = _standardized(columns, None)
     z, mean, sd = _standardized(x, smoothed)
     terms, square = z * raw, z**2
     mass = hidden_mean(raw[None])
@@ -138,7 +183,8 @@ def _block(columns: np.ndarray, smoothed: np.ndarray, raw: np.ndarray, left: flo
     sampling_sd = np.sqrt(np.maximum(square**2 @ smoothed - 1, 0) / columns.shape[1]) / 2
     found = np.stack([raw_mean, mean_se, raw_sd, sd_se, -moved / scale, mean_se, 1 / scale - 1, sd_se, sampling_sd])
     # A constant is right.
-    return np.where((sd == 0) & finite.all(1), 0.0, found)
+    found = np.where((sd == 0) & finite.all(1), 0.0, found)
+    return np.concatenate([found, np.stack([center, spread, center + spread * mean, spread * sd])])
 
 
 def _standardized(columns: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

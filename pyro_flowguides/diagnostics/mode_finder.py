@@ -28,7 +28,7 @@ from ..model.sites import is_subsample, quiet_trace, unchanged_random_state
 from ..model.target import ERRORS_OF_MODELS, Target
 from .draws import Draws, to_numpy
 from .importance import Estimate
-from .mode_masses import MIN_DRAWS_OF_A_MODE, Comparison, compare, weigh
+from .mode_masses import MIN_DRAWS_OF_A_MODE, Comparison, Masses, compare, weigh
 from .modes import Mode, Modes
 from .sampling import draw_traced
 from .summary import scalars
@@ -235,11 +235,14 @@ class Search:
         with torch.no_grad(), pyro.validation_enabled(False):
             values = self.target.constrain(points.to(self.latents.init_loc.dtype))
         proposals = found.masses.maxima
+        means, sds = self._moments(found.masses, within)
         symmetries = find_symmetries(self.latents, self.target.log_prob, values, points, order)
         places = self._places(values, order)
         return tuple(
             Mode(
                 values={name: value[index] for name, value in values.items()},
+                mean={name: mean[index].cpu() for name, mean in means.items()},
+                sd={name: sd[index].cpu() for name, sd in sds.items()},
                 log_density=float(maxima.values[index]),
                 mass=Estimate(float(found.mass[index]), float(found.mass_se[index])),
                 drawn=float(found.shares[index]),
@@ -256,6 +259,23 @@ class Search:
             )
             for rank, index in enumerate(order.tolist())
         )
+
+    def _moments(self, masses: Masses, within: Coordinates) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Means and standard deviations of the sites within every mode, ``(modes,) + site shape``, float64."""
+        weights = masses.weights()
+        # A draw without density weighs nothing, whatever its value is.
+        used = weights.sum(-1) > 0
+        weights = weights[used] / weights[used].sum(0)
+        with torch.no_grad(), pyro.validation_enabled(False):
+            values = self.target.constrain(within.original(masses.points[used]).to(self.latents.init_loc.dtype))
+        means, sds = {}, {}
+        for name, value in values.items():
+            rows = value.double().reshape(len(value), -1)
+            mean = weights.mT @ rows
+            # About the mean, and not by the mean square: modes are narrow.
+            variance = torch.stack([own @ (rows - center) ** 2 for own, center in zip(weights.mT, mean, strict=True)])
+            means[name], sds[name] = (each.reshape(-1, *value.shape[1:]) for each in (mean, variance.sqrt()))
+        return means, sds
 
     def _places(self, values: Mapping[str, Tensor], order: np.ndarray) -> list[str]:
         """Where each mode is, by the scalars that tell it best from the guide's draws, or from the other modes."""

@@ -39,6 +39,8 @@ class Masses:
         nats_of_ball: The log of the mass within a ball of three standard deviations or so, shape (K,).
         relative_se_of_ball: Likewise.
         khats: The Pareto shape of the weights of each one's draws, shape (K,).
+        points: The draws, as many from each, shape (S, D).
+        log_weights: log p − log q of each, −inf where there is no density, shape (S,).
     """
 
     maxima: Maxima
@@ -47,10 +49,17 @@ class Masses:
     nats_of_ball: np.ndarray
     relative_se_of_ball: np.ndarray
     khats: np.ndarray
+    points: Tensor
+    log_weights: Tensor
 
     def memberships(self, x: Tensor) -> Tensor:
         """To which maximum a point belongs: probabilities, shape (points, K)."""
         return _memberships(self.maxima, self.maxima.squared_distances(x))
+
+    def weights(self) -> Tensor:
+        """How much each of the draws counts for each mode, not normalised, shape (S, K)."""
+        largest = self.log_weights.max()
+        return (self.log_weights - largest).exp().unsqueeze(-1) * self.memberships(self.points)
 
     def in_balls(self, x: Tensor) -> Tensor:
         """Whether a point is in the ball of its maximum, shape (points, K)."""
@@ -71,16 +80,16 @@ def weigh(log_density: LogProb, maxima: Maxima, num_draws: int) -> Masses:
         maxima: The modes.
         num_draws: The number of draws, the same from each.
     """
-    masses, x, ratios = _weigh(log_density, maxima, num_draws)
-    heavy = torch.as_tensor(~(masses.khats < GOOD_KHAT), device=x.device)
+    masses = _weigh(log_density, maxima, num_draws)
+    heavy = torch.as_tensor(~(masses.khats < GOOD_KHAT), device=masses.points.device)
     if not bool(heavy.any()):
         return masses
-    matched = _moment_matched(maxima, x, ratios, heavy)
-    again = _weigh(log_density, matched, num_draws)[0]
+    matched = _moment_matched(masses, heavy)
+    again = _weigh(log_density, matched, num_draws)
     return again if np.nanmax(again.khats) < np.nanmax(masses.khats) else masses
 
 
-def _weigh(log_density: LogProb, maxima: Maxima, num_draws: int) -> tuple[Masses, Tensor, Tensor]:
+def _weigh(log_density: LogProb, maxima: Maxima, num_draws: int) -> Masses:
     count, dim = maxima.points.shape
     each = num_draws // count
     noise = torch.randn(count, each, dim, dtype=maxima.points.dtype, device=maxima.points.device)
@@ -99,7 +108,7 @@ def _weigh(log_density: LogProb, maxima: Maxima, num_draws: int) -> tuple[Masses
     nats, relative_se = log_means(ratios, memberships)
     in_balls = log_means(ratios, _in_balls(squared, memberships, dim).double())
     khats = np.array([_khat(part) for part in ratios.reshape(count, each).cpu().numpy()])
-    return Masses(maxima, nats, relative_se, *in_balls, khats), x, ratios
+    return Masses(maxima, nats, relative_se, *in_balls, khats, x, ratios)
 
 
 def log_means(log_weights: Tensor, fractions: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -135,9 +144,9 @@ def _khat(log_ratios: np.ndarray) -> float:
     return float(psis(log_ratios)[1])
 
 
-def _moment_matched(maxima: Maxima, x: Tensor, ratios: Tensor, chosen: Tensor) -> Maxima:
+def _moment_matched(masses: Masses, chosen: Tensor) -> Maxima:
     """The maxima with means and covariances of weighted draws for some of them."""
-    weights = (ratios - ratios.max()).exp().unsqueeze(-1) * _memberships(maxima, maxima.squared_distances(x))
+    maxima, x, weights = masses.maxima, masses.points, masses.weights()
     points, scale_trils = maxima.points.clone(), maxima.scale_trils.clone()
     dim = points.shape[-1]
     for index in chosen.nonzero().squeeze(-1).tolist():

@@ -7,14 +7,19 @@ climb together on the batched log density (:mod:`pyro_flowguides.model.ascent`),
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 
+from .errors import Unseen
 from .importance import Estimate
-from .verdicts import Verdict, after_search
+from .summary import scalars
 
 # The number of modes that a sentence names.
 NUM_NAMED = 3
@@ -26,6 +31,8 @@ class Mode:
 
     Attributes:
         values: The latent sites at the maximum of the density in unconstrained space, in their own (constrained) space.
+        mean: The mean of each site within this mode, in its own space, float64.
+        sd: Its standard deviation within this mode, likewise.
         log_density: log p there, of the joint density in unconstrained space.
         mass: The fraction of the posterior's mass that belongs to this mode, of what is known of the posterior.
         drawn: The fraction of the guide's draws that belong to it; NaN without a guide.
@@ -44,6 +51,8 @@ class Mode:
     """
 
     values: dict[str, Tensor]
+    mean: dict[str, Tensor]
+    sd: dict[str, Tensor]
     log_density: float
     mass: Estimate
     drawn: float
@@ -133,9 +142,28 @@ class Modes:
             f"{mass}{'; ' + images if are_images else ''}."
         )
 
-    def judge(self, verdict: Verdict) -> Verdict:
-        """The verdict on the guide after this search; see :func:`pyro_flowguides.diagnostics.verdicts.after_search`."""
-        return after_search(verdict, self.finding, self.lost_mass)
+    def unseen(self, dims: Mapping[str, Sequence[str]], coords: Mapping[str, Sequence[Any]]) -> Unseen | None:
+        """The moments of all lost modes together, by the labels of the scalars; None if no mode is lost.
+
+        Arguments:
+            dims: The names of a site's dimensions.
+            coords: The labels along a dimension.
+        """
+        if not self.lost:
+            return None
+
+        def of_lost(kind: str) -> dict[str, np.ndarray]:
+            sites = [getattr(mode, kind) for mode in self.lost]
+            return scalars(
+                {name: torch.stack([each[name] for each in sites]).numpy() for name in sites[0]}, dims, coords
+            )
+
+        masses = np.array([mode.mass.value for mode in self.lost])
+        moments = {}
+        for (label, means), sds in zip(of_lost("mean").items(), of_lost("sd").values(), strict=True):
+            mean = np.average(means, weights=masses)
+            moments[label] = mean, np.average(sds**2 + (means - mean) ** 2, weights=masses) ** 0.5
+        return Unseen(self.lost_mass, math.hypot(*(mode.mass.se for mode in self.lost)), moments)
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row per mode: where it is, its log density, mass with standard error, k-hat, and the fraction that was drawn."""

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from . import moments
-from .errors import moment_errors
+from .errors import Unseen, moment_errors
 from .importance import ImportanceWeights
 
 
@@ -59,6 +59,7 @@ def diagnose(
     coords: Mapping[str, Sequence[Any]],
     weights: ImportanceWeights,
     weighted: bool = False,
+    unseen: Unseen | None = None,
 ) -> pd.DataFrame:
     """What the importance weights say about every scalar.
 
@@ -68,6 +69,7 @@ def diagnose(
         coords: The labels along a dimension; a dimension without labels is numbered.
         weights: Of the draws.
         weighted: Whether the errors are those of the weighted draws, or of the draws as they are.
+        unseen: What no draw has reached; the errors are NaN where its moments are not known.
 
     Returns:
         A data frame with the index of :func:`summarize` and the columns ``khat`` (see :meth:`ImportanceWeights.khat_of_mean`),
@@ -86,7 +88,7 @@ def diagnose(
         with np.errstate(divide="ignore", invalid="ignore"):
             rows[label] = [weights.khat_of_mean(column), (mean - plain) / sd, (sd / mcse) ** 2, mcse]
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["khat", "shift", "ess", "mcse_mean"])
-    errors = moment_errors(list(columns.values()), weights)
+    errors = moment_errors(columns, weights, unseen)
     found = errors.weighted if weighted else errors.raw
     return table.assign(
         mean_error=found.mean_bias, mean_error_se=found.mean_se, sd_error=found.sd_bias, sd_error_se=found.sd_se

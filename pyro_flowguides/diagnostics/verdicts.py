@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .errors import Errors, moment_errors
+from .errors import Errors, Unseen, moment_errors
 from .importance import ImportanceWeights, effective_number, khat_threshold
 
 # In sds of the posterior, and relative.
@@ -29,7 +29,7 @@ WELL_FITTED_ESS = 0.9
 # With a smaller fraction of effective draws, correct marginals say little about all scalars together.
 LOW_ESS = 0.5
 MODES_LOST = (
-    "doubtful: {unseen} The draws are of the other modes alone ({reason}). Fit AutoMixture, which starts at all modes, or fit "
+    "doubtful: {unseen} The draws are of the other modes alone: {reason}. Fit AutoMixture, which starts at all modes, or fit "
     "from the lost mode as well, see docs/how_to/several_modes.md."
 )
 
@@ -111,7 +111,7 @@ class Verdict:
         return f"{start} At {self.khat:.2f}, weights would be reliable from {needed} draws on; there are {self.num_draws:,}."
 
 
-def judge(scalars: Mapping[str, np.ndarray], weights: ImportanceWeights) -> Verdict:
+def judge(scalars: Mapping[str, np.ndarray], weights: ImportanceWeights, unseen: Unseen | None = None) -> Verdict:
     """What the weights of draws say about the guide.
 
     It takes less than a tenth of a second for 100 scalars of 10,000 draws.
@@ -119,6 +119,7 @@ def judge(scalars: Mapping[str, np.ndarray], weights: ImportanceWeights) -> Verd
     Arguments:
         scalars: The draws of every scalar by its label, each of shape (S,).
         weights: Of the draws.
+        unseen: What is known of a part of the posterior that no draw has reached.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -132,12 +133,12 @@ def judge(scalars: Mapping[str, np.ndarray], weights: ImportanceWeights) -> Verd
         return Verdict(VerdictKind.UNKNOWN, math.nan, math.nan, num_draws, weights.error)
     ess_fraction = effective_number(weights.weights) / num_draws
     found = Verdict(VerdictKind.EXACT, weights.shape, ess_fraction, num_draws, "")
-    if weights.are_constant:
+    if weights.are_constant and unseen is None:
         return replace(found, reason="every draw has the same weight, up to rounding")
     if num_draws < MIN_EFFECTIVE:
         reason = f"{num_draws} draws are too few to tell an error of {MAX_MEAN_ERROR} sd; draw at least {MIN_EFFECTIVE}"
         return replace(found, kind=VerdictKind.UNKNOWN, reason=reason)
-    errors = moment_errors(list(scalars.values()), weights)
+    errors = moment_errors(scalars, weights, unseen)
     labels, is_determined = np.array(list(scalars)), errors.sampling_sd <= MAX_SD_ERROR / 2
     raw, weighted = (_Worst.of(each, labels, is_determined) for each in (errors.raw, errors.weighted))
     are_small = raw.is_small or weighted.is_small

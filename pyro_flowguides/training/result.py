@@ -114,8 +114,7 @@ class FitResult:
     @property
     def verdict(self) -> Verdict:
         """Whether to believe the fit; ``print`` gives a sentence."""
-        verdict = self.draws.verdict
-        return verdict if self.modes is None else self.modes.judge(verdict)
+        return self.draws.judge(self.modes)
 
     def summary(
         self,
@@ -127,7 +126,9 @@ class FitResult:
         dims: Dims | None = None,
     ) -> pd.DataFrame:
         """One row per scalar: mean, sd and quantiles, diagnostics, or both; see :meth:`pyro_flowguides.Draws.summary`."""
-        return self.draws.summary(kind=kind, quantiles=quantiles, weighted=weighted, coords=coords, dims=dims)
+        return self.draws.summary(
+            kind=kind, quantiles=quantiles, weighted=weighted, coords=coords, dims=dims, modes=self.modes
+        )
 
     def predict(
         self,

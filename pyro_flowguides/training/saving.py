@@ -27,7 +27,7 @@ from ..model.sites import quiet_trace, unchanged_random_state
 from . import start
 from .files import write_whole
 
-FORMAT = 1
+FORMAT = 2
 _SIMPLE = (bool, int, float, str, type(None))
 # Dataclasses by the name that they have in a file.
 _DATACLASSES: dict[str, Any] = {"draws": Draws, "modes": Modes, "mode": Mode, "estimate": Estimate}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pyro_flowguides.diagnostics.errors import fit_pareto, hidden_mean, moment_errors
+from pyro_flowguides.diagnostics.errors import Unseen, fit_pareto, hidden_mean, moment_errors
 from pyro_flowguides.diagnostics.importance import ImportanceWeights
 
 
@@ -17,7 +17,7 @@ def normal_weights(x, mean, sd):
 def test_errors_of_a_normal_for_a_normal(mean, sd):
     """The draws are off by (0 − mean) / sd and 1 / sd − 1, the weighted ones by no more than their standard error."""
     x = np.random.default_rng(0).normal(size=(2, 20_000))
-    found = moment_errors([x[0], 3 - 7 * x[0], x[1]], normal_weights(x[0], mean, sd))
+    found = moment_errors({"a": x[0], "b": 3 - 7 * x[0], "c": x[1]}, normal_weights(x[0], mean, sd))
     for sign, i in ((1, 0), (-1, 1)):
         assert found.raw.mean_bias[i] == pytest.approx(-sign * mean / sd, abs=4 * found.raw.mean_se[i])
         assert found.raw.sd_bias[i] == pytest.approx(1 / sd - 1, abs=4 * found.raw.sd_se[i])
@@ -35,12 +35,12 @@ def test_expected_errors_are_those_of_repetitions():
         weights = normal_weights(x, 0.2, 1.1)
         mean = weights.weights @ x
         sd = (weights.weights @ (x - mean) ** 2) ** 0.5
-        errors = moment_errors([x], weights)
+        errors = moment_errors({"x": x}, weights)
         actual.append([(x.mean() - 0.2) / 1.1, x.std() / 1.1 - 1, (mean - 0.2) / 1.1, sd / 1.1 - 1])
         expected.append([errors.raw.mean[0], errors.raw.sd[0], errors.weighted.mean[0], errors.weighted.sd[0]])
     # The root mean square of 40 normal errors is known to 11%; what is hidden is added to that of the weighted ones.
     ratio = np.sqrt(np.mean(np.square(expected), 0) / np.mean(np.square(actual), 0))
-    assert (ratio > 0.6).all() and (ratio < 1.7).all()
+    assert (ratio > 0.6).all() and (ratio < 2).all()
 
 
 @pytest.mark.parametrize("sd", [1.8, 2.0, 2.5])
@@ -50,7 +50,7 @@ def test_what_no_draw_has_reached_is_expected(sd):
     for seed in range(9):
         x = np.random.default_rng(seed).normal(size=10_000)
         weights = normal_weights(x, 0.0, sd)
-        errors = moment_errors([x], weights)
+        errors = moment_errors({"x": x}, weights)
         missing.append((weights.weights @ x**2) ** 0.5 / sd - 1)
         expected.append(errors.weighted.sd[0])
         assert errors.raw.sd_bias[0] < -0.35
@@ -61,7 +61,7 @@ def test_what_no_draw_has_reached_is_expected(sd):
 
 def test_a_few_draws_with_all_the_weight_have_no_errors():
     rng = np.random.default_rng(0)
-    errors = moment_errors([rng.normal(size=1000)], ImportanceWeights(100 * rng.normal(size=1000), np.zeros(1000)))
+    errors = moment_errors({"x": rng.normal(size=1000)}, ImportanceWeights(100 * rng.normal(size=1000), np.zeros(1000)))
     assert np.isnan([errors.raw.mean, errors.raw.sd, errors.weighted.mean, errors.weighted.sd]).all()
 
 
@@ -69,7 +69,7 @@ def test_infinite_draws_and_constants():
     rng = np.random.default_rng(0)
     x, log_p = rng.normal(size=(3, 1000)), 0.1 * rng.normal(size=1000)
     x[0, 4], x[1], log_p[4] = np.inf, 5.0, -np.inf
-    errors = moment_errors(list(x), ImportanceWeights(log_p, np.zeros(1000)))
+    errors = moment_errors(dict(zip("abc", x, strict=True)), ImportanceWeights(log_p, np.zeros(1000)))
     assert np.isinf([errors.raw.mean[0], errors.raw.sd[0]]).all() and errors.weighted.mean[0] < 0.1
     assert errors.raw.mean[1] == errors.raw.sd[1] == errors.sampling_sd[1] == 0
     assert 0 < errors.raw.mean[2] < 0.1
@@ -78,7 +78,7 @@ def test_infinite_draws_and_constants():
 def test_sampling_error_of_an_sd():
     """It is √((κ − 1) / 4S) with the kurtosis κ: 3 of a normal, 9 of an exponential distribution."""
     rng = np.random.default_rng(0)
-    columns = [rng.normal(size=40_000), rng.exponential(size=40_000), rng.standard_t(1.5, size=40_000)]
+    columns = {"a": rng.normal(size=40_000), "b": rng.exponential(size=40_000), "c": rng.standard_t(1.5, size=40_000)}
     found = moment_errors(columns, ImportanceWeights(0.1 * rng.normal(size=40_000), np.zeros(40_000))).sampling_sd
     np.testing.assert_allclose(found[:2], [80_000**-0.5, 20_000**-0.5], rtol=0.15)
     assert found[2] > 0.1
@@ -86,12 +86,15 @@ def test_sampling_error_of_an_sd():
 
 def test_many_scalars_are_those_one_by_one():
     rng = np.random.default_rng(0)
-    columns, weights = list(rng.normal(size=(35, 500))), ImportanceWeights(rng.normal(size=500), np.zeros(500))
+    columns, weights = (
+        {str(i): x for i, x in enumerate(rng.normal(size=(35, 500)))},
+        ImportanceWeights(rng.normal(size=500), np.zeros(500)),
+    )
     together = moment_errors(columns, weights)
-    alone = [moment_errors([column], weights) for column in columns]
+    alone = [moment_errors({"x": column}, weights) for column in columns.values()]
     np.testing.assert_allclose(together.raw.mean, [each.raw.mean[0] for each in alone])
     np.testing.assert_allclose(together.weighted.sd, [each.weighted.sd[0] for each in alone])
-    assert moment_errors([], weights).raw.mean.shape == (0,)
+    assert moment_errors({}, weights).raw.mean.shape == (0,)
 
 
 @pytest.mark.parametrize("shape", [-0.3, 0.2, 0.6, 1.2])
@@ -110,3 +113,20 @@ def test_the_mean_beyond_the_largest_value():
     # An estimate is known to a factor of two or three, the median of 200 to a tenth of that.
     assert np.median(hidden_mean(values)) == pytest.approx(expected, rel=0.3)
     np.testing.assert_array_equal(hidden_mean(np.ones((2, 100))), 0)
+
+
+def test_errors_of_a_guide_of_one_mode_of_two():
+    """The draws are of N(1, 2²), the posterior is 0.6 N(1.2, 2²) + 0.4 N(9, 1)."""
+    x = 1 + 2 * np.random.default_rng(0).normal(size=10_000)
+    weights = ImportanceWeights(-((x - 1.2) ** 2) / 8, -((x - 1.0) ** 2) / 8)
+    unseen = Unseen(0.4, 0.01, {"x": (9.0, 1.0)})
+    errors = moment_errors({"x": x, "y": -x}, weights, unseen)
+    mean, sd = 0.6 * 1.2 + 0.4 * 9, (0.6 * 4 + 0.4 + 0.24 * (9 - 1.2) ** 2) ** 0.5
+    found = [errors.raw.mean_bias[0], errors.raw.sd_bias[0], errors.weighted.mean_bias[0], errors.weighted.sd_bias[0]]
+    expected = [(1 - mean) / sd, 2 / sd - 1, (1.2 - mean) / sd, 2 / sd - 1]
+    np.testing.assert_allclose(found, expected, atol=0.02)
+    # By 0.01 of the distance of the modes at least.
+    assert 0.01 * (9 - 1.2) / sd < errors.raw.mean_se[0] < 0.03
+    assert 0 < errors.raw.sd_se[0] < 0.03
+    # Of y nothing is known.
+    assert np.isnan([errors.raw.mean_bias[1], errors.raw.sd_bias[1], errors.weighted.mean_bias[1]]).all()

@@ -353,6 +353,35 @@ def test_a_guide_that_draws_both_modes_has_lost_none():
     assert str(modes) == f"{modes.num_starts} starts found no other mode."
 
 
+def test_errors_include_those_of_a_lost_mode():
+    """The guide is exact on the mode of 0.6; the other one is 4 away in a site of which the log is the normal coordinate."""
+
+    def model():
+        level = pyro.sample("level", dist.Categorical(torch.tensor([0.6, 0.4])), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(torch.tensor([0.0, 20.0])[level], 1.0))
+        pyro.sample("scale", dist.LogNormal(torch.tensor([0.0, 4.0])[level], 0.5))
+
+    def guide():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+
+    draws = fg.draw(model, guide, num_samples=10_000, seed=0)
+    modes = fg.find_modes(model, guide=draws, seed=0)
+    (lost,) = modes.lost
+    assert float(lost.mean["x"]) == pytest.approx(20, abs=0.1) and float(lost.sd["x"]) == pytest.approx(1, abs=0.1)
+    mean, sd = math.exp(4 + 0.125), math.exp(4 + 0.125) * math.sqrt(math.exp(0.25) - 1)
+    assert float(lost.mean["scale"]) == pytest.approx(mean, rel=0.05)
+    assert float(lost.sd["scale"]) == pytest.approx(sd, rel=0.1)
+    table = draws.summary(kind="diagnostics", modes=modes)
+    off = 8 / math.sqrt(1 + 0.24 * 400)
+    assert table.loc["x", "mean_error"] == pytest.approx(-off, abs=0.03)
+    assert table.loc["x", "sd_error"] == pytest.approx(1 / math.sqrt(1 + 0.24 * 400) - 1, abs=0.01)
+    verdict = draws.judge(modes)
+    assert verdict.kind is fg.VerdictKind.DOUBTFUL and verdict.mean_error == pytest.approx(off, abs=0.05)
+    assert "the mean of x is expected to be off by about 0.8" in str(verdict)
+    assert draws.verdict.kind is fg.VerdictKind.EXACT and draws.judge(None) is draws.verdict
+
+
 def test_a_small_lost_mode_is_named_and_does_not_make_a_fit_doubtful():
     good = Verdict(fg.VerdictKind.GOOD, 0.3, 0.95, 10_000, "no mean is off")
     verdict = after_search(good, "a mode at x = 3 with about 2% of the mass has not been drawn.", 0.02)

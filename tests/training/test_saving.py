@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_refused(path):
 
 
 def described(**changes):
-    text = json.dumps({"format": 1, "version": "0", "content": {"kind": "dict", "items": {}}, **changes})
+    text = json.dumps({"format": saving.FORMAT, "version": "0", "content": {"kind": "dict", "items": {}}, **changes})
     return np.frombuffer(text.encode(), dtype=np.uint8)
 
 
@@ -148,9 +148,12 @@ def test_a_damaged_file_is_refused_and_executes_nothing(damage, path, tmp_path):
             if damage == "array":
                 np.savez(file, description=np.array([Malicious()], dtype=object))
             else:
-                np.savez(file, description=described(format=2) if damage == "format" else described())
+                np.savez(file, description=described(format=0) if damage == "format" else described())
     trace.unlink(missing_ok=True)
-    reason = {"format": ": its format is 2, and this version reads 1", "lacking": ": it lacks 'losses'"}.get(damage, "")
+    reason = {
+        "format": f": its format is 0, and this version reads {saving.FORMAT}",
+        "lacking": ": it lacks 'losses'",
+    }.get(damage, "")
     with pytest.raises(ValueError, match=rf"^FitResult.load: '.*a\.fit' is (damaged or )?no saved fit{reason}"):
         FitResult.load(path)
     assert not trace.exists()
