@@ -29,6 +29,7 @@ from benchmarks.posteriors.scores import columns
 from benchmarks.posteriors.targets import ENERGIES, targets
 from pyro_flowguides.diagnostics.errors import Unseen, moment_errors
 from pyro_flowguides.diagnostics.importance import ImportanceWeights
+from pyro_flowguides.diagnostics.summary import scalar_labels
 from pyro_flowguides.diagnostics.verdicts import MAX_MEAN_ERROR, NEGLIGIBLE_MASS, after_search, judge
 
 NUM_DRAWS = 10_000
@@ -109,13 +110,12 @@ def _unseen(fit: fg.FitResult, reference: Reference) -> dict[str, np.ndarray]:
         return {}
     unseen = fit.modes.unseen(fit.draws.dims, {})
     assert unseen is not None
-    moments = np.array(list(unseen.moments.values()))
-    sites, row = {}, 0
+    sites = {}
     for name, value in fit.draws.posterior().items():
-        size = value[0].size if name in fit.modes[0].mean else 0
+        labels = scalar_labels(name, value.shape[1:], fit.draws.dims.get(name, ()), {})
         # Of deterministic sites nothing is known.
-        table = moments[row : row + size] if size else np.full((value[0].size, 2), np.nan)
-        sites[name], row = np.moveaxis(table.reshape(*value.shape[1:], 2), -1, 0), row + size
+        table = np.array([unseen.moments.get(label, (np.nan, np.nan)) for label in labels])
+        sites[name] = np.moveaxis(table.reshape(*value.shape[1:], 2), -1, 0)
     mean, sd = columns(sites, reference)
     return {
         "unseen_mass_se": np.array(unseen.mass_se),
