@@ -274,8 +274,10 @@ def plot_modes(modes: Any, labels: Sequence[str] | None = None, *, ax: Any = Non
     found: Modes | None = modes if isinstance(modes, Modes) else modes.modes
     if not found:
         raise ValueError("plot_modes: there are no modes to show; were they looked for?")
-    sites = {name: np.stack([mode.values[name].cpu().numpy() for mode in found]) for name in found[0].values}
-    named = scalars(sites, {}, {})
+    named, sds = (
+        scalars({name: np.stack([each[name].cpu().numpy() for each in sites]) for name in sites[0]}, {}, {})
+        for sites in ([mode.values for mode in found], [mode.sd for mode in found])
+    )
     if labels is None:
         labels = sorted(named, key=lambda label: -np.ptp(named[label]))[:2]
         labels = sorted(labels, key=list(named).index)
@@ -288,10 +290,15 @@ def plot_modes(modes: Any, labels: Sequence[str] | None = None, *, ax: Any = Non
     x = named[labels[0]]
     if len(labels) == 2:
         if not isinstance(modes, Modes):
-            drawn = scalars({name: modes.draws.values[name][:1000].cpu().numpy() for name in sites}, {}, {})
+            drawn = scalars({name: modes.draws.values[name][:1000].cpu().numpy() for name in found[0].values}, {}, {})
             ax.plot(drawn[labels[0]], drawn[labels[1]], ".", color="0.8", markersize=2, zorder=0)
         y = named[labels[1]]
         ax.scatter(x, y, s=2000 * masses, c=colors, alpha=0.5, linewidths=0)
+        # Modes may agree in a scalar up to rounding: what is far is told by their widths.
+        x_sd, y_sd = sds[labels[0]], sds[labels[1]]
+        ax.update_datalim(
+            [*zip(x - 3 * x_sd, y - 3 * y_sd, strict=True), *zip(x + 3 * x_sd, y + 3 * y_sd, strict=True)]
+        )
         ax.set_ylabel(labels[1])
     else:
         y = masses

@@ -205,6 +205,9 @@ def test_plot_modes(modes):
     first, second = circles.get_sizes()
     assert first / second == pytest.approx(modes[0].mass.value / modes[1].mass.value)
     assert [text.get_text() for text in ax.texts] == ["70%", "30%"]
+    # The modes agree in x[2]: their width is in view, and not the rounding of the search.
+    low, high = ax.get_ylim()
+    assert -4 < low < -1 and 3 < high < 6
     # The scalar that differs is among those that are chosen.
     assert fg.plot_modes(modes).get_xlabel() == "x[0]"
     assert fg.plot_modes(modes, ["x[0]"]).get_ylabel() == "mass"
