@@ -127,7 +127,7 @@ def a_round_taken_back(processes):
     replaced = {
         "got_worse": lambda scores: len(scores) == 2,
         "is_worth_another": lambda scores: True,
-        "doubling_rounds": lambda num_particles, fixed: (Round(100, 8), Round(150, 8)),
+        "doubling_rounds": lambda *_, **__: (Round(100, 8), Round(150, 8)),
     }
     with contextlib.ExitStack() as stack:
         for name, replacement in replaced.items():

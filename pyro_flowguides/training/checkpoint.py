@@ -16,7 +16,7 @@ import torch
 from ..checks import check_positive_integer, warn
 from .files import check_writable, locked, write_whole
 
-FORMAT = 5
+FORMAT = 6
 
 
 class Checkpoint:

@@ -63,7 +63,8 @@ def fit(
     draws are weighted. If the standard deviation s of the log weights, without the largest and the smallest thousandth, is above
     0.05 (near a perfect fit KL(q, p) is s² / 2, and no mean is off by more than about s standard deviations), another round
     follows with twice the steps and twice the particles. A third one, doubled again, follows if the second has made the ELBO
-    rise by more than its standard error. A round that makes it fall is taken back.
+    rise by more than its standard error. A round that makes it fall is taken back. Where s is below 0.4 before the first step,
+    as on a posterior that is nearly Gaussian, a round of 400 steps comes first, and is mostly the only one.
 
     Discrete latents that the guide leaves out are summed out: everything here is of the marginal posterior of the others. The
     draws have one draw of each discrete site, given these.

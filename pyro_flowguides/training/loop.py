@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ from .schedules import (
     doubling_rounds,
     got_worse,
     is_worth_another,
+    log_weight_sd,
 )
 from .steps import StepOptions, Steps, default_optimizer
 
@@ -50,6 +52,8 @@ from .steps import StepOptions, Steps, default_optimizer
 NUM_STEPS = 3000
 NUM_PARTICLES = 256
 NUM_FINAL_DRAWS = 10_000
+# That tell whether the start is good.
+NUM_FIRST_DRAWS = 1000
 # Without vectorisation every particle is a run of the model.
 NUM_LOOPED_PARTICLES, NUM_LOOPED_DRAWS = 8, 1000
 
@@ -81,6 +85,7 @@ class Loop:
     Attributes:
         losses: The loss of every step of the rounds that are over.
         scores: How good the guide was after each of them.
+        start_sd: The standard deviation of its log weights before the first, where this decides on the rounds.
         interrupted: Whether an interrupt from the keyboard has ended the training, or the search for modes after it.
     """
 
@@ -91,6 +96,7 @@ class Loop:
         self.log_likelihood = log_likelihood
         self.losses: list[float] = []
         self.scores: list[RoundScore] = []
+        self.start_sd = math.inf
         self.num_skipped = self.num_rolled_back = 0
         # After the last round that did no harm.
         self.best: Snapshot | None = None
@@ -129,7 +135,7 @@ class Loop:
                     may_start_over=self.options.loss is None and self.options.batches is None,
                 )
         self.batched = start.batched_calls(self.tracer, arguments_vary=self.options.batches is not None)
-        self.rounds = self._choose_rounds()
+        self.rounds = self._choose_rounds(saved)
         if self.options.temper is not None:
             check_temper(self.options.temper, self.rounds[0].num_steps)
         if checkpoint is not None and saved is not None:
@@ -209,7 +215,7 @@ class Loop:
             self.best = steps.svi.snapshot()
         return draws
 
-    def _choose_rounds(self) -> tuple[Round, ...]:
+    def _choose_rounds(self, saved: dict[str, Any] | None) -> tuple[Round, ...]:
         """Rounds that the weights of the draws end; one of a fixed length where they cannot, or where it was asked for."""
         options, looped = self.options, not self.tracer.vectorizes
         num_particles = options.num_particles or (NUM_LOOPED_PARTICLES if looped else NUM_PARTICLES)
@@ -217,7 +223,21 @@ class Loop:
         # A Pyro optimiser has a schedule of its own, which would go on from round to round.
         if asked_for_one or isinstance(options.optim, PyroOptim) or looped or not self._has_weights():
             return (Round(options.num_steps or NUM_STEPS, num_particles),)
-        return doubling_rounds(num_particles, fixed=options.num_particles is not None)
+        # After a checkpoint the guide is no longer as it was at the start.
+        self.start_sd = self._find_start_sd() if saved is None else float(saved["start_sd"])
+        return doubling_rounds(num_particles, fixed=options.num_particles is not None, start_sd=self.start_sd)
+
+    def _find_start_sd(self) -> float:
+        """How uneven the weights of the guide are before the first step."""
+        if self.options.temper is not None:
+            # The first round is not of the posterior.
+            return math.inf
+
+        def sd_of_draws() -> float:
+            with unchanged_random_state(), pyro.validation_enabled(False):
+                return log_weight_sd(draw_traced(self.tracer, NUM_FIRST_DRAWS).log_weights)
+
+        return self.options.division.processes.from_first(sd_of_draws) if self.options.division else sd_of_draws()
 
     def record(self) -> BatchedCalls | None:
         """The recording of a model that broadcasts, once for all rounds; None if it cannot be recorded."""
@@ -344,6 +364,7 @@ class Loop:
                 "modules": {name: module.state_dict() for name, module in self._modules().items()},
                 "num_steps": [round.num_steps for round in self.rounds],
                 "losses": self.losses,
+                "start_sd": self.start_sd,
                 "scores": [list(score) for score in self.scores],
                 "num_skipped": self.num_skipped,
                 "num_rolled_back": self.num_rolled_back,

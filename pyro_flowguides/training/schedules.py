@@ -100,6 +100,8 @@ def check_temper(temper: Temper, num_steps: int) -> None:
 
 NUM_ROUNDS = 3
 FIRST_NUM_STEPS = 1000
+# From a standard deviation of the log weights below EASY_SD, a round of this part of the first one mostly ends near perfect.
+EASY_SD, SHORT_PART = 0.4, 0.4
 # Below this standard deviation s of the log weights little is left to learn. Near a perfect fit KL(q, p) is s² / 2, as much as
 # when the mean in some direction is off by s standard deviations, and 1 − s² of the draws are effective.
 NEAR_PERFECT_SD = 0.05
@@ -114,16 +116,18 @@ class Round(NamedTuple):
     num_particles: int
 
 
-def doubling_rounds(num_particles: int, fixed: bool) -> tuple[Round, ...]:
-    """Rounds of 1000, 2000 and 4000 steps.
+def doubling_rounds(num_particles: int, *, fixed: bool, start_sd: float) -> tuple[Round, ...]:
+    """Rounds of 1000, 2000 and 4000 steps; one of 400 before them where the start is good.
 
     Loshchilov & Hutter (2017), *SGDR: stochastic gradient descent with warm restarts*, arXiv:1608.03983.
 
     Arguments:
         num_particles: The number of draws per step in the first round.
         fixed: Whether it stays the same; otherwise it doubles with the number of steps.
+        start_sd: The :func:`log_weight_sd` of draws before the first step.
     """
-    return tuple(
+    short = (Round(round(SHORT_PART * FIRST_NUM_STEPS), num_particles),) if start_sd <= EASY_SD else ()
+    return short + tuple(
         Round(FIRST_NUM_STEPS * 2**index, num_particles if fixed else num_particles * 2**index)
         for index in range(NUM_ROUNDS)
     )

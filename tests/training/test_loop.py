@@ -39,7 +39,7 @@ def fit(model, guide, *args, **options):
 
 @pytest.mark.usefixtures("short_rounds")
 def test_an_exact_guide_has_quick():
-    assert fit(conjugate, fg.AutoFlow(conjugate), torch.tensor(Y)).losses.shape == (10,)
+    assert fit(conjugate, fg.AutoFlow(conjugate), torch.tensor(Y)).losses.shape == (4,)
 
 
 @pytest.mark.usefixtures("short_rounds")
@@ -155,6 +155,8 @@ PYRO = pyro.optim.Adam({"lr": 0.1})
         ({}, ONE_BY_ONE, [(3000, 8)]),
         ({"num_particles": 7}, ONE_BY_ONE, [(3000, 7)]),
         ({}, {"has_weights": False}, [(3000, 256)]),
+        ({}, {"start_sd": 0.1}, [(400, 256), (1000, 256), (2000, 512), (4000, 1024)]),
+        ({"num_steps": 30}, {"start_sd": 0.1}, [(30, 256)]),
     ],
 )
 def test_the_rounds_that_fit_is_documented_to_have(options, tracer, expected):
@@ -164,8 +166,21 @@ def test_the_rounds_that_fit_is_documented_to_have(options, tracer, expected):
         options=types.SimpleNamespace(**given),
         tracer=types.SimpleNamespace(vectorizes=tracer.get("vectorizes", True)),
         _has_weights=lambda: has_weights,
+        _find_start_sd=lambda: tracer.get("start_sd", 1.0),
     )
-    assert list(loop.Loop._choose_rounds(fit)) == expected
+    assert list(loop.Loop._choose_rounds(fit, None)) == expected
+
+
+def test_a_good_start_needs_a_short_round_alone(monkeypatch):
+    """A Gaussian posterior, whitened: the other rounds are left out, and random numbers are as without the look at the start."""
+    monkeypatch.setattr(schedules, "FIRST_NUM_STEPS", 50)
+    y = torch.tensor(Y)
+    short = fit(conjugate, fg.AutoCoupling(conjugate), y)
+    assert len(short.losses) == 20
+    asked_for = fit(conjugate, fg.AutoCoupling(conjugate), y, num_steps=20)
+    np.testing.assert_array_equal(short.losses, asked_for.losses)
+    # Flattened at first, the target is not the one of the start.
+    assert len(fit(conjugate, fg.AutoCoupling(conjugate), y, temper="linear").losses) >= 50
 
 
 HALF = lambda progress: 1.0 if progress < 0.5 else 0.1  # noqa: E731

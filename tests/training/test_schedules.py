@@ -70,8 +70,9 @@ def test_wrong_inverse_temperatures(temper, message):
 
 
 def test_rounds_double():
-    assert doubling_rounds(256, fixed=False) == ((1000, 256), (2000, 512), (4000, 1024))
-    assert doubling_rounds(64, fixed=True) == ((1000, 64), (2000, 64), (4000, 64))
+    assert doubling_rounds(256, fixed=False, start_sd=0.41) == ((1000, 256), (2000, 512), (4000, 1024))
+    assert doubling_rounds(64, fixed=True, start_sd=math.nan) == ((1000, 64), (2000, 64), (4000, 64))
+    assert doubling_rounds(64, fixed=False, start_sd=0.39) == ((400, 64), (1000, 64), (2000, 128), (4000, 256))
 
 
 def test_the_sd_of_log_weights_is_not_decided_by_a_few_draws():
