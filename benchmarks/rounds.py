@@ -75,8 +75,8 @@ def report(results: dict[str, Any]) -> str:
             describe(results["environment"]),
             "",
             "The default fit of posteriors whose whitened start is good enough for a short round, with it and without. Errors "
-            "are the worst over parameters and seeds, in sds of the reference, whose own error of 10,000 draws is in them. Effective "
-            "draws: the fewest. Seconds are of the processor, beside other jobs, median over seeds.",
+            "are the worst over parameters and seeds, in sds of the reference, whose own error of 10,000 draws is in them. "
+            "Effective draws are the fewest. Seconds are of the processor, beside other jobs, median over seeds.",
             "",
             f"Median of the ratio of the times: {ratio:.1f}.",
             "",
