@@ -622,6 +622,7 @@ def test_a_checkpoint_holds_no_code(case, tmp_path):
         "modules",
         "num_steps",
         "losses",
+        "start_sd",
         "scores",
         "num_skipped",
         "num_rolled_back",

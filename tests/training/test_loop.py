@@ -275,7 +275,7 @@ def interrupted_draws(monkeypatch, at):
     real, judgements = loop.draw_traced, []
 
     def draw(tracer, number, **options):
-        if number > 2:
+        if number > loop.NUM_FIRST_DRAWS:
             judgements.append(number)
             if len(judgements) in at:
                 raise KeyboardInterrupt
