@@ -55,6 +55,7 @@ CONDITIONAL = {
     "affine": lambda dim, context_dim: T.Affine(dim, context_dim=context_dim),
     "affine_without_hidden_layers": lambda dim, context_dim: T.Affine(dim, context_dim=context_dim, hidden_dims=()),
     "lower_triangular_affine": lambda dim, context_dim: T.LowerTriangularAffine(dim, context_dim=context_dim),
+    "low_rank_affine": lambda dim, context_dim: T.LowRankAffine(dim, 3, context_dim=context_dim),
     "act_norm": lambda dim, context_dim: T.ActNorm(dim, context_dim=context_dim),
     "lu_linear": lambda dim, context_dim: T.LULinear(dim, context_dim=context_dim),
     "orthogonal": lambda dim, context_dim: T.Orthogonal(dim, context_dim=context_dim),

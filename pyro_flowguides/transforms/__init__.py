@@ -13,7 +13,7 @@ from .image import (
     channel_mask,
     checkerboard_mask,
 )
-from .linear import FixedAffine, LowerTriangularAffine, LULinear, Permutation, Reverse
+from .linear import FixedAffine, LowerTriangularAffine, LowRankAffine, LULinear, Permutation, Reverse
 from .multiscale import Split, Squeeze, Unsqueeze
 from .nan import detect_nan
 from .orthogonal import Householder, Orthogonal
@@ -47,6 +47,7 @@ __all__ = [
     "LULinear",
     "NetworkField",
     "OdeError",
+    "LowRankAffine",
     "LowerTriangularAffine",
     "MixtureAutoregressive",
     "MixtureCoupling",
