@@ -10,6 +10,13 @@ def _fixed_affine(dim, context_dim):
     return T.FixedAffine(torch.randn(dim), torch.randn(dim, dim).tril(-1) / dim**0.5 + torch.eye(dim))
 
 
+def _fixed_low_rank_affine(dim, context_dim):
+    # Orthonormal to the last digit of float64.
+    directions = torch.linalg.qr(torch.randn(dim, min(dim, 2), dtype=torch.float64)).Q
+    scale = T.LowRank(torch.rand(dim).double() + 0.5, directions, 2 * torch.rand(min(dim, 2)).double() + 0.2)
+    return T.FixedAffine(torch.randn(dim).double(), scale)
+
+
 def _image_shape(dim):
     return (4, 4, 4) if dim == 64 else (dim, 1, 1)
 
@@ -115,6 +122,7 @@ UNCONDITIONAL = {
     "reverse": lambda dim, context_dim: T.Reverse(dim),
     "fixed_affine": _fixed_affine,
     "fixed_affine_diagonal": lambda dim, context_dim: T.FixedAffine(torch.randn(dim), torch.rand(dim) + 0.5),
+    "fixed_affine_low_rank": _fixed_low_rank_affine,
     "sigmoid": lambda dim, context_dim: T.Sigmoid(dim),
 }
 CONTEXT_DIM = 3

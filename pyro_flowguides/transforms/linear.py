@@ -1,4 +1,4 @@
-r"""Linear transforms: permutations, triangular affine maps and their products. All have closed inverses."""
+r"""Linear transforms: permutations, trainable affine maps and their products. All have closed inverses."""
 
 from __future__ import annotations
 
@@ -283,52 +283,6 @@ class LULinear(FlowTransform):
             score = solve_lower(lower, solve_lower(upper_transposed, score.expand_as(z)), transpose=True)
         x = self._multiply(loc, lower, upper_transposed, z)
         return x, log_det.expand(z.shape[:-1]), score.detach()
-
-
-class FixedAffine(FlowTransform):
-    r"""An affine map :math:`x = Lz + t` that is not trained: t and L are buffers.
-
-    L is lower triangular with a positive diagonal, or, for a diagonal map, the vector of its diagonal; then both directions
-    cost O(D) instead of O(D²).
-
-    Arguments:
-        loc: The location t, shape (D,).
-        scale: L, shape (D, D), or its diagonal, shape (D,).
-
-    Raises:
-        ValueError: if the shapes do not agree, or the diagonal is not positive.
-    """
-
-    loc: Tensor
-    scale: Tensor
-
-    def __init__(self, loc: Tensor, scale: Tensor) -> None:
-        super().__init__(len(loc))
-        if scale.shape not in ((self.dim,), (self.dim, self.dim)):
-            raise ValueError(
-                f"FixedAffine: scale must have shape ({self.dim},) or ({self.dim}, {self.dim}), got {tuple(scale.shape)}"
-            )
-        diagonal = scale if scale.dim() == 1 else scale.diagonal()
-        if not bool((diagonal > 0).all()):
-            raise ValueError("FixedAffine: the diagonal of the scale must be positive")
-        self.register_buffer("loc", loc.clone())
-        self.register_buffer("scale", scale.clone() if scale.dim() == 1 else scale.tril())
-
-    def _log_det(self, value: Tensor) -> Tensor:
-        diagonal = self.scale if self.scale.dim() == 1 else self.scale.diagonal()
-        return diagonal.log().sum().expand(value.shape[:-1])
-
-    def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return affine(self.scale, z, self.loc), self._log_det(z)
-
-    def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return solve_lower(self.scale, x - self.loc), -self._log_det(x)
-
-    def forward_with_score(
-        self, z: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        x, log_det = affine(self.scale, z, self.loc), self._log_det(z)
-        return x, log_det, solve_lower(self.scale, score, transpose=True).detach()
 
 
 def _strictly_lower(packed: Tensor, below_diagonal: Tensor, dim: int) -> Tensor:
