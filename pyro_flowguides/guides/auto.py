@@ -34,7 +34,7 @@ from ..model.latents import WAYS_OUT, Latents, LatentSite
 from ..model.sites import full_size, quiet_trace, unchanged_random_state
 from ..model.target import Target
 from ..transforms.fixed import Scale, standard_deviations
-from . import gaussians, many_dimensions, whitening
+from . import affine_maps, gaussians, many_dimensions, whitening
 from .base import FlowGuide
 
 NUM_QUANTILE_PAIRS = 5000
@@ -71,7 +71,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
             draws can reach where the model's density overflows; :func:`pyro_flowguides.fit` skips such a step, plain SVI
             does not.
         affine: The trainable affine map after the flow: ``"lower_triangular"`` (any mean and covariance; D² parameters),
-            ``"diagonal"``, or None.
+            ``"low_rank"`` (a diagonal and 16 directions; O(D)), ``"diagonal"``, None, or ``"auto"`` for the first up to 1,000
+            latent dimensions and the second above.
         gradient: ``"total"``, or ``"path"`` for the path gradient (see :class:`pyro_flowguides.NormalizingFlow`), which
             :func:`pyro_flowguides.fit` uses whatever is set here.
         create_plates: As in Pyro's ``AutoNormal``: makes the plates of subsampled data.
@@ -111,14 +112,11 @@ class AutoFlow(FlowGuide, AutoContinuous):
         init_loc_fn: Callable = init_to_median,
         init_scale: float = 0.1,
         base: str = "normal",
-        affine: str | None = "lower_triangular",
+        affine: str | None = "auto",
         gradient: str = "total",
         create_plates: Callable | None = None,
     ) -> None:
-        if affine not in ("lower_triangular", "diagonal", None):
-            raise ValueError(
-                f'{type(self).__name__}: affine must be "lower_triangular", "diagonal" or None, got {affine!r}'
-            )
+        affine_maps.check(type(self).__name__, affine)
         super().__init__(
             model,
             flow,
@@ -170,11 +168,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
     def _make_parts(self, latents: Latents) -> list[T.FlowTransform]:
         """A flow, the trainable affine map, and the fixed one, which starts where the latents do."""
         dim, loc = latents.dim, latents.init_loc
-        parts = [self._make_body(dim)]
-        if self._affine == "lower_triangular":
-            parts.append(T.LowerTriangularAffine(dim))
-        elif self._affine == "diagonal":
-            parts.append(T.Affine(dim))
+        parts = [self._make_body(dim), *affine_maps.make(self._affine, dim)]
         scale = torch.full_like(loc, self._init_scale)
         parts.append(T.FixedAffine(loc, scale if dim > whitening.MAX_FULL_RANK_DIM else scale.diag()))
         return parts
