@@ -379,7 +379,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         return self
 
     def _whiten(self, target: Target, method: str) -> None:
-        self._put_map(*whitening.whiten(target, self._start_of_whitening(), method))
+        self.put_map(*whitening.whiten(target, self._start_of_whitening(), method))
 
     def start_over_if_better(self, target: Target) -> bool:
         """Whitens a trained guide anew where it no longer fits, as after a fit to other data; its training starts over then.
@@ -408,7 +408,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
             sizes = [parameter.numel() for parameter in self.parameters()]
             for parameter, value in zip(self.parameters(), self._initial.split(sizes), strict=True):
                 parameter.copy_(value.reshape(parameter.shape))
-        self._put_map(*found)
+        self.put_map(*found)
         return True
 
     def _start_of_whitening(self) -> tuple[Tensor, Tensor]:
@@ -418,7 +418,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
         assert isinstance(scale, Tensor)
         return self.fixed_map.loc.double(), scale.double()
 
-    def _put_map(self, loc: Tensor, scale: Scale) -> None:
+    def put_map(self, loc: Tensor, scale: Scale) -> None:
+        """Takes a fixed map with a scale of any kind, before training, and switches damping off."""
         self.fixed_map.put(loc, scale)
         # Where the scale is of another kind, the store has none of its tensors.
         self._share_buffers()

@@ -64,8 +64,8 @@ def make_guide():
 @pytest.mark.parametrize("other", SCALES)
 def test_a_guide_takes_a_scale_of_any_kind_from_a_copy_a_file_and_the_store(kind, other):
     guide = make_guide()
-    guide._put_map(torch.zeros(DIM).double(), SCALES[other]())
-    guide._put_map(torch.arange(DIM).double(), SCALES[kind]())
+    guide.put_map(torch.zeros(DIM).double(), SCALES[other]())
+    guide.put_map(torch.arange(DIM).double(), SCALES[kind]())
     x = torch.randn(3, DIM, dtype=torch.float64)
     expected = guide.log_prob(x)
     second = make_guide()
@@ -73,7 +73,7 @@ def test_a_guide_takes_a_scale_of_any_kind_from_a_copy_a_file_and_the_store(kind
     torch.testing.assert_close(copy.deepcopy(guide).log_prob(x), expected, rtol=0, atol=0)
     pyro.clear_param_store()
     third = make_guide()
-    third._put_map(torch.zeros(DIM).double(), SCALES[other]())
+    third.put_map(torch.zeros(DIM).double(), SCALES[other]())
     third.load_state_dict(guide.state_dict())
     torch.testing.assert_close(third.log_prob(x), expected, rtol=0, atol=0)
     assert type(third.fixed_map.whole_scale) is type(guide.fixed_map.whole_scale)
@@ -86,7 +86,7 @@ def test_a_captured_step_sees_another_kind_of_scale():
     guide = make_guide()
     svi = make_svi()
     svi.step()
-    guide._put_map(torch.zeros(DIM).double(), SCALES["directions"]())
+    guide.put_map(torch.zeros(DIM).double(), SCALES["directions"]())
     losses = []
     for each in (svi, make_svi()):
         pyro.set_rng_seed(0)
