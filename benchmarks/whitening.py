@@ -19,7 +19,8 @@ import pyro.distributions as dist
 import torch
 
 from pyro_flowguides import AutoFlow
-from pyro_flowguides.guides.whitening import batch_and_match, gaussian_elbo, quasi_newton_path
+from pyro_flowguides.guides.gaussians import gaussian_elbo
+from pyro_flowguides.guides.whitening import batch_and_match, quasi_newton_path
 from pyro_flowguides.model.call import ModelCall
 from pyro_flowguides.model.target import Target
 

@@ -10,6 +10,13 @@ def _fixed_affine(dim, context_dim):
     return T.FixedAffine(torch.randn(dim), torch.randn(dim, dim).tril(-1) / dim**0.5 + torch.eye(dim))
 
 
+def _fixed_low_rank_affine(dim, context_dim):
+    # Orthonormal to the last digit of float64.
+    directions = torch.linalg.qr(torch.randn(dim, min(dim, 2), dtype=torch.float64)).Q
+    scale = T.LowRank(torch.rand(dim).double() + 0.5, directions, 2 * torch.rand(min(dim, 2)).double() + 0.2)
+    return T.FixedAffine(torch.randn(dim).double(), scale)
+
+
 def _image_shape(dim):
     return (4, 4, 4) if dim == 64 else (dim, 1, 1)
 
@@ -55,6 +62,7 @@ CONDITIONAL = {
     "affine": lambda dim, context_dim: T.Affine(dim, context_dim=context_dim),
     "affine_without_hidden_layers": lambda dim, context_dim: T.Affine(dim, context_dim=context_dim, hidden_dims=()),
     "lower_triangular_affine": lambda dim, context_dim: T.LowerTriangularAffine(dim, context_dim=context_dim),
+    "low_rank_affine": lambda dim, context_dim: T.LowRankAffine(dim, 3, context_dim=context_dim),
     "act_norm": lambda dim, context_dim: T.ActNorm(dim, context_dim=context_dim),
     "lu_linear": lambda dim, context_dim: T.LULinear(dim, context_dim=context_dim),
     "orthogonal": lambda dim, context_dim: T.Orthogonal(dim, context_dim=context_dim),
@@ -114,6 +122,7 @@ UNCONDITIONAL = {
     "reverse": lambda dim, context_dim: T.Reverse(dim),
     "fixed_affine": _fixed_affine,
     "fixed_affine_diagonal": lambda dim, context_dim: T.FixedAffine(torch.randn(dim), torch.rand(dim) + 0.5),
+    "fixed_affine_low_rank": _fixed_low_rank_affine,
     "sigmoid": lambda dim, context_dim: T.Sigmoid(dim),
 }
 CONTEXT_DIM = 3

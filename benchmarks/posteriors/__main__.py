@@ -7,7 +7,7 @@
 The command ``run`` is the default, and its default folder is ``build/posteriors``.
 
 PATH is the folder ``posterior_database`` of a checkout of posteriordb. Without it there are only the targets with a known
-evidence.
+evidence. ``--pines CSV`` adds Cox processes in 256 and 1600 dimensions.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     sources = argparse.ArgumentParser(add_help=False)
     sources.add_argument("--database", type=Path, help="the folder posterior_database of a checkout of posteriordb")
     sources.add_argument("--sonar", type=Path, help="the sonar data: a CSV with the columns x1, ..., x60, label")
+    sources.add_argument(
+        "--pines", type=Path, help="points in the unit square: a CSV whose last two columns are x and y"
+    )
     sources.add_argument("--only", type=_words, help="posteriors, by name, separated by commas")
 
     checking = commands.add_parser("check", parents=[sources], help="compare every model with its reference draws")
@@ -87,7 +90,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _chosen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Callable[[], KnownPosterior]]:
     found = posteriors(options.database) if options.database else {}
-    found |= targets(options.sonar)
+    found |= targets(options.sonar, options.pines)
     if options.only is None:
         return found
     missing = set(options.only) - set(found)

@@ -17,21 +17,25 @@ from torch import Tensor
 from pyro_flowguides.examples.eight_schools import EFFECTS, STANDARD_ERRORS
 
 from . import schools
+from .cox import cox_posterior
 from .known import KnownPosterior, Reference, by_site, flat, tensor
 
 NUM_DRAWS = 100_000
 FUNNEL_DIMS = (2, 10, 50)
+COX_SIDES = (16, 40)
 # Importance sampling with 1,200,000 draws of the Gaussian that whitening finds, ± 0.004.
 SONAR_LOG_EVIDENCE = -108.387
 
 
-def targets(sonar: Path | None = None) -> dict[str, Callable[[], KnownPosterior]]:
-    """A function that loads the target, for each target; the logistic regression needs the path of its data."""
+def targets(sonar: Path | None = None, pines: Path | None = None) -> dict[str, Callable[[], KnownPosterior]]:
+    """A function that loads the target, for each target; the logistic regression and the Cox processes need the paths of data."""
     found: dict[str, Callable[[], KnownPosterior]] = {"eight_schools_centered": eight_schools}
     found |= {f"funnel_{dim}": functools.partial(funnel_posterior, dim) for dim in FUNNEL_DIMS}
     found |= {name: functools.partial(planar_posterior, name) for name in ENERGIES}
     if sonar is not None:
         found["sonar"] = functools.partial(sonar_posterior, sonar)
+    if pines is not None:
+        found |= {f"cox_{side**2}": functools.partial(cox_posterior, pines, side) for side in COX_SIDES}
     return found
 
 

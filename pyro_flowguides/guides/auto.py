@@ -33,7 +33,8 @@ from ..model.call import ModelCall
 from ..model.latents import WAYS_OUT, Latents, LatentSite
 from ..model.sites import full_size, quiet_trace, unchanged_random_state
 from ..model.target import Target
-from . import whitening
+from ..transforms.fixed import Scale, standard_deviations
+from . import affine_maps, gaussians, many_dimensions, whitening
 from .base import FlowGuide
 
 NUM_QUANTILE_PAIRS = 5000
@@ -70,7 +71,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
             draws can reach where the model's density overflows; :func:`pyro_flowguides.fit` skips such a step, plain SVI
             does not.
         affine: The trainable affine map after the flow: ``"lower_triangular"`` (any mean and covariance; D² parameters),
-            ``"diagonal"``, or None.
+            ``"low_rank"`` (a diagonal and 16 directions; O(D)), ``"diagonal"``, None, or ``"auto"`` for the first up to 1,000
+            latent dimensions and the second above.
         gradient: ``"total"``, or ``"path"`` for the path gradient (see :class:`pyro_flowguides.NormalizingFlow`), which
             :func:`pyro_flowguides.fit` uses whatever is set here.
         create_plates: As in Pyro's ``AutoNormal``: makes the plates of subsampled data.
@@ -110,14 +112,11 @@ class AutoFlow(FlowGuide, AutoContinuous):
         init_loc_fn: Callable = init_to_median,
         init_scale: float = 0.1,
         base: str = "normal",
-        affine: str | None = "lower_triangular",
+        affine: str | None = "auto",
         gradient: str = "total",
         create_plates: Callable | None = None,
     ) -> None:
-        if affine not in ("lower_triangular", "diagonal", None):
-            raise ValueError(
-                f'{type(self).__name__}: affine must be "lower_triangular", "diagonal" or None, got {affine!r}'
-            )
+        affine_maps.check(type(self).__name__, affine)
         super().__init__(
             model,
             flow,
@@ -169,11 +168,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
     def _make_parts(self, latents: Latents) -> list[T.FlowTransform]:
         """A flow, the trainable affine map, and the fixed one, which starts where the latents do."""
         dim, loc = latents.dim, latents.init_loc
-        parts = [self._make_body(dim)]
-        if self._affine == "lower_triangular":
-            parts.append(T.LowerTriangularAffine(dim))
-        elif self._affine == "diagonal":
-            parts.append(T.Affine(dim))
+        parts = [self._make_body(dim), *affine_maps.make(self._affine, dim)]
         scale = torch.full_like(loc, self._init_scale)
         parts.append(T.FixedAffine(loc, scale if dim > whitening.MAX_FULL_RANK_DIM else scale.diag()))
         return parts
@@ -348,8 +343,10 @@ class AutoFlow(FlowGuide, AutoContinuous):
                 :func:`pyro_flowguides.guides.whitening.batch_and_match` finds from ``init_loc_fn`` and ``init_scale``;
                 ``"pathfinder"`` for the best on a quasi-Newton path from there; ``"init"`` to leave map and damping as they
                 start; ``"auto"`` for the one of start, path, and batch and match from either with the highest ELBO. Above 200
-                latent dimensions the map is diagonal, and ``"auto"`` chooses among the start and diagonal batch and match from
-                the start and from the mode. Where every draw is a run of the model, ``"auto"`` does with some 2,200 runs.
+                latent dimensions the map starts diagonal: ``"auto"`` finds the cheapest scale that fits, diagonal, with a few
+                directions or full (:func:`pyro_flowguides.guides.many_dimensions.best_gaussian_in_many_dimensions`);
+                ``"batch_and_match"`` finds a diagonal. Where every draw is a run of the model, ``"auto"`` does with some 2,200
+                runs, and a diagonal above 200 dimensions.
             model_kwargs: The keyword arguments of the model.
             model: The whole model, where the guide is for ``poutine.block`` of it, which hides the data too.
             vectorize: Whether the model can be run on many latents at once; by default this is found out, and a model that
@@ -382,7 +379,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         return self
 
     def _whiten(self, target: Target, method: str) -> None:
-        self._put_map(*whitening.whiten(target, self._map_in_double(), method))
+        self.put_map(*whitening.whiten(target, self._start_of_whitening(), method))
 
     def start_over_if_better(self, target: Target) -> bool:
         """Whitens a trained guide anew where it no longer fits, as after a fit to other data; its training starts over then.
@@ -398,29 +395,34 @@ class AutoFlow(FlowGuide, AutoContinuous):
             Whether the guide starts over.
         """
         log_density = whitening.without_errors(target.log_prob)
-        num_draws = whitening.NUM_ELBO_DRAWS if target.runs_together else whitening.FEW_ELBO_DRAWS
+        num_draws = gaussians.NUM_ELBO_DRAWS if target.runs_together else whitening.FEW_ELBO_DRAWS
         with torch.no_grad():
             x, log_q = self.get_posterior().rsample_and_log_prob((num_draws,))
             log_ratios = log_density(x) - log_q
-            if float(log_ratios.std()) <= whitening.MAX_SPREAD:
+            if float(log_ratios.std()) <= many_dimensions.MAX_SPREAD:
                 return False
-            found = whitening.whiten(target, self._map_in_double(), "auto")
+            found = whitening.whiten(target, self._start_of_whitening(), "auto")
             elbo = float(log_ratios.mean().nan_to_num(-torch.inf))
-            if whitening.gaussian_elbo(log_density, *found, num_draws) <= elbo + whitening.MIN_GAIN:
+            if gaussians.gaussian_elbo(log_density, *found, num_draws) <= elbo + whitening.MIN_GAIN:
                 return False
             sizes = [parameter.numel() for parameter in self.parameters()]
             for parameter, value in zip(self.parameters(), self._initial.split(sizes), strict=True):
                 parameter.copy_(value.reshape(parameter.shape))
-        self._put_map(*found)
+        self.put_map(*found)
         return True
 
-    def _map_in_double(self) -> tuple[Tensor, Tensor]:
-        return self.fixed_map.loc.double(), self.fixed_map.scale.double()
+    def _start_of_whitening(self) -> tuple[Tensor, Tensor]:
+        scale = self.fixed_map.whole_scale
+        if self.latents.dim > whitening.MAX_FULL_RANK_DIM:
+            scale = standard_deviations(scale)
+        assert isinstance(scale, Tensor)
+        return self.fixed_map.loc.double(), scale.double()
 
-    def _put_map(self, loc: Tensor, scale: Tensor) -> None:
-        with torch.no_grad():
-            self.fixed_map.loc.copy_(loc)
-            self.fixed_map.scale.copy_(scale)
+    def put_map(self, loc: Tensor, scale: Scale) -> None:
+        """Takes a fixed map with a scale of any kind, before training, and switches damping off."""
+        self.fixed_map.put(loc, scale)
+        # Where the scale is of another kind, the store has none of its tensors.
+        self._share_buffers()
         self.undamp()
 
 

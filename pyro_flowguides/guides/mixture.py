@@ -27,6 +27,8 @@ from ..model.target import ERRORS_OF_MODELS, LogProb, Target
 from . import whitening
 from .auto import NUM_QUANTILE_PAIRS, AutoFlow
 from .base import BASES
+from .gaussians import gaussian_elbo
+from .many_dimensions import diagonal_batch_and_match
 
 NUM_STARTS = 256
 # Where every point is a run of the model.
@@ -350,7 +352,7 @@ class AutoMixture(AutoFlow):
             part = local(log_prob, locs, scales, nats, index)
             start = locs[index], scales[index]
             candidates = [start, _fitted(part, start, method)]
-            found = [whitening.gaussian_elbo(part, *candidate) for candidate in candidates]
+            found = [gaussian_elbo(part, *candidate) for candidate in candidates]
             best = int(found[1] > found[0])
             elbos.append(found[best])
             with torch.no_grad():
@@ -372,5 +374,5 @@ class AutoMixture(AutoFlow):
 def _fitted(log_density: LogProb, start: tuple[Tensor, Tensor], method: str) -> tuple[Tensor, Tensor]:
     if method == "pathfinder":
         return whitening.quasi_newton_path(log_density, *start)
-    match = whitening.batch_and_match if start[1].dim() == 2 else whitening.diagonal_batch_and_match
+    match = whitening.batch_and_match if start[1].dim() == 2 else diagonal_batch_and_match
     return match(log_density, *start, num_updates=NUM_UPDATES)

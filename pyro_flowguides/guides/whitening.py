@@ -8,26 +8,32 @@ float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from ..model.target import LogProb, Target, value_and_score
+from ..transforms.fixed import Scale
+from .gaussians import gaussian_elbo
+from .many_dimensions import (
+    DIAGONAL_BATCH_SIZE,
+    MAX_PATH_STEPS,
+    NUM_UPDATES,
+    best_gaussian_in_many_dimensions,
+    diagonal_batch_and_match,
+    mode,
+)
 
-NUM_UPDATES = 150
-DIAGONAL_BATCH_SIZE = 32
-NUM_ELBO_DRAWS = 1000
-MAX_PATH_STEPS = 200
 NUM_PATH_DRAWS = 64
-# A trained guide over whose draws log p − log q spreads by less, in nats, fits; one that does not is replaced by a Gaussian whose
-# ELBO is higher by more than this gain.
-MAX_SPREAD, MIN_GAIN = 0.5, 1.0
+# A trained guide that does not fit is replaced by a Gaussian whose ELBO is higher by more than this gain, in nats.
+MIN_GAIN = 1.0
 # Where every point is a run of the model: points of one batch and match, steps to the mode, points of an ELBO.
 FEW_POINTS, FEW_PATH_STEPS, FEW_ELBO_DRAWS = 960, 50, 64
 # Where the scales of the coordinates differ by more, they are made alike before anything else.
 MAX_SCALE_RATIO = 1e5
-# Above this size the map is diagonal: a full one costs D² numbers and D³ operations to find.
+# Up to this size the search is for a full covariance from the start: every update costs D³ and 2D scores. Above, cheaper ones
+# come first.
 MAX_FULL_RANK_DIM = 200
 
 
@@ -150,73 +156,6 @@ def quasi_newton_path(
     return best
 
 
-def diagonal_batch_and_match(
-    log_density: LogProb, loc: Tensor, scale: Tensor, num_updates: int = NUM_UPDATES
-) -> tuple[Tensor, Tensor]:
-    r"""Batch and match with a diagonal covariance, for many dimensions.
-
-    With a diagonal covariance the divergence of Cai et al. (2024, arXiv:2402.14758) and its regulariser are sums over the
-    coordinates, so that each has the update of :func:`batch_and_match` in one dimension,
-
-    .. math:: \sigma'^2 = \frac{2 v}{1 + \sqrt{1 + 4 u v}},
-
-    with the diagonals u and v of U and V. Cost: ``num_updates`` batches of 32 gradients.
-
-    Arguments:
-        log_density: The target, in float64.
-        loc: The mean to start from, shape (D,), float64.
-        scale: The standard deviations to start from, shape (D,), float64.
-        num_updates: The number of updates.
-
-    Returns:
-        The mean and the standard deviations.
-    """
-    for update in range(num_updates):
-        points = loc + torch.randn(DIAGONAL_BATCH_SIZE, len(loc), dtype=loc.dtype, device=loc.device) * scale
-        scores = value_and_score(log_density, points)[1]
-        finite = scores.isfinite().all(-1)
-        if 2 * int(finite.sum()) < DIAGONAL_BATCH_SIZE:
-            scale = scale / 2
-            continue
-        points, scores = points[finite], scores[finite]
-        weight = DIAGONAL_BATCH_SIZE / (update + 1)
-        shrunk = weight / (1 + weight)
-        mean_point, mean_score = points.mean(0), scores.mean(0)
-        u = weight * scores.var(0, correction=0) + shrunk * mean_score.square()
-        v = scale.square() + weight * points.var(0, correction=0) + shrunk * (loc - mean_point).square()
-        variance = 2 * v / (1 + (1 + 4 * u * v).sqrt())
-        loc = (loc + weight * (variance * mean_score + mean_point)) / (1 + weight)
-        scale = variance.sqrt()
-    return loc, scale
-
-
-def mode(log_density: LogProb, loc: Tensor, max_steps: int = MAX_PATH_STEPS) -> Tensor:
-    """A maximum of log p by L-BFGS; where it leaves the range of finite numbers, the best point that it has seen."""
-    point = loc.clone().requires_grad_()
-    best, best_value = loc, -math.inf
-    optimizer = torch.optim.LBFGS(
-        [point],
-        max_iter=max_steps,
-        history_size=20,
-        tolerance_grad=1e-9,
-        tolerance_change=1e-12,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> Tensor:
-        # Not by backward(), which would leave gradients in the model's parameters.
-        nonlocal best, best_value
-        value, score = value_and_score(log_density, point.unsqueeze(0))
-        if float(value[0]) > best_value and bool(score.isfinite().all()):
-            best, best_value = point.detach().clone(), float(value[0])
-        point.grad = -score[0]
-        return -value[0]
-
-    optimizer.step(closure)
-    found = point.detach()
-    return found if bool(found.isfinite().all()) else best
-
-
 def best_gaussian(log_density: LogProb, loc: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor]:
     """The Gaussian of highest ELBO among the start, the quasi-Newton path, and batch and match from either.
 
@@ -257,13 +196,6 @@ def coordinate_scales(log_density: LogProb, loc: Tensor) -> Tensor:
     return scales
 
 
-def best_diagonal_gaussian(log_density: LogProb, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The Gaussian of highest ELBO among the start, and diagonal batch and match from it and from the mode."""
-    starts = [(loc, scale), (mode(log_density, loc), scale)]
-    matched = [diagonal_batch_and_match(log_density, *start) for start in starts]
-    return max([starts[0], *matched], key=lambda gaussian: gaussian_elbo(log_density, *gaussian))
-
-
 def best_gaussian_of_few_runs(log_density: LogProb, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`best_gaussian`, where every point is a run of the model: some 2,200 runs, a tenth of a fit's.
 
@@ -277,30 +209,15 @@ def best_gaussian_of_few_runs(log_density: LogProb, loc: Tensor, scale: Tensor) 
     return max([starts[0], *matched], key=lambda found: gaussian_elbo(log_density, found[0], found[1], FEW_ELBO_DRAWS))
 
 
-@torch.no_grad()
-def gaussian_elbo(log_density: LogProb, loc: Tensor, scale: Tensor, num_draws: int = NUM_ELBO_DRAWS) -> float:
-    """The ELBO of a Gaussian, estimated from draws; −inf where a draw has no density.
-
-    The scale is a Cholesky factor, shape (D, D), or standard deviations, shape (D,).
-    """
-    noise = torch.randn(num_draws, len(loc), dtype=loc.dtype, device=loc.device)
-    diagonal = scale.dim() == 1
-    log_p = log_density(loc + (noise * scale if diagonal else noise @ scale.mT))
-    log_det = (scale if diagonal else scale.diagonal()).log().sum()
-    # Draw by draw, so that the noise of the two densities cancels where they agree.
-    log_q = -0.5 * (noise.square() + math.log(2 * math.pi)).sum(-1) - log_det
-    elbo = float((log_p - log_q).mean())
-    return -math.inf if math.isnan(elbo) else elbo
-
-
-# For the covariance as a whole, and for its diagonal above MAX_FULL_RANK_DIM.
+Finder = Callable[[LogProb, Tensor, Tensor], tuple[Tensor, Scale]]
+# For the covariance as a whole, and above MAX_FULL_RANK_DIM, where the search begins with its diagonal.
 METHODS: dict[str, Callable[[LogProb, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "auto": best_gaussian,
     "batch_and_match": batch_and_match,
     "pathfinder": quasi_newton_path,
 }
-DIAGONAL_METHODS: dict[str, Callable[[LogProb, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-    "auto": best_diagonal_gaussian,
+DIAGONAL_METHODS: dict[str, Callable[[LogProb, Tensor, Tensor], tuple[Tensor, Scale]]] = {
+    "auto": best_gaussian_in_many_dimensions,
     "batch_and_match": diagonal_batch_and_match,
 }
 
@@ -316,24 +233,25 @@ def check_method(method: str, dim: int = 1) -> None:
         )
 
 
-def whiten(target: Target, start: tuple[Tensor, Tensor], method: str) -> tuple[Tensor, Tensor]:
-    """A Gaussian near the target by one of the methods, above ``MAX_FULL_RANK_DIM`` dimensions with a diagonal covariance.
+def whiten(target: Target, start: tuple[Tensor, Tensor], method: str) -> tuple[Tensor, Scale]:
+    """A Gaussian near the target by one of the methods.
 
     Arguments:
         target: The log-density of the model.
-        start: The mean to start from, shape (D,), and the Cholesky factor of the covariance, shape (D, D), or the standard
-            deviations, shape (D,), for a diagonal one; float64.
+        start: The mean to start from, shape (D,), and the Cholesky factor of the covariance, shape (D, D), or, in many
+            dimensions, the standard deviations, shape (D,); float64.
         method: ``"auto"``, ``"batch_and_match"`` or ``"pathfinder"``.
 
     Returns:
-        The mean, and the Cholesky factor or the standard deviations.
+        The mean, and the Cholesky factor. From standard deviations: ``"auto"`` finds any kind of scale, the others standard
+        deviations.
 
     Raises:
         ValueError: if the method is unknown, or cannot be used in this number of dimensions.
     """
     check_method(method, len(start[0]))
-    methods = METHODS if start[1].dim() == 2 else DIAGONAL_METHODS
-    found_by = methods[method] if target.runs_together or method != "auto" else best_gaussian_of_few_runs
+    methods: Mapping[str, Finder] = METHODS if start[1].dim() == 2 else DIAGONAL_METHODS
+    found_by: Finder = methods[method] if target.runs_together or method != "auto" else best_gaussian_of_few_runs
     # What fails at the start already is an error of the model.
     target.log_prob(start[0].expand(2, -1))
     return found_by(without_errors(target.log_prob), *start)

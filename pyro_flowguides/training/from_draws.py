@@ -92,11 +92,8 @@ def fit_to_draws(
             )
         x = unconstrained(inner.latents, draws).to(inner.fixed_map.loc)
         loc, scale = location_and_scale(OWNER, x, full=inner.fixed_map.scale.dim() == 2, what="latent coordinate")
-        with torch.no_grad():
-            inner.fixed_map.loc.copy_(loc)
-            full = inner.fixed_map.scale.dim() == 2 and scale.dim() == 1
-            inner.fixed_map.scale.copy_(scale.diag() if full else scale)
-        inner.undamp()
+        full = inner.fixed_map.scale.dim() == 2 and scale.dim() == 1
+        inner.put_map(loc, scale.diag() if full else scale)
         train, held_out = (Rows(x), None) if validation is None else split(OWNER, Rows(x), validation)
 
         def log_prob(x: Tensor, context: Tensor | None = None) -> Tensor:

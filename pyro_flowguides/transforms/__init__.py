@@ -5,6 +5,7 @@ from .base import Compose, FlowTransform, Inverse
 from .continuous import Continuous, OdeError, ode_error
 from .coupling import AdditiveCoupling, AffineCoupling, Coupling, MixtureCoupling, SplineCoupling, undamp
 from .elementwise import ActNorm, Affine, Elementwise, ElementwiseMixture, ElementwiseSpline, Sigmoid
+from .fixed import FixedAffine, LowRank
 from .image import (
     ImageActNorm,
     ImageCoupling,
@@ -13,7 +14,7 @@ from .image import (
     channel_mask,
     checkerboard_mask,
 )
-from .linear import FixedAffine, LowerTriangularAffine, LULinear, Permutation, Reverse
+from .linear import LowerTriangularAffine, LowRankAffine, LULinear, Permutation, Reverse
 from .multiscale import Split, Squeeze, Unsqueeze
 from .nan import detect_nan
 from .orthogonal import Householder, Orthogonal
@@ -47,6 +48,8 @@ __all__ = [
     "LULinear",
     "NetworkField",
     "OdeError",
+    "LowRank",
+    "LowRankAffine",
     "LowerTriangularAffine",
     "MixtureAutoregressive",
     "MixtureCoupling",

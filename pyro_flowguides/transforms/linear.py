@@ -1,16 +1,18 @@
-r"""Linear transforms: permutations, triangular affine maps and their products. All have closed inverses."""
+r"""Linear transforms: permutations, trainable affine maps and their products. All have closed inverses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.functional import linear
 
 from ..checks import check_positive_integer
 from .base import FlowTransform
-from .networks import FreeParameters
+from .networks import NEAR_ZERO, FreeParameters
 
 
 class Permutation(FlowTransform):
@@ -113,6 +115,111 @@ class LowerTriangularAffine(FlowTransform):
         return affine(scale_tril, z, loc), log_det.expand(z.shape[:-1]), score.detach()
 
 
+class LowRankAffine(FlowTransform):
+    r"""A trainable affine map that costs O(Dr): a diagonal, and r directions that are stretched and mixed; starts at x = z.
+
+    .. math:: x = \operatorname{diag}(e^{d}) \left(z + Q (T - I) Q^\top z + \tau\right), \qquad
+        \log|\det J| = \sum_i d_i + \sum_k \log t_{kk}
+
+    with free vectors d and :math:`\tau`, Q of size D × r with orthonormal columns (the QR decomposition of a free matrix), and
+    an upper triangular T of size r × r with a positive diagonal. The push-forward of a standard normal is any normal law whose
+    covariance is :math:`\operatorname{diag}(e^{d}) (I + Q S Q^\top) \operatorname{diag}(e^{d})` for a symmetric S: a diagonal
+    and r directions along which the variance is larger or smaller than that. The inverse is Woodbury's identity,
+    :math:`(I + Q (T - I) Q^\top)^{-1} = I + Q (T^{-1} - I) Q^\top`.
+
+    Cost: O(Dr + r²) per point in both directions and for the score, O(Dr²) per call for Q; D (r + 2) + r (r + 1) / 2 parameters.
+
+    Arguments:
+        dim: The number D of coordinates.
+        rank: The number r of directions; D − 1 where that is less, with which every covariance can be reached.
+        context_dim: The size of the context that all but Q depends on; 0 for none.
+        hidden_dims: The hidden layers of the network of the context.
+
+    Raises:
+        ValueError: if the rank is less than 1.
+
+    Example:
+        >>> transform = LowRankAffine(1000, rank=4)
+        >>> x, log_det = transform.forward_and_log_det(torch.randn(5, 1000))
+        >>> z, _ = transform.inverse_and_log_det(x)
+    """
+
+    upper_triangle: Tensor
+
+    def __init__(
+        self, dim: int, rank: int = 16, *, context_dim: int = 0, hidden_dims: Sequence[int] = (32, 32)
+    ) -> None:
+        super().__init__(dim, context_dim)
+        # A diagonal scales one coordinate without directions.
+        self.rank = rank = min(check_positive_integer("LowRankAffine", "rank", rank), dim - 1)
+        rows, columns = torch.triu_indices(rank, rank, 1)
+        self.num_above = len(rows)
+        self.register_buffer("upper_triangle", rows * rank + columns)
+        # Exactly at T = I, Q would have no gradient.
+        inner = NEAR_ZERO * torch.randn(rank + self.num_above)
+        self.parameters_of = FreeParameters(torch.cat([torch.zeros(2 * dim), inner]), context_dim, hidden_dims)
+        if rank:
+            self.directions = Parameter(torch.randn(dim, rank))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}"
+
+    def _parts(self, context: Tensor | None) -> _LowRank:
+        dim, rank = self.dim, self.rank
+        relative_loc, log_scale, log_diagonal, above = self.parameters_of(context).split(
+            [dim, dim, rank, self.num_above], -1
+        )
+        log_det = log_scale.sum(-1) + log_diagonal.sum(-1)
+        if not rank:
+            return _LowRank(relative_loc, log_scale, None, None, log_det)
+        zeros = above.new_zeros(*above.shape[:-1], rank * rank)
+        # In units of 1/√r, and of the diagonal: a step of one size in all of them moves the point by that size.
+        unit = zeros.index_copy(-1, self.upper_triangle, above / rank**0.5).reshape(*above.shape[:-1], rank, rank)
+        identity = torch.eye(rank, dtype=above.dtype, device=above.device)
+        triangle = log_diagonal.exp().unsqueeze(-1) * (unit + identity)
+        return _LowRank(relative_loc, log_scale, torch.linalg.qr(self.directions).Q, triangle, log_det)
+
+    def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        parts = self._parts(context)
+        return parts.forward(z), parts.log_det.expand(z.shape[:-1])
+
+    def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        parts = self._parts(context)
+        y = x * (-parts.log_scale).exp() - parts.relative_loc
+        if parts.directions is not None and parts.triangle is not None:
+            along = y @ parts.directions
+            y = y + (solve_lower(parts.triangle.mT, along, transpose=True) - along) @ parts.directions.mT
+        return y, -parts.log_det.expand(x.shape[:-1])
+
+    def forward_with_score(
+        self, z: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        parts = self._parts(context)
+        with torch.no_grad():
+            score = score.expand_as(z)
+            if parts.directions is not None and parts.triangle is not None:
+                along = score @ parts.directions
+                score = score + (solve_lower(parts.triangle.mT, along) - along) @ parts.directions.mT
+            score = score * (-parts.log_scale).exp()
+        return parts.forward(z), parts.log_det.expand(z.shape[:-1]), score.detach()
+
+
+class _LowRank(NamedTuple):
+    """τ, d, Q, T and log_det of a :class:`LowRankAffine`; Q and T are None without directions."""
+
+    relative_loc: Tensor
+    log_scale: Tensor
+    directions: Tensor | None
+    triangle: Tensor | None
+    log_det: Tensor
+
+    def forward(self, z: Tensor) -> Tensor:
+        if self.directions is not None and self.triangle is not None:
+            along = z @ self.directions
+            z = z + (multiply(self.triangle, along) - along) @ self.directions.mT
+        return self.log_scale.exp() * (z + self.relative_loc)
+
+
 class LULinear(FlowTransform):
     r"""A trainable affine map :math:`x = LUz + t`, with L unit lower and U upper triangular; starts at x = z.
 
@@ -176,52 +283,6 @@ class LULinear(FlowTransform):
             score = solve_lower(lower, solve_lower(upper_transposed, score.expand_as(z)), transpose=True)
         x = self._multiply(loc, lower, upper_transposed, z)
         return x, log_det.expand(z.shape[:-1]), score.detach()
-
-
-class FixedAffine(FlowTransform):
-    r"""An affine map :math:`x = Lz + t` that is not trained: t and L are buffers.
-
-    L is lower triangular with a positive diagonal, or, for a diagonal map, the vector of its diagonal; then both directions
-    cost O(D) instead of O(D²).
-
-    Arguments:
-        loc: The location t, shape (D,).
-        scale: L, shape (D, D), or its diagonal, shape (D,).
-
-    Raises:
-        ValueError: if the shapes do not agree, or the diagonal is not positive.
-    """
-
-    loc: Tensor
-    scale: Tensor
-
-    def __init__(self, loc: Tensor, scale: Tensor) -> None:
-        super().__init__(len(loc))
-        if scale.shape not in ((self.dim,), (self.dim, self.dim)):
-            raise ValueError(
-                f"FixedAffine: scale must have shape ({self.dim},) or ({self.dim}, {self.dim}), got {tuple(scale.shape)}"
-            )
-        diagonal = scale if scale.dim() == 1 else scale.diagonal()
-        if not bool((diagonal > 0).all()):
-            raise ValueError("FixedAffine: the diagonal of the scale must be positive")
-        self.register_buffer("loc", loc.clone())
-        self.register_buffer("scale", scale.clone() if scale.dim() == 1 else scale.tril())
-
-    def _log_det(self, value: Tensor) -> Tensor:
-        diagonal = self.scale if self.scale.dim() == 1 else self.scale.diagonal()
-        return diagonal.log().sum().expand(value.shape[:-1])
-
-    def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return affine(self.scale, z, self.loc), self._log_det(z)
-
-    def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return solve_lower(self.scale, x - self.loc), -self._log_det(x)
-
-    def forward_with_score(
-        self, z: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        x, log_det = affine(self.scale, z, self.loc), self._log_det(z)
-        return x, log_det, solve_lower(self.scale, score, transpose=True).detach()
 
 
 def _strictly_lower(packed: Tensor, below_diagonal: Tensor, dim: int) -> Tensor:

@@ -22,6 +22,7 @@ from scipy.integrate import solve_ivp
 from benchmarks.posteriors import processes, regression, scores, targets, time_series
 from benchmarks.posteriors.__main__ import main
 from benchmarks.posteriors.check import check, stein_statistics, unconstrained_density
+from benchmarks.posteriors.cox import cox_posterior
 from benchmarks.posteriors.database import posteriors, reference_draws
 from benchmarks.posteriors.definitions import DEFINITIONS
 from benchmarks.posteriors.known import KnownPosterior, Reference, by_site, scalar, tensor
@@ -175,6 +176,24 @@ def test_concentration_solves_its_equation(parameters, double):
             for sign in (1, -1)
         )
         assert float(gradient[i]) == pytest.approx((above - below) / (2 * step), rel=1e-5, abs=1e-7)
+
+
+def test_the_cox_process_has_the_density_of_its_parts(tmp_path, double):
+    points = np.random.default_rng(0).random((20, 2))
+    path = tmp_path / "points.csv"
+    path.write_text("\n".join(['"","x","y"', *(f'"{i}",{x},{y}' for i, (x, y) in enumerate(points))]))
+    posterior = cox_posterior(path, 3)
+    counts, mean, _ = posterior.args
+    assert counts.sum() == 20
+    assert counts[0] == ((points[:, 0] < 1 / 3) & (points[:, 1] < 1 / 3)).sum()
+    cells = torch.cartesian_prod(torch.arange(3.0), torch.arange(3.0)).to(counts)
+    covariance = 1.91 * torch.exp(-33 * torch.cdist(cells, cells) / 3)
+    f = mean + torch.randn(9)
+    expected = dist.MultivariateNormal(mean.expand(9), covariance).log_prob(f)
+    expected += (dist.Poisson(f.exp() / 9).log_prob(counts) + torch.lgamma(counts + 1) + counts * math.log(9)).sum()
+    trace = poutine.trace(poutine.condition(posterior.model, data={"f": f})).get_trace(*posterior.args)
+    torch.testing.assert_close(trace.log_prob_sum(), expected, rtol=1e-10, atol=0)
+    assert set(targets.targets(pines=path)) >= {"cox_256", "cox_1600"}
 
 
 # --- evidence ----------------------------------------------------------------------------------------------------------

@@ -201,7 +201,8 @@ def test_start_that_is_not_finite():
 
 def test_affine_that_is_wrong():
     with pytest.raises(
-        ValueError, match='AutoFlow: affine must be "lower_triangular", "diagonal" or None, got \'full\''
+        ValueError,
+        match='AutoFlow: affine must be "auto", "lower_triangular", "low_rank", "diagonal" or None, got \'full\'',
     ):
         fg.AutoFlow(conjugate, affine="full")
 
@@ -212,11 +213,16 @@ def test_flow_of_the_wrong_size():
         guide(torch.tensor(Y))
 
 
-@pytest.mark.parametrize("affine", ["lower_triangular", "diagonal", None])
+@pytest.mark.parametrize("affine", ["lower_triangular", "low_rank", "diagonal", None])
 def test_any_recipe_and_affine_map(affine):
     guide = fg.AutoFlow(correlated, lambda dim: fg.transforms.AffineCoupling(dim), affine=affine)
     train(correlated, guide, steps=5)
-    maps = {"lower_triangular": fg.transforms.LowerTriangularAffine, "diagonal": fg.transforms.Affine, None: None}
+    maps = {
+        "lower_triangular": fg.transforms.LowerTriangularAffine,
+        "low_rank": fg.transforms.LowRankAffine,
+        "diagonal": fg.transforms.Affine,
+        None: None,
+    }
     kinds = [kind for kind in (fg.transforms.AffineCoupling, maps[affine], fg.transforms.FixedAffine) if kind]
     for part, kind in zip(guide.flow.transforms, kinds, strict=True):
         assert isinstance(part, kind)

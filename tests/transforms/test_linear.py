@@ -42,10 +42,26 @@ def test_lu_reaches_a_given_matrix(dtype, tolerance):
     torch.testing.assert_close(log_det[0], torch.linalg.slogdet(matrix).logabsdet, rtol=0, atol=tolerance(1e-12))
 
 
+def test_a_low_rank_map_has_no_more_directions_than_it_needs():
+    assert [T.LowRankAffine(dim, 8).rank for dim in (1, 5, 9, 20)] == [0, 4, 8, 8]
+    assert sum(parameter.numel() for parameter in T.LowRankAffine(1000, 3).parameters()) == 5 * 1000 + 6
+
+
+def test_a_low_rank_map_stretches_and_mixes_its_directions_alone(dtype, tolerance):
+    transform = perturb(T.LowRankAffine(6, 2).to(dtype))
+    with torch.no_grad():
+        jacobian = torch.autograd.functional.jacobian(lambda z: transform(z), torch.zeros(6, dtype=dtype))
+        relative = jacobian / transform.parameters_of.value[6:12].exp().unsqueeze(-1)
+        ranks = torch.linalg.svdvals(relative - torch.eye(6, dtype=dtype))
+    assert float(ranks[1]) > 0.01
+    torch.testing.assert_close(ranks[2:], torch.zeros_like(ranks[2:]), rtol=0, atol=tolerance(1e-12))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: T.Permutation([0, 0, 1]), "each of 0, …, D − 1 once"),
+        (lambda: T.LowRankAffine(3, 0), "rank must be at least 1"),
         (lambda: T.FixedAffine(torch.zeros(2), torch.ones(3)), r"scale must have shape \(2,\)"),
         (lambda: T.FixedAffine(torch.zeros(2), torch.zeros(2)), "diagonal of the scale must be positive"),
     ],
