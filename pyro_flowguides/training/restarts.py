@@ -184,6 +184,9 @@ class _Starts:
 
             indices = range(processes.rank, num_restarts, processes.size)
             outcomes = self.fit(indices, own, math.ceil(num_restarts / processes.size), carry)
+            if outcomes.interrupted:
+                # The others are interrupted as well, or wait.
+                raise KeyboardInterrupt
             return carried, {index: str(error) for index, error in outcomes.errors.items()}, outcomes.seconds
 
         outcomes = _Outcomes()

@@ -286,3 +286,40 @@ for step in range(20):
     )
     output = torchrun(script, fails=True, limit=120)
     assert "process 1 has met new parameters ('late') in the middle of the training, and within 2 s not all" in output
+
+
+@pytest.mark.slow
+def test_twenty_thousand_rows_in_two_halves_have_the_exact_posterior(tmp_path):
+    """Draws weighed on all rows, beside the mean and the covariance of a linear regression."""
+    script = tmp_path / "regression.py"
+    script.write_text(
+        f"""
+import os, pyro, torch
+import pyro.distributions as dist
+import pyro_flowguides as fg
+from torch.utils.data import DataLoader, TensorDataset
+torch.set_default_dtype(torch.float64)
+torch.manual_seed(0)
+x = torch.randn(20_000, 3)
+y = x @ torch.tensor([1.0, -1.0, 0.5]) + torch.randn(20_000)
+def model(x, y):
+    beta = pyro.sample("beta", dist.Normal(x.new_zeros(3), 2.0).to_event(1))
+    with pyro.plate("row", 20_000, subsample_size=len(y)):
+        pyro.sample("y", dist.Normal((x * beta.unsqueeze(-2)).sum(-1), 1.0), obs=y)
+loader = DataLoader(TensorDataset(x, y), batch_size=300, shuffle=True)
+options = dict(batches=loader, num_steps=300, num_particles=8, seed=1, progress=False)
+fit = fg.fit(model, fg.AutoPlanar(model, num_layers=1), x[:2000], y[:2000], **options)
+if os.environ["RANK"] == "0":
+    draws = fg.draw(model, fit.guide, x, y, num_samples=2000, seed=2)
+    found = dict(mean=draws.mean()["beta"], sd=draws.sd()["beta"], ess=draws.ess.value, x=x, y=y)
+    torch.save(found, {str(tmp_path / "found.pt")!r})
+"""
+    )
+    torchrun(script)
+    found = torch.load(tmp_path / "found.pt", weights_only=False)
+    covariance = (found["x"].mT @ found["x"] + torch.eye(3) / 4).inverse()
+    mean, sd = covariance @ (found["x"].mT @ found["y"]), covariance.diagonal().sqrt()
+    assert found["ess"] > 500
+    distance = (torch.as_tensor(found["mean"]) - mean) / sd * found["ess"] ** 0.5
+    assert (distance.abs() < 4).all(), distance
+    torch.testing.assert_close(torch.as_tensor(found["sd"]), sd, rtol=4 / (2 * found["ess"]) ** 0.5, atol=0)
