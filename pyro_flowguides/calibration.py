@@ -35,6 +35,9 @@ from .diagnostics.draws import Draws
 from .diagnostics.replay import simulate
 from .diagnostics.summary import scalars
 from .model.call import ModelCall
+from .processes import alone, find_processes
+from .training.division import Division
+from .training.fingerprint import describe_options
 from .training.fit import fit
 
 # The histogram of ranks has at least this many simulations in a bin, in expectation, and at most this many bins.
@@ -44,6 +47,8 @@ MAX_BINS = 20
 LEVEL = 0.01
 
 Infer = Callable[[Callable, Callable, int], Draws]
+# Ranks, probabilities and names of dimensions of a simulation.
+Outcome = tuple[dict[str, np.ndarray], dict[str, np.ndarray], Dims]
 
 
 @dataclass(frozen=True)
@@ -175,6 +180,9 @@ def check_calibration(
 ) -> Calibration:
     """Simulates data from the model, fits the guide to each data set and ranks the true values among the draws.
 
+    Under ``torchrun`` the simulations are divided between the processes, all of which have to call this and get the same result;
+    a fit is then of one process alone, and averages nothing.
+
     Cost: ``num_simulations`` fits. One hundred simulations detect a guide whose standard deviations are half of what they should
     be, several hundred one that is off by a fifth.
 
@@ -187,13 +195,14 @@ def check_calibration(
         infer: A function of model, guide and seed that returns :class:`Draws`; by default it fits. With
             ``functools.partial(fit_and_draw, num_steps=500)`` it fits with other options.
         num_samples: The number L of draws that a true value is ranked among, the first L that ``infer`` returns.
-        num_processes: How many processes to spread the fits over. With more than one, the three functions must be importable
-            by name, which lambdas are not.
+        num_processes: How many processes to start for the fits (in every process of ``torchrun``). With more than one, the three
+            functions must be importable by name, which lambdas are not.
         seed: The seed of the first simulation; the others follow. The result does not depend on the number of processes.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: if a number is too small, or there are several processes and a function cannot be sent to them.
+        ValueError: if a number is too small, there are several processes and a function cannot be sent to them, or the processes
+            of ``torchrun`` were given different numbers.
         RuntimeError: if a simulation or its fit fails, with its seed; the first error is its cause.
 
     Example, in a module of its own::
@@ -216,18 +225,32 @@ def check_calibration(
             raise ValueError(f"check_calibration: {name} must be at least {least}, got {number}")
     one = partial(_simulate_and_rank, model_factory, guide_factory, infer, num_samples)
     seeds = range(seed, seed + num_simulations)
-    results: dict[int, tuple[dict[str, np.ndarray], dict[str, np.ndarray], Dims]] = {}
-    with tqdm(total=num_simulations, disable=not progress, desc="calibration") as bar:
-        for done, result in _run(one, seeds, num_processes):
-            results[done] = result
-            bar.update()
+    if (processes := find_processes()) is None:
+        results = _results(one, seeds, num_processes, progress)
+    else:
+        given = {"num_simulations": num_simulations, "num_samples": num_samples, "seed": seed}
+        Division(processes, "independent").check_same("check_calibration", describe_options(given))
+        own = partial(
+            _results, one, seeds[processes.rank :: processes.size], num_processes, progress and processes.is_first
+        )
+        results = {done: result for part in processes.gather_from(own) for done, result in part.items()}
     ranks, probabilities = (
         {name: np.stack([results[i][part][name] for i in seeds]) for name in results[seed][part]} for part in (0, 1)
     )
     return Calibration(ranks, probabilities, num_samples, results[seed][2])
 
 
-def _run(one: Callable[[int], Any], seeds: range, num_processes: int) -> Iterator[tuple[int, Any]]:
+def _results(one: Callable[[int], Outcome], seeds: range, num_processes: int, progress: bool) -> dict[int, Outcome]:
+    """Results by their seeds."""
+    results = {}
+    with tqdm(total=len(seeds), disable=not progress, desc="calibration") as bar:
+        for done, result in _run(one, seeds, num_processes):
+            results[done] = result
+            bar.update()
+    return results
+
+
+def _run(one: Callable[[int], Outcome], seeds: range, num_processes: int) -> Iterator[tuple[int, Outcome]]:
     """Results with their seeds, in the order in which they come."""
     if num_processes == 1:
         for seed in seeds:
@@ -262,13 +285,14 @@ def _simulate_and_rank(
     infer: Infer,
     num_samples: int,
     seed: int,
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Dims]:
-    """Ranks, probabilities and names of dimensions of one simulation."""
+) -> Outcome:
+    """One simulation, its fit, and where the true values fall."""
     pyro.set_rng_seed(seed)
     try:
         model = _with_tensors(model_factory())
         # The guides of all simulations have the same names of parameters.
-        with pyro.get_param_store().scope():
+        # In a process that torchrun has started, or that such a one has, nothing is averaged either.
+        with pyro.get_param_store().scope(), alone():
             true_values, data = simulate(model)
             if not data:
                 raise ValueError("the model observes nothing; it must have its data, of which only the shapes count")

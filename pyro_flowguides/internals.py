@@ -427,3 +427,8 @@ def _copy_if_module(model: Any, memo: dict[int, Any]) -> Any:
         copied = _copy_if_module(function, memo)
         return model if copied is function else messenger(copied)
     return copy.deepcopy(model, memo) if isinstance(model, nn.Module) else model
+
+
+def store_of_processes() -> Any:
+    """The keys and values that the processes of the default group of ``torch.distributed`` share."""
+    return torch.distributed.distributed_c10d._get_default_store()

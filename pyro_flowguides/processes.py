@@ -8,19 +8,30 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import pyro
 import torch
 import torch.distributed
 from torch import Tensor
 
+from . import internals
+
 Value = TypeVar("Value")
+Task = TypeVar("Task")
+Part = TypeVar("Part")
+
+# How long one process waits for the others where they may have gone another way.
+MEETING_SECONDS = 60
+_meetings = itertools.count()
 
 _is_apart: ContextVar[bool] = ContextVar("is_apart", default=False)
+_is_alone: ContextVar[bool] = ContextVar("is_alone", default=False)
 
 
 @torch.library.custom_op("pyro_flowguides::mean_over_processes", mutates_args=(), schema="(Tensor tensor) -> Tensor")
@@ -46,6 +57,16 @@ def apart() -> Iterator[None]:
         yield
     finally:
         _is_apart.reset(token)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within, there are no other processes: this one does a piece of work that is its own."""
+    token = _is_alone.set(True)
+    try:
+        yield
+    finally:
+        _is_alone.reset(token)
 
 
 @contextlib.contextmanager
@@ -126,6 +147,62 @@ class Processes:
             torch.distributed.all_gather_object(packed, _packed(value))
         return [_unpacked(each) for each in packed]
 
+    def gather_from(self, find: Callable[[], Value]) -> list[Value]:
+        """What a function returns in each process, where it works alone; in their order.
+
+        Raises:
+            RuntimeError: in the others, if it raises an error in one of them.
+        """
+        values, own_error, message = self._gather_outcomes(find)
+        if own_error is not None:
+            raise own_error
+        if message:
+            raise RuntimeError(f"process {self.rank} ends with {message}")
+        return values
+
+    def _gather_outcomes(self, find: Callable[[], Value]) -> tuple[list[Value], Exception | None, str]:
+        """The values of all, the error of this process, and the first of all errors in words."""
+        outcome: tuple[Value | None, str] = (None, "")
+        own_error: Exception | None = None
+        try:
+            with alone():
+                outcome = (find(), "")
+        except Exception as error:
+            own_error = error
+            outcome = (None, f"process {self.rank}, whose error was {type(error).__name__}: {error}")
+        outcomes = self.gather(outcome)
+        message = next((message for _, message in outcomes if message), "")
+        return [cast(Value, value) for value, _ in outcomes], own_error, message
+
+    def led(self, lead: Callable[[Callable[[Task], list[Part]]], Value], help: Callable[[Task], Part]) -> Value:
+        """What a function returns in the first process, for all of them, which help it.
+
+        Arguments:
+            lead: Called in the first process, which takes all decisions. It is given a function that gathers what ``help`` makes
+                of a task in every process, and raises an error if one of them does.
+            help: Does the part of this process of a task.
+
+        Raises:
+            RuntimeError: in the others, if ``lead`` raises an error.
+        """
+
+        def ask(task: Task) -> list[Part]:
+            self.from_first(lambda: (True, task))
+            parts, own_error, message = self._gather_outcomes(lambda: help(task))
+            if message:
+                raise own_error or RuntimeError(f"the work ends with {message}")
+            return parts
+
+        def find() -> tuple[bool, Any]:
+            return False, lead(ask)
+
+        while True:
+            is_task, content = self.from_first(find)
+            if not is_task:
+                return cast(Value, content)
+            # What an error means is for the first to say.
+            self._gather_outcomes(functools.partial(help, content))
+
     def from_first(self, find: Callable[[], Value]) -> Value:
         """What a function returns in the first process, for all of them.
 
@@ -146,6 +223,26 @@ class Processes:
         if outcome[1] is not None:
             raise RuntimeError(f"process {self.rank} ends with the first one, whose error was {outcome[1]}")
         return _unpacked(outcome[0])
+
+    def meet(self, what: str) -> None:
+        """Waits until all are here, for a minute at most: where some may have gone another way a message would wait for long.
+
+        Arguments:
+            what: What this process has come for.
+
+        Raises:
+            RuntimeError: if some do not come.
+        """
+        meeting = next(_meetings)
+        here = [f"pyro_flowguides/{meeting}/{rank}" for rank in range(self.size)]
+        store = internals.store_of_processes()
+        store.set(here[self.rank], "")
+        try:
+            store.wait(here, timedelta(seconds=MEETING_SECONDS))
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"process {self.rank} {what}, and within {MEETING_SECONDS} s not all of the others have"
+            ) from error
 
     def any(self, condition: bool) -> bool:
         """Whether a condition holds in any of them."""
@@ -168,11 +265,11 @@ class Processes:
 
 
 def find_processes() -> Processes | None:
-    """The processes of this training; None where this one is alone.
+    """The processes of this training; None where this one is alone, or works :func:`alone`.
 
     The group of ``torch.distributed`` is made where ``torchrun`` has started this process and nobody has made it yet.
     """
-    if not torch.distributed.is_available():
+    if _is_alone.get() or not torch.distributed.is_available():
         return None
     if not torch.distributed.is_initialized():
         if not torch.distributed.is_torchelastic_launched():

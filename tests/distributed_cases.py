@@ -4,6 +4,7 @@ python -m torch.distributed.run --nproc-per-node=2 distributed_cases.py DIRECTOR
 """
 
 import contextlib
+import functools
 import sys
 import warnings
 from pathlib import Path
@@ -12,6 +13,7 @@ from unittest.mock import patch
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_value
 from torch.utils.data import DataLoader, TensorDataset
@@ -19,9 +21,14 @@ from torch.utils.data.distributed import DistributedSampler
 
 import pyro_flowguides as fg
 from pyro_flowguides import CompiledSVI
-from pyro_flowguides.processes import find_processes
-from pyro_flowguides.training import loop
-from pyro_flowguides.training.division import Division
+from pyro_flowguides.diagnostics.mode_finder import search_after_fit
+from pyro_flowguides.diagnostics.sampling import draw_traced
+from pyro_flowguides.diagnostics.tracer import Tracer
+from pyro_flowguides.model import mode_search
+from pyro_flowguides.model.call import ModelCall
+from pyro_flowguides.processes import alone, find_processes
+from pyro_flowguides.training import division, loop
+from pyro_flowguides.training.division import Division, check_own_rows
 from pyro_flowguides.training.schedules import Round
 
 Y = torch.tensor([0.3, 0.1, 0.8, 1.2, -0.4, 0.9, 0.2, 0.5], dtype=torch.float64)
@@ -108,9 +115,13 @@ def a_thousand_steps(processes):
     }
 
 
+def small_flow(model):
+    return fg.AutoPlanar(model, num_layers=1)
+
+
 def fit_of(**options):
     pyro.clear_param_store()
-    return fg.fit(model, fg.AutoCoupling(model), Y, progress=False, search_modes=False, **options)
+    return fg.fit(model, small_flow(model), Y, progress=False, search_modes=False, **options)
 
 
 def result_of(fit):
@@ -120,6 +131,7 @@ def result_of(fit):
         "draws": fit.draws.values["mu"],
         "log_q": fit.draws.log_q,
         "elbo": fit.elbo.value,
+        **{f"log-likelihood of {name}": value for name, value in fit.draws.log_likelihood.items()},
     }
 
 
@@ -208,12 +220,12 @@ def resumed_with_a_sampler(processes, directory):
 
 def batches_of_data(processes):
     """What each process takes of a loader, and the loss over an epoch."""
-    division = Division(processes, "data")
+    divided = Division(processes, "data")
     pyro.set_rng_seed(10 + processes.rank)
     loader = DataLoader(TensorDataset(Y), batch_size=2, shuffle=True)
-    taken = [batch for _ in range(2) for (batch,) in division.batches(loader)]
+    taken = [batch for _ in range(2) for (batch,) in divided.batches(loader)]
     sampler = DistributedSampler(TensorDataset(Y), shuffle=False)
-    own = [batch for (batch,) in division.batches(DataLoader(TensorDataset(Y), batch_size=2, sampler=sampler))]
+    own = [batch for (batch,) in divided.batches(DataLoader(TensorDataset(Y), batch_size=2, sampler=sampler))]
     common = [batch for (batch,) in Division(processes, "particles").batches(loader)]
     pyro.clear_param_store()
     svi = CompiledSVI(mean_model, at_one_point(), adam(), Trace_ELBO())
@@ -235,8 +247,47 @@ def batches_of_data(processes):
 def a_fit_of_data(processes):
     loader = DataLoader(TensorDataset(Y), batch_size=2, shuffle=True)
     pyro.clear_param_store()
-    guide = fg.AutoCoupling(mean_model)
-    return result_of(fg.fit(mean_model, guide, Y, batches=loader, num_steps=400, seed=0, progress=False))
+    return result_of(
+        fg.fit(mean_model, AutoNormal(mean_model), Y, batches=loader, num_steps=400, seed=0, progress=False)
+    )
+
+
+def uneven_batches(processes):
+    """Of 3, 3 and 1 rows: the last one has no partner. Of 2, 2, 2 and 1: the partners of a step are of different sizes."""
+    found = {}
+    for name, batch_size in (("left over", 3), ("shorter", 2)):
+        pyro.clear_param_store()
+        svi = CompiledSVI(mean_model, AutoNormal(mean_model), adam(), Trace_ELBO())
+        loader = DataLoader(TensorDataset(Y[:7]), batch_size=batch_size)
+        batches = Division(processes, "data").batches(loader)
+        taken = [batch for _ in range(4) for (batch,) in batches]
+        for batch in taken:
+            svi.compile_step((batch,), {})()
+        found[name] = {"parameters": flat(svi.parameters.values()), "sizes": [len(batch) for batch in taken]}
+    return found
+
+
+def rows_with_latents(processes):
+    """The guide has parameters for all rows, of which each process has a half: the gradients, beside those of one with all."""
+
+    def row_model(rows, y):
+        with pyro.plate("row", len(Y), subsample=rows):
+            z = pyro.sample("z", dist.Normal(y.new_zeros(()), 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def plate_of(rows, y):
+        return pyro.plate("row", len(Y), subsample=rows)
+
+    rows = torch.arange(len(Y))
+    found = {}
+    for name, distributed, own in [("two", True, rows.chunk(processes.size)[processes.rank]), ("one", False, rows)]:
+        pyro.clear_param_store()
+        guide = AutoDelta(row_model, create_plates=plate_of, init_loc_fn=init_to_value(values={"z": Y**2}))
+        svi = CompiledSVI(row_model, guide, adam(), Trace_ELBO(), distributed=distributed)
+        svi.snapshot(rows, Y)
+        loss, gradients = svi.loss_and_gradients(own, Y[own])
+        found[name] = torch.cat([loss.reshape(1), flat(gradients.values())])
+    return found
 
 
 def a_density(processes):
@@ -252,6 +303,36 @@ def a_density(processes):
 
 def errors(processes):
     """The messages where the processes do not fit together."""
+    own = Y.chunk(processes.size)[processes.rank]
+
+    def local_model(y):
+        with pyro.plate("row", len(y)):
+            z = pyro.sample("z", dist.Normal(y.new_zeros(()), 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def nothing_finite():
+        loc = Y.new_tensor(torch.nan if processes.rank else 0.0)
+
+        def loss(model, guide):
+            return (pyro.param("loc", loc) ** 2).sum()
+
+        svi = CompiledSVI(lambda: None, lambda: None, adam(), loss, backend="eager")
+        svi.step()
+        svi.parameters["loc"].data.fill_(loc)
+        svi.run(50)
+
+    def other_version():
+        with patch.object(division, "version", lambda: f"1.{processes.rank}"):
+            fit_of(num_steps=10)
+
+    def warns_of_rows():
+        call = ModelCall(model, (own,))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trace = poutine.trace(call).get_trace()
+            check_own_rows(Division(processes, "data"), call, AutoNormal(model), trace)
+        raise ValueError("; ".join(str(each.message) for each in caught))
+
     found = {}
     for name, call in {
         "seeds": lambda: fit_of(seed=processes.rank, num_steps=10),
@@ -260,6 +341,12 @@ def errors(processes):
             model, fg.AutoFlow(model, "planar" if processes.rank else "coupling"), adam(), Trace_ELBO()
         ).step(Y),
         "checkpoint": lambda: fit_of(num_steps=10, checkpoint=fg.Checkpoint("nowhere/at all/file")),
+        "rows with latents": lambda: fg.fit(
+            local_model, AutoNormal(local_model), own, distributed="data", progress=False
+        ),
+        "rows": warns_of_rows,
+        "version": other_version,
+        "nothing finite": nothing_finite,
         "batches": lambda: fg.fit(mean_model, AutoNormal(mean_model), Y, batches=[Y], num_steps=10, progress=False),
     }.items():
         pyro.clear_param_store()
@@ -268,6 +355,124 @@ def errors(processes):
             found[name] = "none"
         except (ValueError, RuntimeError) as error:
             found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def calibrated(processes):
+    """Simulations divided between the processes, beside all of them in one; and one that fails in the second process."""
+
+    def model_factory():
+        return functools.partial(mean_model, Y)
+
+    wide = functools.partial(AutoNormal, init_scale=0.5)
+
+    def few_steps(model, guide, seed):
+        svi = CompiledSVI(model, guide, adam(), Trace_ELBO(), backend="eager")
+        for _ in range(2):
+            svi.step()
+        return fg.draw(model, guide, num_samples=20, seed=seed)
+
+    def fails(model, guide, seed):
+        raise ValueError("the second process")
+
+    def check(infer):
+        return fg.check_calibration(model_factory, wide, 20, num_samples=19, infer=infer, seed=3, progress=False)
+
+    with alone():
+        one = check(few_steps)
+    two = check(few_steps)
+    try:
+        check(fails if processes.rank == 1 else few_steps)
+        message = "none"
+    except RuntimeError as error:
+        message = f"{type(error).__name__}: {error}"
+    return {
+        **{name: torch.as_tensor(calibration.ranks["mu"]) for name, calibration in {"one": one, "two": two}.items()},
+        "message": message,
+    }
+
+
+def modes_found(processes):
+    """Beside a guide that has one of two modes; every process climbs with half of the starts."""
+    two = fg.LogDensity(lambda x: torch.logaddexp(-(x - 5).square().sum(-1) / 2, 1 - (x + 5).square().sum(-1) / 2), 2)
+    guide = AutoNormal(two, init_loc_fn=init_to_value(values={"x": Y.new_full((2,), 5.0)}))
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    tracer = Tracer(ModelCall(two), guide, differentiable=True)
+    draws = draw_traced(tracer, 500)
+    found, climbed = {}, []
+    climb = mode_search.climb
+
+    def counted(log_density, starts, rounding):
+        climbed.append(len(starts))
+        return climb(log_density, starts, rounding)
+
+    with patch.object(mode_search, "climb", counted):
+        for name, others in {"two": processes, "one": None}.items():
+            modes = search_after_fit(tracer, draws, 10, is_flow=False, asked_for=True, seed=0, processes=others)
+            found[name] = {
+                "values": torch.stack([mode.values["x"] for mode in modes]),
+                "masses": torch.tensor([mode.mass.value for mode in modes]),
+                "starts": torch.tensor([mode.num_found for mode in modes]),
+            }
+            if others:
+                found["climbed"] = list(climbed)
+    return found
+
+
+def restarts_apart(processes):
+    """Three restarts of two processes, beside all of them in one; the model has a parameter of its own."""
+
+    def learning(y):
+        loc = pyro.param("loc", y.new_zeros(()))
+        mu = pyro.sample("mu", dist.Normal(loc, 5.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    def fit():
+        pyro.clear_param_store()
+        guide = small_flow(learning)
+        options = {"num_steps": 20, "num_particles": 4, "num_restarts": 3, "whiten": None, "search_modes": False}
+        fit = fg.fit(learning, guide, Y, seed=0, progress=False, **options)
+        return {
+            **result_of(fit),
+            "of the user": flat(guide.parameters()),
+            "loc": fit.parameters["loc"],
+            "restarts": torch.stack([draws.values["mu"] for draws in fit.restarts]),
+            "again": fg.draw(fit.model, fit.guide, Y, num_samples=5, seed=0).values["mu"],
+        }
+
+    with alone():
+        one = fit()
+    return {"one": one, "two": fit()}
+
+
+def first_fill(processes):
+    """Of the replay buffer of annealed draws."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    objective = fg.FlowAnnealedBootstrap(8, buffer_size=64, num_leapfrog_steps=1)
+    svi = CompiledSVI(model, small_flow(model), adam(), objective, backend="eager")
+    losses = [svi.step(Y) for _ in range(2)]
+    return {"points": objective.state_dict()["points"], "losses": torch.tensor(losses)}
+
+
+def met_late(processes):
+    """A parameter that is met in the middle of the training, with another first value in each process."""
+
+    def loss(model, guide, noise, late):
+        loc = pyro.param("loc", torch.zeros(3, dtype=torch.float64))
+        if late:
+            loc = loc + pyro.param("late", torch.full((3,), 1.0 + processes.rank, dtype=torch.float64))
+        return (loc + noise - 1).square().sum()
+
+    found = {}
+    for backend in ("replay", "eager"):
+        pyro.clear_param_store()
+        svi = CompiledSVI(lambda *_: None, lambda *_: None, adam(), loss, backend=backend)
+        for late in (False, False, True, True, True):
+            svi.step(torch.full((3,), 0.1 * processes.rank, dtype=torch.float64), late)
+        found[backend] = flat(svi.parameters.values())
     return found
 
 
@@ -282,10 +487,17 @@ def main(directory):
         a_round_taken_back,
         stopped_by_one,
         batches_of_data,
+        uneven_batches,
         a_fit_of_data,
+        rows_with_latents,
         a_density,
         recorded,
         restarts_as_a_mixture,
+        restarts_apart,
+        calibrated,
+        modes_found,
+        first_fill,
+        met_late,
         errors,
     ):
         found[case.__name__] = processes.gather(case(processes))

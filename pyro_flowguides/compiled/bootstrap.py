@@ -156,6 +156,16 @@ class FlowAnnealedBootstrap(Prepared):
                 "too long; see docs/how_to/vectorise.md"
             )
         self._guide = guide
+        self._fill()
+
+    def begin_anew(self) -> None:
+        """Fills the buffer anew."""
+        if self._owner:
+            with pyro.validation_enabled(False), poutine.block():
+                self._fill()
+
+    def _fill(self) -> None:
+        guide = self._guide
         loc = guide.latents.init_loc
         self._points = loc.new_zeros(self.buffer_size, guide.latent_dim)
         # For each point: its log weight, and log q when it was weighed.
@@ -165,7 +175,9 @@ class FlowAnnealedBootstrap(Prepared):
         while self._num_added < max(FIRST_FILL * self.buffer_size, self.num_draws):
             self._anneal()
         if not bool(self._log_weights.isfinite().any()):
-            raise ValueError(f"{name}: no draw of the guide has a finite weight; give it another start by init_loc_fn")
+            raise ValueError(
+                f"{type(self).__name__}: no draw of the guide has a finite weight; give it another start by init_loc_fn"
+            )
 
     def _evaluate(self, x: Tensor) -> Particles:
         log_q, score_q = value_and_score(self._guide.log_prob, x)

@@ -66,6 +66,9 @@ class Prepared:
         """
         return ()
 
+    def begin_anew(self) -> None:
+        """Makes again what it keeps from step to step: parameters and random numbers are others from here on."""
+
     def is_comparable(self, first: int, last: int) -> bool:
         """Whether a rise of the loss between these two steps is no change of what is minimised."""
         return True

@@ -136,7 +136,6 @@ class CompiledSVI(SVI):
         self._keeps_ema = ema_decay is not None
         self._watch = watch = Watch(CHECK_EVERY, max_nonfinite_steps)
         self._processes = find_processes() if distributed else None
-        self._is_together = False
 
         def begin_anew() -> None:
             """Drops what belongs to other parameters."""
@@ -145,7 +144,7 @@ class CompiledSVI(SVI):
 
         options = {"clip_norm": clip_norm, "clip_factor": clip_factor, "ema_decay": ema_decay}
         make_binding = functools.partial(Binding, optimizer_factory(optim), self.optim, options, self._processes)
-        self._trained = Trained(model, guide, objective, make_binding, begin_anew)
+        self._trained = Trained(model, guide, objective, self._processes, make_binding, begin_anew)
 
     # --- steps ---------------------------------------------------------------------------------------------------------
 
@@ -182,10 +181,9 @@ class CompiledSVI(SVI):
             steps_left: The number of steps to expect, by which the backend ``"auto"`` decides.
         """
         self._trained.drop_stale()
-        if self._processes is not None and not (self._is_together and self._trained.binding):
+        if self._processes is not None and not self._trained.is_together:
             self._find_recording(args, kwargs)
-            self._trained.begin_together(self._processes, args, kwargs)
-            self._is_together = True
+            self._trained.begin_together(args, kwargs)
         arguments = Arguments(args, kwargs)
         if self._trained.binding is None:
             return functools.partial(self._first_step, arguments, steps_left)
@@ -234,6 +232,8 @@ class CompiledSVI(SVI):
             with torch.inference_mode():
                 return captured(self._inputs(arguments))
         eager = self._trained.differentiate(arguments.args, arguments.kwargs)
+        if self._trained.share_new():
+            eager = self._trained.differentiate(arguments.args, arguments.kwargs)
         binding = self._trained.bound
         gradients = eager.gradients_of(binding.parameters)
         with torch.inference_mode():
@@ -276,6 +276,7 @@ class CompiledSVI(SVI):
                 # Each process captures when it has to.
                 with apart():
                     captured = self._capture(arguments)
+                self._trained.share_new()
                 self.captures.add(key, captured)
         except RuntimeError as error:
             if _has_no_factorization(error):
@@ -411,8 +412,7 @@ class CompiledSVI(SVI):
         with self._trained.find(args, kwargs):
             pass
         if self._processes is not None:
-            self._trained.begin_together(self._processes, args, kwargs)
-            self._is_together = True
+            self._trained.begin_together(args, kwargs)
         self.restore(Snapshot.from_state_dict(state["now"]))
         self.num_steps, self.num_rolled_back = state["num_steps"], state["num_rolled_back"]
         self.learning_rate_scale = state["learning_rate_scale"]

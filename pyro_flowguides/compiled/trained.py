@@ -25,6 +25,7 @@ class Trained:
         model: The model.
         guide: The guide.
         objective: The objective.
+        processes: The processes that train together; None for one alone.
         bind: Binds parameters, taking over the state of an earlier binding if there is one.
         begin_anew: Called when the parameters are not those of before.
     """
@@ -34,14 +35,18 @@ class Trained:
         model: Callable,
         guide: Callable,
         objective: Objective,
+        processes: Processes | None,
         bind: Callable[[Parameters, Binding | None], Binding],
         begin_anew: Callable[[], None],
     ) -> None:
         self.objective = objective
         self.functions = model, guide
+        self._processes = processes
         # The tensors that the objective has made for the step, see Prepared.
         self.inputs: tuple[Tensor, ...] | None = None
         self._step = 0
+        # How many parameters are those of the first of several processes.
+        self._num_shared = 0
         self.modules = [function for function in (model, guide) if isinstance(function, nn.Module)]
         self.buffers = Buffers(model, guide)
         # None before the first step.
@@ -54,6 +59,11 @@ class Trained:
         """The binding, after the first step."""
         assert self.binding is not None
         return self.binding
+
+    @property
+    def is_together(self) -> bool:
+        """Whether the parameters are those of the first of several processes."""
+        return self.binding is not None and self._num_shared > 0
 
     def drop_stale(self) -> None:
         """Forgets the parameters if they were replaced, as by clearing or loading Pyro's store."""
@@ -122,14 +132,40 @@ class Trained:
             with self.find(args, kwargs):
                 pass
 
-    def begin_together(self, processes: Processes, args: tuple, kwargs: dict[str, Any]) -> None:
+    def begin_together(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Takes parameters and buffers of the first process, and a seed of its own.
 
         Raises:
             ValueError: if the processes have different parameters.
         """
+        processes = self._processes
+        assert processes is not None
         self.ensure(args, kwargs)
-        parameters = self.bound.parameters
+        self._num_shared = 0
+        self.share_new()
+        self.buffers.restore(processes.from_first(self.buffers.copy))
+        processes.separate_noise()
+        if isinstance(self.objective, Prepared):
+            self.objective.begin_anew()
+            self.inputs = None
+
+    def share_new(self) -> bool:
+        """Takes the parameters of the first of several processes, if some have been met since the last time.
+
+        All processes have to meet them at the same step.
+
+        Returns:
+            Whether there are some.
+
+        Raises:
+            ValueError: if the processes have different parameters.
+        """
+        processes, parameters = self._processes, self.bound.parameters
+        if processes is None or len(parameters.leaves) == self._num_shared:
+            return False
+        if self._num_shared:
+            new = ", ".join(f"'{name}'" for name in parameters.names[self._num_shared :])
+            processes.meet(f"has met new parameters ({new}) in the middle of the training")
         ours = [
             f"'{name}' of shape {list(leaf.shape)} and dtype {leaf.dtype}"
             for name, leaf in zip(parameters.names, parameters.leaves, strict=True)
@@ -142,8 +178,8 @@ class Trained:
                         f"{there} in the other; model, guide and the shapes of the data must be the same in all processes"
                     )
         processes.share(self.bound.state.vectors)
-        self.buffers.restore(processes.from_first(self.buffers.copy))
-        processes.separate_noise()
+        self._num_shared = len(parameters.leaves)
+        return True
 
     def restore(self, snapshot: Snapshot) -> None:
         """Goes back to a snapshot.

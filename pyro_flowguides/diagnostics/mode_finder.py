@@ -17,15 +17,16 @@ from torch import Tensor
 from ..checks import check_positive_integer, warn
 from ..guides.auto import init_or_feasible
 from ..model import mode_search, supports
-from ..model.ascent import ascend
+from ..model.ascent import Ascent, ascend
 from ..model.call import ModelCall
 from ..model.enumeration import is_summed_out
 from ..model.latents import Latents
 from ..model.maxima import MAX_DIM, Coordinates, coordinates, first_starts, prior_draws, rounding
 from ..model.missing import FillMissing
-from ..model.mode_search import Maxima, Metered
+from ..model.mode_search import Climb, Maxima, Metered
 from ..model.sites import is_subsample, quiet_trace, unchanged_random_state
 from ..model.target import ERRORS_OF_MODELS, Target
+from ..processes import Processes
 from .draws import Draws, to_numpy
 from .importance import Estimate
 from .mode_masses import MIN_DRAWS_OF_A_MODE, Comparison, Masses, compare, weigh
@@ -113,7 +114,14 @@ def find_modes(
 
 
 def search_after_fit(
-    tracer: Tracer, draws: Draws, num_steps: int, *, is_flow: bool, asked_for: bool | None, seed: int
+    tracer: Tracer,
+    draws: Draws,
+    num_steps: int,
+    *,
+    is_flow: bool,
+    asked_for: bool | None,
+    seed: int,
+    processes: Processes | None = None,
 ) -> Modes | None:
     """A search within a tenth of what a fit has cost, that leaves the random numbers of the fit as they are.
 
@@ -126,6 +134,7 @@ def search_after_fit(
         is_flow: Whether the guide has a flow; the steps of others are cheaper, and pay for less.
         asked_for: Whether to search in any case, or where that is cheap (None), or not at all.
         seed: The seed of the search.
+        processes: The processes that have the same model, data and draws, and climb with a part of the starts each.
 
     Returns:
         The modes; None if there was no search.
@@ -138,8 +147,8 @@ def search_after_fit(
     needed = MIN_STEPS * (SMALL_BATCH if together else num_starts) + num_draws
     if asked_for is False or allowance < needed:
         return None
-    with unchanged_random_state(), pyro.validation_enabled(False):
-        pyro.set_rng_seed(seed)
+
+    def find(climb: Climb = mode_search.climb) -> Modes | None:
         try:
             search = Search(tracer.call, tracer, draws)
             # The curvature of two maxima.
@@ -150,10 +159,43 @@ def search_after_fit(
                 warn(f"fit: modes were not looked for: {error}")
             return None
         try:
-            return search.run(num_starts, num_draws, allowance)
+            return search.run(num_starts, num_draws, allowance, climb)
         except ERRORS_OF_MODELS as error:
             warn(f"fit: the search for modes failed: {' '.join(str(error).split())[:300]}")
             return None
+
+    with unchanged_random_state(), pyro.validation_enabled(False):
+        pyro.set_rng_seed(seed)
+        if processes is None:
+            return find()
+        own = functools.cache(lambda: Search(tracer.call, tracer, draws))
+
+        def help(task: tuple[Tensor, float]) -> tuple[Ascent, float]:
+            return own().climb_part(processes.rank, processes.size, *task)
+
+        def lead(ask: Callable[[tuple[Tensor, float]], list[tuple[Ascent, float]]]) -> Modes | None:
+            return find(_climb_together(ask))
+
+        return processes.led(lead, help)
+
+
+def _climb_together(ask: Callable[[tuple[Tensor, float]], list[tuple[Ascent, float]]]) -> Climb:
+    """Ascents of which every process follows a part."""
+
+    def climb(log_density: Metered, starts: Tensor, rounding: float) -> Ascent:
+        parts = ask((starts, log_density.left))
+        log_density.left -= max(used for _, used in parts)
+        points, values, arrived = (
+            starts.clone(),
+            starts.new_empty(len(starts)),
+            starts.new_empty(len(starts), dtype=torch.bool),
+        )
+        for rank, (part, _) in enumerate(parts):
+            own = slice(rank, None, len(parts))
+            points[own], values[own], arrived[own] = part.points, part.values, part.arrived
+        return Ascent(points, values, arrived, max(part.num_steps for part, _ in parts))
+
+    return climb
 
 
 class Search:
@@ -189,22 +231,20 @@ class Search:
         self.rounding = rounding(self.latents)
         self.drawn = None if draws is None else pack(self.latents, draws)
 
-    def run(self, num_starts: int, num_draws: int, allowance: float = math.inf) -> Modes:
+    def run(
+        self, num_starts: int, num_draws: int, allowance: float = math.inf, climb_all: Climb = mode_search.climb
+    ) -> Modes:
         """Searches; see :func:`find_modes`.
 
         Arguments:
             num_starts: The number of starts of a batch.
             num_draws: The number of draws to measure masses with.
             allowance: How many points of the target may be asked for, about.
+            climb_all: Follows the ascents of a batch of starts.
         """
         prior = prior_draws(self.call, self.latents)
-        points = prior if self.drawn is None else self.drawn
-        within = coordinates(points, self.latents.init_loc, full=self.drawn is not None)
-        log_density = Metered(
-            within.log_density(self.target.log_prob),
-            allowance - num_draws,
-            SMALL_BATCH if self.target.runs_together else 1,
-        )
+        within = self._coordinates(prior if self.drawn is None else self.drawn)
+        log_density = self._metered(within, allowance - num_draws)
 
         def climb(points: Tensor) -> Tensor:
             return ascend(log_density, points, mode_search.MAX_STEPS, rounding=self.rounding).points
@@ -215,6 +255,7 @@ class Search:
             # Without a guide the first batch knows nothing of the scale of the posterior.
             min_batches=2 if self.drawn is None else 1,
             rounding=self.rounding,
+            climb=climb_all,
         )
         if not len(maxima):
             return Modes((), total, 0, self.draws is not None)
@@ -227,6 +268,30 @@ class Search:
             found = compare(masses, within.standard(self.drawn), log_weights, self.draws.weights.shape, climb)
         modes = self._modes(found, maxima, within)
         return Modes(modes, total, sum(mode.num_found for mode in modes), self.draws is not None)
+
+    def climb_part(self, rank: int, size: int, starts: Tensor, left: float) -> tuple[Ascent, float]:
+        """Every n-th of the ascents of a search beside a guide, and how many points of the target they took.
+
+        Arguments:
+            rank: Which of them.
+            size: The number n of such parts.
+            starts: All starts, shape (starts, D).
+            left: How many points may be asked for, about.
+        """
+        part = starts[rank::size]
+        if not len(part):
+            return Ascent(part, part.sum(-1), part.sum(-1) > 0, 0), 0.0
+        assert self.drawn is not None
+        log_density = self._metered(self._coordinates(self.drawn), left)
+        ascent = mode_search.climb(log_density, part, self.rounding)
+        # Without a limit there is no difference.
+        return ascent, 0.0 if math.isinf(left) else left - log_density.left
+
+    def _coordinates(self, points: Tensor) -> Coordinates:
+        return coordinates(points, self.latents.init_loc, full=self.drawn is not None)
+
+    def _metered(self, within: Coordinates, left: float) -> Metered:
+        return Metered(within.log_density(self.target.log_prob), left, SMALL_BATCH if self.target.runs_together else 1)
 
     def _modes(self, found: Comparison, maxima: Maxima, within: Coordinates) -> tuple[Mode, ...]:
         points = within.original(maxima.points)

@@ -6,13 +6,14 @@ Everything here is in coordinates in which 1 is a sensible distance, and in floa
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .ascent import ascend, negative_hessians, without_errors
+from .ascent import Ascent, ascend, negative_hessians, without_errors
 from .target import LogProb, value_and_score
 
 # Starts are inflated up to this many standard deviations; uniform ones have a box of up to this half-width.
@@ -150,7 +151,29 @@ def between(maxima: Maxima, number: int) -> Tensor:
     return low + fractions * (high - low)
 
 
-def search(log_density: Metered, starts: Tensor, *, min_batches: int = 1, rounding: float = 0.0) -> tuple[Maxima, int]:
+def climb(log_density: Metered, starts: Tensor, rounding: float) -> Ascent:
+    """Where the starts come to, before the points of the density have been used up.
+
+    Arguments:
+        log_density: The target.
+        starts: Shape (starts, D).
+        rounding: The relative rounding error of log p.
+    """
+    return ascend(
+        log_density,
+        starts,
+        log_density.steps_left(*starts.shape),
+        rounding=rounding,
+        is_over=lambda: not log_density.steps_left(1, starts.shape[-1]),
+    )
+
+
+Climb = Callable[[Metered, Tensor, float], Ascent]
+
+
+def search(
+    log_density: Metered, starts: Tensor, *, min_batches: int = 1, rounding: float = 0.0, climb: Climb = climb
+) -> tuple[Maxima, int]:
     """Distinct maxima from a batch of starts, and from further ones as long as a batch finds new modes or one has a single start.
 
     The starts of later batches are around the maxima that are known, and in the box that holds them. There are at most
@@ -161,12 +184,19 @@ def search(log_density: Metered, starts: Tensor, *, min_batches: int = 1, roundi
         starts: The first starts, shape (starts, D).
         min_batches: The smallest number of batches of starts.
         rounding: The relative rounding error of log p.
+        climb: Follows the ascents of a batch of starts, as :func:`climb` does.
 
     Returns:
         The maxima, and the number of starts.
     """
     number, difference = len(starts), 1e-4 if rounding < 1e-10 else 1e-3
-    maxima = _distinct(log_density, None, *_arrivals(log_density, starts, rounding), difference)
+
+    def arrivals() -> tuple[Tensor, Tensor]:
+        ascent = climb(log_density, starts, rounding)
+        order = ascent.values[ascent.arrived].argsort(descending=True)
+        return ascent.points[ascent.arrived][order], ascent.values[ascent.arrived][order]
+
+    maxima = _distinct(log_density, None, *arrivals(), difference)
     before = 1
     for batch in range(1, MAX_BATCHES):
         modes = maxima.with_mass()
@@ -175,20 +205,8 @@ def search(log_density: Metered, starts: Tensor, *, min_batches: int = 1, roundi
             return maxima, batch * number
         before = len(modes)
         starts = torch.cat([around(modes, number // 2), between(modes, number - number // 2)])
-        maxima = _distinct(log_density, maxima, *_arrivals(log_density, starts, rounding), difference)
+        maxima = _distinct(log_density, maxima, *arrivals(), difference)
     return maxima, MAX_BATCHES * number
-
-
-def _arrivals(log_density: Metered, starts: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
-    ascent = ascend(
-        log_density,
-        starts,
-        log_density.steps_left(*starts.shape),
-        rounding=rounding,
-        is_over=lambda: not log_density.steps_left(1, starts.shape[-1]),
-    )
-    order = ascent.values[ascent.arrived].argsort(descending=True)
-    return ascent.points[ascent.arrived][order], ascent.values[ascent.arrived][order]
 
 
 # --- distinct maxima -----------------------------------------------------------------------------------------------------

@@ -12,14 +12,19 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+from pyro.infer.autoguide.guides import AutoGuide
+from pyro.poutine import Trace
+from torch import nn
 from torch.utils.data.distributed import DistributedSampler
 
 from ..checks import version, warn
 from ..diagnostics.draws import Draws, concatenate
-from ..model.sites import unchanged_random_state
+from ..guides.amortized import AmortizedFlow
+from ..model.call import ModelCall
+from ..model.sites import full_size, is_subsampled, latent_sites, observed_sites, unchanged_random_state
 from ..processes import Processes, find_processes
 from .checkpoint import Checkpoint, set_random_state
-from .fingerprint import cut
+from .fingerprint import cut, describe
 
 MODES = ("particles", "data", "independent")
 
@@ -31,6 +36,7 @@ class Division:
     Attributes:
         processes: The processes.
         mode: ``"particles"``: all have the same data, each has draws of its own. ``"data"``: each has data of its own as well.
+            ``"independent"``: each does pieces of work of its own.
     """
 
     processes: Processes
@@ -66,6 +72,10 @@ class Division:
         """The same file, which the first process alone reads and writes."""
         return checkpoint and _OfFirst(checkpoint, self.processes)
 
+    def own_checkpoint(self, checkpoint: Checkpoint | None) -> Checkpoint | None:
+        """The same file, which this process reads and writes for itself."""
+        return checkpoint and Checkpoint(checkpoint.path, checkpoint.every, checkpoint.resume)
+
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """The first process alone warns within."""
@@ -92,7 +102,7 @@ class Division:
             for name in {**first, **theirs}:
                 there, here = theirs.get(name, "none"), first.get(name, "none")
                 if there != here:
-                    alike = "" if self.mode == "data" else ", or with distributed='data'"
+                    alike = ", or with distributed='data'" if self.mode == "particles" else ""
                     raise ValueError(
                         f"{owner}: process {rank} and process 0 differ in {name}: it is {cut(there, here)} in the one, "
                         f"{cut(here, there)} in the other. Start all of them alike{alike}"
@@ -122,6 +132,45 @@ def common_seed(division: Division | None, seed: int | None) -> int | None:
     if division is None:
         return seed
     return division.processes.from_first(lambda: int(torch.randint(2**31 - 1, ())) if seed is None else seed)
+
+
+def check_own_rows(division: Division, call: ModelCall, guide: Callable, prototype: Trace) -> None:
+    """Looks at plates of rows that each process has alone, where data are divided and there are no batches.
+
+    Warns if such a plate has the size of these rows alone, since they count for all data then.
+
+    Arguments:
+        division: How the processes divide the work.
+        call: The model with the arguments of this process.
+        guide: The guide.
+        prototype: A trace of the model.
+
+    Raises:
+        ValueError: if an automatic guide has parameters for these rows, which would be averaged with those for other rows.
+    """
+    if len(set(division.processes.gather(describe([call.args, call.kwargs])))) == 1:
+        return
+    parts = guide.modules() if isinstance(guide, nn.Module) else ()
+    has_parameters = isinstance(guide, AutoGuide) and not any(isinstance(part, AmortizedFlow) for part in parts)
+    for observed, site in observed_sites(prototype):
+        frames = site["cond_indep_stack"]
+        if not frames or any(map(is_subsampled, frames)):
+            continue
+        for name, latent in latent_sites(prototype) if has_parameters else ():
+            if set(frames) <= set(latent["cond_indep_stack"]):
+                raise ValueError(
+                    f"fit: latent site '{name}' is in plate '{frames[-1].name}', whose rows each process has alone, and the "
+                    "guide's parameters for them would be averaged over different rows. Give the plate all rows and the indices "
+                    f"of these: pyro.plate('{frames[-1].name}', number_of_all_rows, subsample=indices), also to the guide by "
+                    "create_plates=; or use AmortizedFlow, which has no parameters for rows"
+                )
+        if isinstance(site["scale"], (int, float)) and site["scale"] == 1:
+            warn(
+                f"fit: observed site '{observed}' is in plate '{frames[-1].name}' of size {full_size(frames[-1])}, and the "
+                "processes have different data there, so that each takes its own for all of them, and the posterior is too "
+                f"wide. Give the plate its full size: pyro.plate('{frames[-1].name}', number_of_all_rows, "
+                f"subsample_size={full_size(frames[-1])})"
+            )
 
 
 def own_state(owner: str, division: Division | None, states: list[Any]) -> Any:

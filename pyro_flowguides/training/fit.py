@@ -138,10 +138,11 @@ def fit(
             ends the training.
         max_nonfinite_steps: The number of steps in a row without a finite loss or gradient that ends the fit with an error.
         distributed: How several processes of ``torchrun`` divide the work, see docs/how_to/distributed.md. ``"particles"``: each
-            has draws of its own, ``num_particles`` a step. ``"data"``: each takes batches of its own as well, and the guide is
-            judged on ``args`` by the first process. ``"independent"``: each fits by itself. By default ``"data"`` with
-            ``batches``, else ``"particles"``. Gradients are averaged over the processes, and all of them return the same
-            fit; the first one shows the progress, warns and writes the checkpoint. An interrupt ends all of them.
+            has draws of its own, ``num_particles`` a step, or restarts of its own where there are as many. ``"data"``: each
+            takes batches of its own as well, and the guide is judged on ``args`` by the first process. ``"independent"``: each
+            fits by itself. By default ``"data"`` with ``batches``, else ``"particles"``. Gradients are averaged over the
+            processes, and all of them return the same fit; the first one shows the progress, warns and writes the checkpoint.
+            An interrupt ends all of them.
 
     Returns:
         The fitted guide with its draws, ELBO, k-hat, modes and verdict.

@@ -241,16 +241,22 @@ class MaximumLikelihood:
         """Scores the held-out rows, and keeps the parameters if they are the best so far; returns whether to end."""
         assert self.held_out is not None
         number = self._steps.number
-        loss = -float(score(self.log_prob, self.held_out).mean())
-        if self.options.division is not None:
-            # By what is the same in all processes they end together.
-            loss = self.options.division.processes.from_first(lambda: loss)
+        loss = self._held_out_loss()
         self.looks.append((number, loss))
         if self._best_look[0] == number:
             self.best = self._steps.svi.snapshot(*self.call.args)
         since = [step for step, _ in self.looks].index(self._best_look[0])
         self.stopped_early = self.plan.patience is not None and len(self.looks) - 1 - since >= self.plan.patience
         return self.stopped_early
+
+    def _held_out_loss(self) -> float:
+        """The mean negative log-likelihood of the held-out rows, the same in all processes, so that they end together."""
+        assert self.held_out is not None
+        if (division := self.options.division) is None:
+            return -float(score(self.log_prob, self.held_out).mean())
+        part = self.held_out[slice(division.processes.rank, None, division.processes.size)]
+        own = float(score(self.log_prob, part).sum()) if len(part) else 0.0
+        return -sum(division.processes.gather(own)) / len(self.held_out)
 
     def _largest_result(self) -> int:
         largest = LargestTensor()

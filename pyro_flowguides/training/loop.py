@@ -29,9 +29,11 @@ from ..model.call import ModelCall
 from ..model.missing import FillMissing
 from ..model.ownership import owned
 from ..model.sites import unchanged_random_state
+from ..processes import Processes
 from . import start
 from .batches import warn_of_plate_of_the_batch
 from .clock import RESERVE, Limit, has_time
+from .division import check_own_rows
 from .fingerprint import density_difference, describe, difference, fingerprint, log_densities
 from .first_draws import check_gradients, check_start
 from .result import FitResult
@@ -113,7 +115,9 @@ class Loop:
             pyro.set_rng_seed(self.options.seed)
         checkpoint = self.options.checkpoint
         saved = None if checkpoint is None else checkpoint.load()
-        flow_guides = self._set_up()
+        flow_guides = self.set_up()
+        if (division := self.options.division) and division.mode == "data" and self.options.batches is None:
+            check_own_rows(division, self.call, self.guide, self.tracer.model_prototype)
         check_start(self.tracer, flow_guides)
         if self.options.loss is None:
             check_gradients(self.tracer)
@@ -153,12 +157,13 @@ class Loop:
             prepare: Finishes the guide, once it is set up, with what traces it.
         """
         self.began = time.perf_counter()
-        flow_guides = self._set_up()
+        flow_guides = self.set_up()
         with pyro.validation_enabled(False):
             prepare(self.tracer)
         return self._result(self.draw(), flow_guides)
 
-    def _set_up(self) -> list[Call]:
+    def set_up(self) -> list[Call]:
+        """Runs model and guide once, and returns the flow guides."""
         self.tracer, flow_guides = start.set_up(self.call, self.guide)
         if start.has_missing(self.tracer):
             self.call = replace(self.call, model=FillMissing()(self.call.model))
@@ -322,10 +327,15 @@ class Loop:
             return self.options.division.draws(draw, num_samples) if self.options.division else draw(num_samples)
 
     def _search(self, draws: Draws, *, is_flow: bool) -> Modes | None:
-        search = functools.partial(self._search_alone, draws, is_flow=is_flow)
-        return self.options.division.processes.from_first(search) if self.options.division else search()
+        division = self.options.division
+        if division is None:
+            return self._search_with(None, draws, is_flow)
+        if division.mode == "particles":
+            return self._search_with(division.processes, draws, is_flow)
+        # The draws are those of the data that the first process has.
+        return division.processes.from_first(lambda: self._search_with(None, draws, is_flow))
 
-    def _search_alone(self, draws: Draws, *, is_flow: bool) -> Modes | None:
+    def _search_with(self, processes: Processes | None, draws: Draws, is_flow: bool) -> Modes | None:
         """Modes that the guide may have lost; None where they cannot be looked for, or an interrupt has ended that."""
         if self.interrupted:
             return None
@@ -345,6 +355,7 @@ class Loop:
                     is_flow=is_flow,
                     asked_for=asked_for,
                     seed=self.options.seed or 0,
+                    processes=processes,
                 )
             except KeyboardInterrupt:
                 if self.options.division is not None:
@@ -361,7 +372,7 @@ class Loop:
             {
                 "fingerprint": self.fingerprint,
                 "log_densities": log_densities(self.tracer),
-                "modules": {name: module.state_dict() for name, module in self._modules().items()},
+                "modules": {name: module.state_dict() for name, module in self.modules().items()},
                 "num_steps": [round.num_steps for round in self.rounds],
                 "losses": self.losses,
                 "start_sd": self.start_sd,
@@ -407,7 +418,8 @@ class Loop:
             if different:
                 raise ValueError(different)
 
-    def _modules(self) -> dict[str, torch.nn.Module]:
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """The model and the guide, as far as they are modules."""
         functions = {"model": self.call.model, "guide": self.guide}
         return {name: function for name, function in functions.items() if isinstance(function, torch.nn.Module)}
 
@@ -418,5 +430,5 @@ class Loop:
         different = self.options.division.processes.from_first(compare) if self.options.division else compare()
         if different:
             raise ValueError(different)
-        for name, module in self._modules().items():
+        for name, module in self.modules().items():
             module.load_state_dict(saved["modules"][name])

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor, nn
 
+from .. import internals
 from ..checks import warn
 from ..compiled.svi import NonfiniteError
 from ..diagnostics.mode_finder import pack
@@ -23,7 +24,9 @@ from ..guides.mixture import AutoMixture
 from ..model.call import ModelCall
 from ..model.ownership import owned, private_store
 from ..model.sites import unchanged_random_state
+from ..processes import alone
 from . import start
+from .division import Division
 from .loop import Loop, Options
 from .result import FitResult
 
@@ -59,50 +62,191 @@ def _fit_repeatedly(call: ModelCall, guide: Callable, options: Options, num_rest
     # A guide that is not built yet has new weights each time.
     starts_anew = isinstance(guide, AutoFlow) and guide.prototype_trace is None
     first_model, first_guide = _before_training(call, guide, starts_anew)
-    fits: list[FitResult] = []
-    errors: list[Exception] = []
-    interrupted = False
-    for index in range(num_restarts):
-        one = replace(
-            options,
-            seed=None if options.seed is None else options.seed + index,
-            max_seconds=options.max_seconds and options.max_seconds / num_restarts,
-            checkpoint=options.checkpoint and options.checkpoint.of_restart(index),
-        )
-        candidate = copy.deepcopy(guide) if starts_anew else first_guide
-        with private_store(first_model, candidate) as (model, candidate):
-            loop = Loop(replace(call, model=model), candidate, one, log_likelihood=True)
-            try:
-                fits.append(loop.run())
-                if keep == "mixture":
-                    _check_mixture(fits[-1])
-            except RuntimeError as error:
-                if options.division is not None and not isinstance(error, NonfiniteError):
-                    # The others may not have it.
-                    raise
-                warn(f"fit: restart {index} of {num_restarts} failed: {error}")
-                errors.append(error)
-            except KeyboardInterrupt:
-                if options.division is not None:
-                    raise
-                # Before or after the training of this one: the others are whole.
-                if not fits:
-                    raise
-                interrupted = True
-        interrupted |= loop.interrupted
-        if interrupted:
-            break
+    starts = _Starts(call, first_model, lambda: copy.deepcopy(guide) if starts_anew else first_guide, options, keep)
+    division = options.division
+    if division is not None and division.mode == "particles" and num_restarts >= division.processes.size:
+        outcomes = starts.fit_apart(division, num_restarts)
+    else:
+        outcomes = starts.fit(range(num_restarts), options, num_restarts)
+    for index, error in outcomes.errors.items():
+        warn(f"fit: restart {index} of {num_restarts} failed: {error}")
+    fits = list(outcomes.fits.values())
     if not fits:
-        raise errors[0]
+        raise next(iter(outcomes.errors.values()))
     best = max(fits, key=lambda fit: -math.inf if math.isnan(fit.elbo.value) else fit.elbo.value)
     _take_over(call, guide, best)
     kept = _mixture(call, guide, fits, options) if keep == "mixture" and len(fits) > 1 else best
     return replace(
         kept,
         restarts=tuple(fit.draws for fit in fits),
-        wall_time=sum(fit.wall_time for fit in fits),
-        interrupted=interrupted,
+        wall_time=outcomes.seconds,
+        interrupted=outcomes.interrupted,
     )
+
+
+@dataclass
+class _Outcomes:
+    """What has become of some restarts.
+
+    Attributes:
+        fits: Those that have come to an end, by their index.
+        errors: Why others have not.
+        interrupted: Whether an interrupt has ended them.
+        seconds: How long they took.
+    """
+
+    fits: dict[int, FitResult] = field(default_factory=dict)
+    errors: dict[int, Exception] = field(default_factory=dict)
+    interrupted: bool = False
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Starts:
+    """Where all restarts begin.
+
+    Attributes:
+        call: The arguments.
+        model: The model.
+        new_guide: Makes the guide for a restart.
+        options: The options of all.
+        keep: ``"best"`` or ``"mixture"``.
+    """
+
+    call: ModelCall
+    model: Callable
+    new_guide: Callable[[], Callable]
+    options: Options
+    keep: str
+
+    def fit(
+        self,
+        indices: Iterable[int],
+        options: Options,
+        num_in_turn: int,
+        finish: Callable[[int, Loop, FitResult], None] = lambda *_: None,
+    ) -> _Outcomes:
+        """Fits that come one after the other.
+
+        Arguments:
+            indices: Which.
+            options: The options of each, but for its seed, time and checkpoint.
+            num_in_turn: How many there are, at most, which share the time.
+            finish: Called at the end of each, while its parameters are in Pyro's store.
+        """
+        outcomes = _Outcomes()
+        for index in indices:
+            one = replace(
+                options,
+                seed=None if options.seed is None else options.seed + index,
+                max_seconds=options.max_seconds and options.max_seconds / num_in_turn,
+                checkpoint=options.checkpoint and options.checkpoint.of_restart(index),
+            )
+            with private_store(self.model, self.new_guide()) as (model, candidate):
+                loop = Loop(replace(self.call, model=model), candidate, one, log_likelihood=True)
+                try:
+                    fit = loop.run()
+                    if self.keep == "mixture":
+                        _check_mixture(fit)
+                    finish(index, loop, fit)
+                    outcomes.fits[index] = fit
+                    outcomes.seconds += fit.wall_time
+                except RuntimeError as error:
+                    if options.division is not None and not isinstance(error, NonfiniteError):
+                        # The others may not have it.
+                        raise
+                    outcomes.errors[index] = error
+                except KeyboardInterrupt:
+                    # Before or after the training of this one: the others are whole.
+                    if self.options.division is not None or not outcomes.fits:
+                        raise
+                    outcomes.interrupted = True
+            outcomes.interrupted |= loop.interrupted
+            if outcomes.interrupted:
+                break
+        return outcomes
+
+    def fit_apart(self, division: Division, num_restarts: int) -> _Outcomes:
+        """Every process fits its share by itself, and then each has all of them."""
+        processes = division.processes
+        own = replace(
+            self.options,
+            division=None,
+            progress=self.options.progress and division.is_first,
+            checkpoint=division.own_checkpoint(self.options.checkpoint),
+        )
+
+        def fit() -> tuple[dict[int, _Parameters], dict[int, str], float]:
+            carried: dict[int, _Parameters] = {}
+
+            def carry(index: int, loop: Loop, fit: FitResult) -> None:
+                carried[index] = _Parameters.of(loop, fit)
+
+            indices = range(processes.rank, num_restarts, processes.size)
+            outcomes = self.fit(indices, own, math.ceil(num_restarts / processes.size), carry)
+            if outcomes.interrupted:
+                # The others are interrupted as well, or wait.
+                raise KeyboardInterrupt
+            return carried, {index: str(error) for index, error in outcomes.errors.items()}, outcomes.seconds
+
+        outcomes = _Outcomes()
+        for carried, messages, seconds in processes.gather_from(fit):
+            outcomes.fits |= {index: self._with(parameters) for index, parameters in carried.items()}
+            outcomes.errors |= {index: NonfiniteError(message) for index, message in messages.items()}
+            outcomes.seconds = max(outcomes.seconds, seconds)
+        return replace(outcomes, fits=dict(sorted(outcomes.fits.items())), errors=dict(sorted(outcomes.errors.items())))
+
+    def _with(self, parameters: _Parameters) -> FitResult:
+        """The fit of another process, or this one, in a model and a guide of this one."""
+        with (
+            alone(),
+            unchanged_random_state(),
+            warnings.catch_warnings(),
+            private_store(self.model, self.new_guide()) as (model, candidate),
+        ):
+            warnings.simplefilter("ignore")
+            loop = Loop(replace(self.call, model=model), candidate, self.options)
+            # A mixture has other components after the first time.
+            for _ in range(2):
+                loop.set_up()
+                parameters.fill(loop)
+            model, guide, _ = owned(loop.call.model, loop.guide)
+            return FitResult(model, guide, self.call.args, dict(self.call.kwargs), **parameters.results)
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    """What makes a fit of one process one of another, which has the same model, guide and data.
+
+    Attributes:
+        results: The fields of the result that belong to no process.
+        stored: What Pyro's store holds, unconstrained.
+        modules: The states of model and guide, as far as they are modules.
+    """
+
+    results: dict[str, Any]
+    stored: dict[str, Tensor]
+    modules: dict[str, dict[str, Any]]
+
+    @classmethod
+    def of(cls, loop: Loop, fit: FitResult) -> _Parameters:
+        """Those of a loop that has come to its end."""
+        names = {each.name for each in fields(fit)} - {"model", "guide", "args", "model_kwargs"}
+        leaves = internals.stored_parameters()[0]
+        return cls(
+            {name: getattr(fit, name) for name in names},
+            {name: leaf.detach().clone() for name, leaf in leaves.items()},
+            {name: dict(module.state_dict()) for name, module in loop.modules().items()},
+        )
+
+    @torch.no_grad()
+    def fill(self, loop: Loop) -> None:
+        """Gives them to model and guide of another loop."""
+        for name, module in loop.modules().items():
+            module.load_state_dict(self.modules[name])
+        for name, leaf in internals.stored_parameters()[0].items():
+            if name in self.stored and leaf.shape == self.stored[name].shape:
+                leaf.copy_(self.stored[name])
 
 
 def _check_mixture(fit: FitResult) -> None:
