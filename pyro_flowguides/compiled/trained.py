@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..processes import Processes
-from . import capture
+from . import capture, chunks
 from .binding import Binding
 from .capture import Parameters
+from .chunks import Chunks
 from .losses import Objective, Prepared
 from .snapshot import Buffers, Snapshot
 
@@ -25,6 +26,7 @@ class Trained:
         model: The model.
         guide: The guide.
         objective: The objective.
+        pieces: How many particles it takes at a time.
         bind: Binds parameters, taking over the state of an earlier binding if there is one.
         begin_anew: Called when the parameters are not those of before.
     """
@@ -34,10 +36,11 @@ class Trained:
         model: Callable,
         guide: Callable,
         objective: Objective,
+        pieces: Chunks,
         bind: Callable[[Parameters, Binding | None], Binding],
         begin_anew: Callable[[], None],
     ) -> None:
-        self.objective = objective
+        self.objective, self.chunks = objective, pieces
         self.functions = model, guide
         # The tensors that the objective has made for the step, see Prepared.
         self.inputs: tuple[Tensor, ...] | None = None
@@ -91,18 +94,45 @@ class Trained:
         finally:
             self.inputs = own
 
-    def loss(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        """The loss of the objective at the tensors that it has made last."""
+    def loss(self, args: tuple, kwargs: dict[str, Any], num_particles: int | None = None) -> Tensor:
+        """The loss of the objective at the tensors that it has made last, with this many particles; by default all of them."""
         if self.inputs is None:
             self.prepare(self._step, args, kwargs)
         loss: Callable[..., Tensor] = self.objective.loss
-        return loss(*self.functions, args, kwargs, *(self.inputs or ()))
+        with self.chunks.taking(num_particles):
+            return loss(*self.functions, args, kwargs, *(self.inputs or ()))
+
+    def gradients(self, args: tuple, kwargs: dict[str, Any]) -> capture.Gradients:
+        """Loss and gradients by running model and guide, chunk after chunk of the particles."""
+        parts = self.chunks.parts
+        return chunks.mean((self._gradients_of(number, args, kwargs), share) for number, share in parts)
+
+    def _gradients_of(self, num_particles: int | None, args: tuple, kwargs: dict[str, Any]) -> capture.Gradients:
+        return capture.differentiate(lambda: self.loss(args, kwargs, num_particles))
+
+    def _settle_chunks(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Chooses how many particles are taken at a time, where the memory decides."""
+
+        def settle() -> None:
+            with capture.no_waiting():
+                # Sets up the guide, if need be.
+                device = self.loss(args, kwargs, 2).device
+                self.chunks.settle(
+                    lambda number: self.loss(args, kwargs, number),
+                    lambda number: self._gradients_of(number, args, kwargs),
+                    device,
+                )
+
+        if self.chunks.size == "auto":
+            with capture.without_side_effects(settle):
+                pass
 
     def differentiate(self, args: tuple, kwargs: dict[str, Any]) -> capture.Gradients:
         """Loss and gradients by running model and guide, and the parameters that are new, bound."""
+        self._settle_chunks(args, kwargs)
         # The first time with Pyro's checks as the user has set them.
         with capture.no_waiting() if self.binding is not None else nullcontext():
-            result = capture.differentiate(lambda: self.loss(args, kwargs))
+            result = self.gradients(args, kwargs)
         self._bind(result.parameters)
         return result
 

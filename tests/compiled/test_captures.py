@@ -19,6 +19,7 @@ from svi_cases import at_two, compiled, observations, scaled
 from pyro_flowguides import CompiledSVI
 from pyro_flowguides.compiled import backends, capture, captures
 from pyro_flowguides.compiled.arguments import Arguments
+from pyro_flowguides.compiled.chunks import Program
 from pyro_flowguides.model import recording
 
 
@@ -332,7 +333,7 @@ def test_compiling_pays_where_half_of_the_time_left_is_three_times_its_own(steps
     for number in range(99):
         graph.placeholder(f"x{number}")
     graph.output(())
-    step = captures.CapturedStep(torch.fx.GraphModule({}, graph), lambda: None, None)
+    step = captures.CapturedStep(Program((torch.fx.GraphModule({}, graph),)), lambda: None, None)
     step.seconds.extend([0.01] * 48)
     assert not step._pays(10**9)
     step.seconds.extend([5.0, 5.0])
@@ -343,7 +344,7 @@ def test_the_choice_of_a_compiler_is_made_once(monkeypatch):
     seen = []
     monkeypatch.setattr(backends, "has_compiler", lambda device: seen.append(device) or True)
     monkeypatch.setattr(backends, "compile_with_inductor", lambda module, inputs: lambda: "compiled")
-    step = captures.CapturedStep(None, lambda: "replayed", None)
+    step = captures.CapturedStep(Program((None,)), lambda: "replayed", None)
     example = [torch.zeros(2)]
     step.choose_backend("replay", lambda: example, 10**9)
     step.choose_backend("auto", lambda: example, 10**9)
