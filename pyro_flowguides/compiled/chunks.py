@@ -60,16 +60,15 @@ class Chunks:
                 )
         self.size = size
 
-    def settle(self, loss: Callable[[int], Any], gradient: Callable[[int], Any], device: torch.device) -> None:
+    def settle(self, loss: Callable[[int], Tensor], gradient: Callable[[int], Any]) -> None:
         """Chooses the size for ``"auto"``, by what steps with few particles hold in memory.
 
         Arguments:
             loss: Computes the loss with a number of particles.
             gradient: Computes the loss and its gradient.
-            device: Where.
         """
         assert self._elbo is not None
-        self.size = chunk_size_for(loss, gradient, self._elbo.num_particles, device)
+        self.size = chunk_size_for(loss, gradient, self._elbo.num_particles)
 
     @property
     def parts(self) -> list[tuple[int | None, float]]:

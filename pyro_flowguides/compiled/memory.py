@@ -91,19 +91,6 @@ def predict(run: Callable[[int], Any]) -> Prediction:
     return Prediction([ours - _FEW[0] * slope for ours, slope in zip(few, each, strict=True)], each)
 
 
-def may_exceed(loss: Callable[[int], Any], num_particles: int, limit: float) -> bool:
-    """Whether all tensors of a step together, freed or not, take more bytes than this; a bound that costs one forward pass.
-
-    Arguments:
-        loss: Computes the loss with a number of particles.
-        num_particles: The number of particles of the step.
-        limit: The bytes.
-    """
-    with LargestTensor() as seen:
-        loss(_FEW[0])
-    return _PASSES * torch.float64.itemsize * sum(seen.sizes) * num_particles / _FEW[0] > limit
-
-
 def free_bytes(device: torch.device) -> float:
     """The memory that is free on a device; infinite where nobody knows."""
     if device.type == "cuda":
@@ -133,19 +120,22 @@ def _left_to_group(folder: Path = Path("/sys/fs/cgroup")) -> float:
     return math.inf if limit == "max" else max(0.0, float(limit) - float(used))
 
 
-def chunk_size_for(
-    loss: Callable[[int], Any], gradient: Callable[[int], Any], num_particles: int, device: torch.device
-) -> int | None:
+def chunk_size_for(loss: Callable[[int], Tensor], gradient: Callable[[int], Any], num_particles: int) -> int | None:
     """The number of particles that fit into the memory at a time, in chunks of nearly the same size; None if all of them do.
+
+    Cost: one forward pass with two particles. Where all of its tensors together, freed or not, might be too much for all
+    particles, the cost of :func:`predict` as well.
 
     Arguments:
         loss: Computes the loss with a number of particles.
         gradient: Computes the loss and its gradient.
         num_particles: The number of particles of a step.
-        device: Where they are computed.
     """
+    with LargestTensor() as seen:
+        device = loss(_FEW[0]).device
     limit = SHARE * free_bytes(device)
-    return fitting(predict(gradient), num_particles, limit) if may_exceed(loss, num_particles, limit) else None
+    bound = _PASSES * torch.float64.itemsize * sum(seen.sizes) * num_particles / _FEW[0]
+    return None if bound <= limit else fitting(predict(gradient), num_particles, limit)
 
 
 def fitting(prediction: Prediction, num_particles: int, limit: float) -> int | None:

@@ -75,11 +75,11 @@ class CompiledSVI(SVI):
             docs/how_to/distributed.md. At its first step every process takes the parameters and buffers of the first one, and a
             seed of its own. All processes have to take the same steps.
         chunk_size: The number of particles that a step takes at a time. The gradients of the chunks are added up, and the memory
-            is that of one of them; the result is the same, with fresh noise for each chunk, and a little slower. ``"auto"``
-            splits where the prediction exceeds half of the memory that is free (:mod:`pyro_flowguides.compiled.memory`). None
-            takes all particles together. For losses that are a mean over particles: Pyro's ``Trace_ELBO``,
-            ``TraceMeanField_ELBO`` and ``TraceEnum_ELBO``, and :class:`KL`. Subsampled plates draw anew for each chunk, and
-            the weights of an ``AutoMixture`` have their baseline from the chunk.
+            is that of one of them. Each chunk has noise of its own; with the same noise the result is that of one pass, up to
+            rounding. ``"auto"`` splits where a step is predicted to take more than half of the memory that is free. None takes
+            all particles together. For losses that are a mean over particles: Pyro's ``Trace_ELBO``, ``TraceMeanField_ELBO``
+            and ``TraceEnum_ELBO``, and :class:`KL`. Subsampled plates draw anew for each chunk, and the weights of an
+            ``AutoMixture`` have their baseline from the chunk.
 
     Attributes:
         num_steps: The number of steps so far, skipped ones included.

@@ -115,12 +115,9 @@ class Trained:
 
         def settle() -> None:
             with capture.no_waiting():
-                # Sets up the guide, if need be.
-                device = self.loss(args, kwargs, 2).device
                 self.chunks.settle(
                     lambda number: self.loss(args, kwargs, number),
                     lambda number: self._gradients_of(number, args, kwargs),
-                    device,
                 )
 
         if self.chunks.size == "auto":

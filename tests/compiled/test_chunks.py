@@ -251,6 +251,9 @@ def test_sizes_that_are_none(size, error, message):
 )
 def test_auto_splits_where_the_memory_is_too_small(case, free, is_split, monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    if not is_split:
+        # Where there is plenty, one forward pass tells.
+        monkeypatch.delattr(memory, "predict")
     svi = svi_of(case, "auto")
     assert svi.chunk_size == "auto"
     state = torch.random.get_rng_state()
@@ -320,8 +323,6 @@ def test_what_is_freed_does_not_count():
 
     prediction = memory.predict(run)
     assert prediction.of(50) == 8000 + 3 * 50 * 800
-    assert memory.may_exceed(run, 50, prediction.of(50))
-    assert not memory.may_exceed(run, 50, 1e9)
 
 
 def test_the_memory_of_a_step_is_what_was_predicted():
