@@ -32,8 +32,10 @@ _WAITING = (
         "linalg_eigh",
         "linalg_solve_ex",
     ),
-    "mean_over_processes",
+    *("multinomial", "mean_over_processes"),
 )
+
+_INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 
 Replay = Callable[[], None]
 
@@ -60,6 +62,9 @@ def what_waits(module: GraphModule, device: torch.device) -> list[str]:
         value = getattr(module, str(node.target)) if node.op == "get_attr" else node.meta.get("val")
         if internals.is_operator(node.target) and any(name in str(node.target) for name in _WAITING):
             found.append(f"{node.target} waits")
+        elif node.target in _INDEXING and any(each.meta["val"].dtype == torch.bool for each in node.all_input_nodes):
+            # It looks for the places first.
+            found.append(f"{node.target} by a condition waits")
         # A single number of the host is an argument of the kernel that takes it, of where() a copy.
         elif isinstance(value, Tensor) and value.device != device and (value.dim() or _is_chosen_from(node)):
             found.append(f"{node.target} is on {value.device}")
@@ -72,10 +77,11 @@ def _is_chosen_from(node: Node) -> bool:
     return any(user.target is torch.ops.aten.where.self for user in node.users)
 
 
-def record(function: Callable[[], Sequence[Tensor]]) -> tuple[Sequence[Tensor], Replay]:
+def record(function: Callable[[], Sequence[Tensor]], device: torch.device) -> tuple[Sequence[Tensor], Replay]:
     """Records the kernels that a function launches, without running them; returns its outputs, and what runs them."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads may go on, such as those that load batches.
+    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = function()
     return outputs, graph.replay
 
@@ -125,7 +131,7 @@ class Graphed:
             # Written to by every later call, in whatever mode.
             own = [tensor.clone() if index in self._moves else tensor for index, tensor in enumerate(inputs)]
         try:
-            outputs, replay = self._record(lambda: self._run(*own))
+            outputs, replay = self._record(lambda: self._run(*own), own[0].device)
         except RuntimeError as error:
             self._failed = True
             message = " ".join(str(error).split())[:300]

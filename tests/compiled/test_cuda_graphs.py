@@ -22,6 +22,8 @@ def module_of(function, *inputs):
         (lambda x: [torch.zeros(3, device="cpu").to(META) + x], ["is on cpu", "copies from cpu to meta"]),
         (lambda x: [torch.linalg.cholesky_ex(torch.diag(x))[0]], ["cholesky_ex.default waits"]),
         (lambda x: [torch.linalg.vector_norm(x)], []),
+        (lambda x: [x[torch.randperm(3, device=META)[:2]]], []),
+        (lambda x: [x[torch.tensor([0, 2], device=META)]], []),
     ],
 )
 def test_what_waits(function, found):
@@ -29,6 +31,12 @@ def test_what_waits(function, found):
     assert len(waiting) == len(found)
     for ours, expected in zip(waiting, found, strict=True):
         assert expected in ours
+
+
+def test_elements_by_a_condition_are_waited_for():
+    mask = torch.tensor([True, False, True], device="cpu")
+    module = module_of(lambda x: [x[mask]], torch.zeros(3, device="cpu"))
+    assert cuda_graphs.what_waits(module, torch.device("cpu")) == ["aten.index.Tensor by a condition waits"]
 
 
 def test_only_what_is_on_a_gpu_is_recorded():
@@ -44,7 +52,7 @@ class _Recorder:
     def __init__(self, fails=False):
         self.num_recorded, self.fails = 0, fails
 
-    def __call__(self, function):
+    def __call__(self, function, device):
         if self.fails:
             raise RuntimeError("operation not permitted when\nstream is capturing")
         self.num_recorded += 1

@@ -84,8 +84,14 @@ def svi_of(model, make_guide, y, **options):
     return CompiledSVI(model, guide, optim, loss, **guards, **options)
 
 
+@pytest.fixture
+def on_the_cpu(device):
+    if device.type != "cpu":
+        pytest.skip("a CUDA graph is no operation that a mode sees")
+
+
 @pytest.mark.parametrize("chunk_size", [None, 4])
-def test_a_step_reads_no_value(chunk_size, dtype):
+def test_a_step_reads_no_value(chunk_size, dtype, on_the_cpu):
     """Tempered, with clipping, guard, average and schedule: a mode sees every operation of steps, and of the check of five."""
     y = torch.randn(5, dtype=dtype)
     run = svi_of(short, small, y, chunk_size=chunk_size, backend="replay", max_nonfinite_steps=5)
@@ -100,7 +106,7 @@ def test_a_step_reads_no_value(chunk_size, dtype):
     assert [graph.code for graph in captured.program.graphs] == before and len(run.captures) == 1
 
 
-def test_an_eager_step_reads_no_value_after_the_first(dtype):
+def test_an_eager_step_reads_no_value_after_the_first(dtype, on_the_cpu):
     y = torch.randn(5, dtype=dtype)
     run = svi_of(short, small, y, backend="eager")
     run.run(1, y)
@@ -139,7 +145,7 @@ def test_a_step_takes_nothing_from_another_device(name, monkeypatch):
     assert {value.device for value in values if isinstance(value, torch.Tensor)} == {META}
 
 
-def test_the_steps_of_a_fit_read_nothing_and_are_captured_once(monkeypatch, dtype):
+def test_the_steps_of_a_fit_read_nothing_and_are_captured_once(monkeypatch, dtype, on_the_cpu):
     """With a clock, and with a callback, which gets its number after the step."""
     made, seen = [], []
     real_capture, real_step = svi.capture_step, CompiledSVI._take_step
@@ -160,3 +166,21 @@ def test_the_steps_of_a_fit_read_nothing_and_are_captured_once(monkeypatch, dtyp
     fit = fg.fit(short, small(short), y, callbacks=callbacks, max_seconds=1e6, backend="replay", **options)
     assert len(fit.losses) == 21 and len(made) == 1
     assert len(seen) == 20 and not any(seen)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["replay", "eager"])
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_no_step_waits_for_a_gpu(backend, chunk_size):
+    """Torch itself raises an error at whatever waits."""
+    y = torch.randn(5, device="cuda")
+    run = svi_of(model, fg.AutoCoupling, y, backend=backend, chunk_size=chunk_size)
+    run.run(10, y)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.run(20, y)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    if backend == "replay":
+        (captured,) = run.captures._steps.values()
+        assert not any(cuda_graphs.what_waits(graph, y.device) for graph in captured.program.graphs)
