@@ -56,6 +56,14 @@ def storage_id(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
 
 
+def watch_storage(storage: torch.UntypedStorage) -> Callable[[], bool]:
+    """Tells whether the memory of a tensor has been freed since; does not keep it alive."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    expired: Callable[[], bool] = StorageWeakRef(storage).expired
+    return expired
+
+
 def mark_as_parameter(tensor: Tensor) -> None:
     """Makes ``isinstance(tensor, nn.Parameter)`` true; a PyroModule would wrap anything else anew."""
     tensor._is_param = True  # type: ignore[attr-defined]

@@ -58,6 +58,16 @@ def test_storages_are_those_of_views():
     assert internals.storage_id(sparse) == internals.storage_id(sparse)
 
 
+def test_memory_is_watched_and_not_kept():
+    tensor = torch.zeros(3)
+    view = tensor[1:]
+    is_gone = internals.watch_storage(tensor.untyped_storage())
+    del tensor
+    assert not is_gone()
+    del view
+    assert is_gone()
+
+
 def test_a_tensor_marked_as_a_parameter_is_one():
     tensor = torch.zeros(3)
     assert not isinstance(tensor, torch.nn.Parameter)

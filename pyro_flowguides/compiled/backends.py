@@ -13,12 +13,19 @@ from torch.fx import Graph, GraphModule, Node
 
 from .. import internals
 from ..model.recording import constants_to_inputs
+from .cuda_graphs import Graphed, can_record
 from .nodes import is_random
 from .rewrite import Run
 
 
 def replay(module: GraphModule, example_inputs: Sequence[Tensor]) -> Run:
-    """Runs a graph operation by operation, with the least overhead that there is without a compiler."""
+    """Runs a graph operation by operation, with the least overhead that there is without a compiler.
+
+    On a GPU it is a CUDA graph, if nothing in it waits for the device.
+    """
+    if can_record(module, example_inputs):
+        # Not traced by torch.jit, which would join kernels, and round in other ways.
+        return Graphed(module)
     drawn = [node for node in module.graph.nodes if is_random(node) and not node.users]
     whole = _with_outputs(module, drawn)
     # As inputs: torch.jit computes with constants once, and some of these are tensors that others write to.
@@ -55,7 +62,9 @@ def has_compiler(device: torch.device) -> bool:
 def compile_with_inductor(module: GraphModule, example_inputs: Sequence[Tensor]) -> Run:
     """Compiles a graph; it draws the same random numbers as the graph itself."""
     on_cuda = any(tensor.is_cuda for tensor in example_inputs)
-    config = {"fallback_random": True, **({"triton.cudagraphs": True} if on_cuda else {"cpp_wrapper": True})}
+    # Inductor's own CUDA graphs would write the next losses over those that nobody has looked at yet.
+    config = {"fallback_random": True, **({} if on_cuda else {"cpp_wrapper": True})}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return internals.standalone_compile(module, example_inputs, config)
+        run = internals.standalone_compile(module, example_inputs, config)
+    return Graphed(run) if can_record(module, example_inputs) else run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,7 @@ from . import backends, capture, rewrite
 from .arguments import Arguments as Arguments
 from .arguments import Key as Key
 from .capture import CaptureError
+from .chunks import Program, example_outputs
 from .trained import Trained
 
 # The number of captured steps that are kept.
@@ -38,28 +40,44 @@ class CapturedStep:
     """One captured step.
 
     Attributes:
-        module: The graph.
-        run: Runs it.
+        program: The graphs.
+        run: Runs them.
         guards: What it has seen apart from its inputs.
-        seconds: The times of its first runs.
+        seconds: The times of its first runs, as far as they are known.
+        laps: Marks before and after runs of a GPU that nobody has waited for.
         is_settled: Whether the choice between replay and inductor has been made.
         is_compiled: Whether inductor has compiled it.
     """
 
-    module: GraphModule
+    program: Program
     run: rewrite.Run
     guards: Guards
     seconds: list[float] = field(default_factory=list)
+    laps: list[tuple[Any, Any]] = field(default_factory=list)
     is_settled: bool = False
     is_compiled: bool = False
 
     def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """The outputs of the step."""
+        if self.num_runs == MIN_NUM_RUNS:
+            return self.run(*inputs)
+        if inputs and inputs[0].is_cuda:
+            # What a call takes on the host says nothing of the device.
+            marks = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            marks[0].record()
+            outputs = self.run(*inputs)
+            marks[1].record()
+            self.laps.append(marks)
+            return outputs
         start = time.perf_counter()
         outputs = self.run(*inputs)
-        if len(self.seconds) < MIN_NUM_RUNS:
-            self.seconds.append(time.perf_counter() - start)
+        self.seconds.append(time.perf_counter() - start)
         return outputs
+
+    @property
+    def num_runs(self) -> int:
+        """The number of runs so far, up to ``MIN_NUM_RUNS``."""
+        return len(self.seconds) + len(self.laps)
 
     def choose_backend(self, backend: str, example: Callable[[], Sequence[Tensor]], steps_left: int) -> None:
         """Moves from replay to inductor, where the user has asked for it, or where it pays.
@@ -78,17 +96,21 @@ class CapturedStep:
                 warn("CompiledSVI: no compiler was found for inductor; the graph is replayed instead")
             return
         try:
-            self.run = backends.compile_with_inductor(self.module, inputs)
+            self.run = self.program.run_by(backends.compile_with_inductor, inputs)
             self.is_compiled = True
         except Exception as error:
             message = " ".join(str(error).split())[:300]
             warn(f"CompiledSVI: inductor failed, the graph is replayed instead: {message}")
 
     def _pays(self, steps_left: int) -> bool:
-        if len(self.seconds) < MIN_NUM_RUNS:
+        if self.num_runs < MIN_NUM_RUNS:
             return False
+        for start, end in self.laps:
+            end.synchronize()
+            self.seconds.append(start.elapsed_time(end) / 1e3)
+        self.laps.clear()
         saved = steps_left * float(np.median(self.seconds)) * SAVED_PART
-        return saved >= PAYBACK * (COMPILE_SECONDS + COMPILE_SECONDS_PER_NODE * len(self.module.graph.nodes))
+        return saved >= PAYBACK * (COMPILE_SECONDS + COMPILE_SECONDS_PER_NODE * self.program.num_nodes)
 
 
 class Captures:
@@ -140,7 +162,7 @@ class Captures:
         self._steps.clear()
 
     def _drop(self, key: Key, difference: str) -> None:
-        if len(self._steps.pop(key).seconds) >= MIN_NUM_RUNS:
+        if self._steps.pop(key).num_runs >= MIN_NUM_RUNS:
             return
         self._num_wasted += 1
         if self._num_wasted == MAX_WASTED:
@@ -167,29 +189,67 @@ def capture_step(
     Raises:
         CaptureError: if it cannot be captured; the message says why and where.
     """
-    binding, loss = trained.bound, trained.loss
+    counted = trained.chunks.counted
     with capture.no_waiting():
-        capture.check_size(lambda: loss(arguments.args, arguments.kwargs))
+        capture.check_size(lambda: trained.loss(arguments.args, arguments.kwargs, counted[0][0]))
+    example = trained.step_inputs(trained.bound.learning_rate, arguments.tensors)
+    constants: list[Tensor] = []
 
-    def step(*tensors: Tensor) -> Sequence[Tensor]:
-        own, inputs = tensors[: binding.num_tensors], tensors[binding.num_tensors :]
-        state, rate, values = binding.unpack(own)
-        num_prepared = len(trained.inputs or ())
-        args, kwargs = arguments.with_tensors(inputs[num_prepared:])
-        with trained.given(inputs[:num_prepared]):
-            value, gradients = capture.loss_and_gradients(
-                lambda: loss(args, kwargs), binding.parameters, values, trained.modules
-            )
-        return binding.pack(state, value, gradients, rate)
+    def recorded(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> GraphModule:
+        module = capture.record(function, inputs)
+        # Before it is rewritten: some of them are gone when what is computed from them has become a constant.
+        constants.extend(rewrite.constants(module, varying))
+        rewrite.simplify(module, varying)
+        return module
 
-    example = trained.step_inputs(binding.learning_rate, arguments.tensors)
-    module = capture.record(step, example)
-    # Before it is rewritten: some of them are gone when what is computed from them has become a constant.
-    constants = rewrite.constants(module, varying)
-    rewrite.simplify(module, varying)
-    run = backends.replay(module, example)
+    if len(counted) == 1 and counted[0][0] is None:
+        program = Program((recorded(functools.partial(_step, trained, arguments), example),))
+    else:
+        parts = [
+            recorded(functools.partial(_chunk, trained, arguments, size, share), example) for size, share, _ in counted
+        ]
+        last = recorded(functools.partial(_update, trained), [*example, *example_outputs(parts[0])])
+        program = Program((*parts, last), tuple(count for *_, count in counted))
+    run = program.run_by(backends.replay, example)
     _check_against_eager(run, trained, arguments)
-    return CapturedStep(module, run, Guards((*seen, *arguments.others), constants))
+    return CapturedStep(program, run, Guards((*seen, *arguments.others), constants))
+
+
+def _gradients(
+    trained: Trained, arguments: Arguments, num_particles: int | None, tensors: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Loss and gradients from the inputs of a step."""
+    binding = trained.bound
+    own, inputs = tensors[: binding.num_tensors], tensors[binding.num_tensors :]
+    _, _, values = binding.unpack(own)
+    num_prepared = len(trained.inputs or ())
+    args, kwargs = arguments.with_tensors(inputs[num_prepared:])
+    with trained.given(inputs[:num_prepared]):
+        return capture.loss_and_gradients(
+            lambda: trained.loss(args, kwargs, num_particles), binding.parameters, values, trained.modules
+        )
+
+
+def _step(trained: Trained, arguments: Arguments, *tensors: Tensor) -> Sequence[Tensor]:
+    """A whole step."""
+    state, rate, _ = trained.bound.unpack(tensors)
+    return trained.bound.pack(state, *_gradients(trained, arguments, None, tensors), rate)
+
+
+def _chunk(
+    trained: Trained, arguments: Arguments, num_particles: int | None, share: float, *tensors: Tensor
+) -> Sequence[Tensor]:
+    """What a chunk of particles adds to the loss and to the gradient, one vector for each dtype."""
+    loss, gradients = _gradients(trained, arguments, num_particles, tensors)
+    return [share * part for part in (loss, *trained.bound.join(gradients))]
+
+
+def _update(trained: Trained, *tensors: Tensor) -> Sequence[Tensor]:
+    """What is left of a step when loss and gradient, which come last, are there."""
+    binding = trained.bound
+    loss, *vectors = tensors[-1 - len(binding.dtypes) :]
+    state, rate, _ = binding.unpack(tensors)
+    return binding.pack(state, loss, binding.split(vectors), rate)
 
 
 def _check_against_eager(run: rewrite.Run, trained: Trained, arguments: Arguments) -> None:
@@ -205,7 +265,7 @@ def _check_against_eager(run: rewrite.Run, trained: Trained, arguments: Argument
                 result = binding.read(run(*trained.step_inputs(0.0, arguments.tensors)))
             torch.random.set_rng_state(random_state)
             with capture.no_waiting():
-                eager = capture.differentiate(lambda: trained.loss(arguments.args, arguments.kwargs))
+                eager = trained.gradients(arguments.args, arguments.kwargs)
             expected = eager.gradients_of(binding.parameters)
             difference = capture.compare((result.loss, result.gradients), (eager.loss, expected))
             if difference:

@@ -95,3 +95,13 @@ def _line_of_nan(model: Callable, values: dict[str, Tensor], args: tuple, kwargs
                 file, number, line = own[-1]
                 return f", by {file}, line {number}: {line}"
     return ""
+
+
+def has_no_factorization(error: BaseException | None) -> bool:
+    """Whether a matrix without a factorisation or an inverse is the cause of an error."""
+    while error is not None:
+        # By the text: torch.jit hides the class, and cholesky_inverse raises a plain RuntimeError.
+        if "could not be completed because the input" in str(error):
+            return True
+        error = error.__cause__
+    return False

@@ -17,14 +17,15 @@ from ..processes import apart, find_processes
 from .binding import Binding, OptimizerFactory, optimizer_factory
 from .capture import CaptureError
 from .captures import Arguments, CapturedStep, Captures, capture_step
+from .chunks import Chunks
 from .losses import KL, Prepared, PyroELBO, as_function, as_objective
-from .lost import why_lost
+from .lost import has_no_factorization, why_lost
+from .options import check_options
 from .rollback import Watch
 from .snapshot import Snapshot
 from .trained import Trained
 from .update import NUM_SKIPPED, Scalars
 
-BACKENDS = ("auto", "replay", "inductor", "eager")
 # The number of steps between two looks at the losses, which raise errors and take explosions back.
 CHECK_EVERY = 50
 MAX_NONFINITE_STEPS = 50
@@ -73,6 +74,12 @@ class CompiledSVI(SVI):
         distributed: Whether gradients are averaged over the processes of ``torch.distributed``, if there are several: see
             docs/how_to/distributed.md. At its first step every process takes the parameters and buffers of the first one, and a
             seed of its own. All processes have to take the same steps.
+        chunk_size: The number of particles that a step takes at a time. The gradients of the chunks are added up, and the memory
+            is that of one of them. Each chunk has noise of its own; with the same noise the result is that of one pass, up to
+            rounding. ``"auto"`` splits where a step is predicted to take more than half of the memory that is free. None takes
+            all particles together. For losses that are a mean over particles: Pyro's ``Trace_ELBO``, ``TraceMeanField_ELBO``
+            and ``TraceEnum_ELBO``, and :class:`KL`. Subsampled plates draw anew for each chunk, and the weights of an
+            ``AutoMixture`` have their baseline from the chunk.
 
     Attributes:
         num_steps: The number of steps so far, skipped ones included.
@@ -83,7 +90,8 @@ class CompiledSVI(SVI):
         backend: As given; ``"eager"`` once a step could not be captured.
 
     Raises:
-        ValueError: if an option is unknown; at a step, if there is nothing to train.
+        ValueError: if an option is unknown, or ``chunk_size`` is given for a loss that cannot be split; at a step, if there is
+            nothing to train.
         TypeError: if ``optim`` is no optimiser, or ``loss`` no loss.
         NotImplementedError: if ``loss`` is an ELBO without a differentiable loss.
         RuntimeError: at a step, after ``max_nonfinite_steps`` consecutive steps that were not finite.
@@ -116,8 +124,9 @@ class CompiledSVI(SVI):
         ema_decay: float | None = None,
         max_nonfinite_steps: int = MAX_NONFINITE_STEPS,
         distributed: bool = True,
+        chunk_size: int | str | None = None,
     ) -> None:
-        _check_options(backend, optim, schedule, ema_decay)
+        check_options(backend, optim, schedule, ema_decay)
         objective = as_objective(loss)
         super().__init__(
             model,
@@ -144,7 +153,8 @@ class CompiledSVI(SVI):
 
         options = {"clip_norm": clip_norm, "clip_factor": clip_factor, "ema_decay": ema_decay}
         make_binding = functools.partial(Binding, optimizer_factory(optim), self.optim, options, self._processes)
-        self._trained = Trained(model, guide, objective, self._processes, make_binding, begin_anew)
+        chunks = Chunks(objective, chunk_size)
+        self._trained = Trained(model, guide, objective, chunks, self._processes, make_binding, begin_anew)
 
     # --- steps ---------------------------------------------------------------------------------------------------------
 
@@ -219,7 +229,7 @@ class CompiledSVI(SVI):
         try:
             return self._computed(arguments, captured)
         except RuntimeError as error:
-            if self._trained.binding is None or not _has_no_factorization(error):
+            if self._trained.binding is None or not has_no_factorization(error):
                 raise
         binding = self._trained.bound
         with torch.inference_mode():
@@ -279,7 +289,7 @@ class CompiledSVI(SVI):
                 self._trained.share_new()
                 self.captures.add(key, captured)
         except RuntimeError as error:
-            if _has_no_factorization(error):
+            if has_no_factorization(error):
                 # At one of the draws of the recording: these steps are eager, and the next ones captured.
                 return None
             if not isinstance(error, CaptureError):
@@ -325,6 +335,11 @@ class CompiledSVI(SVI):
             raise ValueError("CompiledSVI: no average of the parameters is kept; give ema_decay=, such as 0.99")
         for vectors in self._trained.bound.state.vectors:
             vectors[0].copy_(vectors[-1])
+
+    @property
+    def chunk_size(self) -> int | str | None:
+        """The number of particles that are taken at a time; None for all of them, ``"auto"`` before the first step."""
+        return self._trained.chunks.size
 
     # --- the guard -----------------------------------------------------------------------------------------------------
 
@@ -393,6 +408,7 @@ class CompiledSVI(SVI):
             "num_steps": self.num_steps,
             "num_rolled_back": self.num_rolled_back,
             "learning_rate_scale": self.learning_rate_scale,
+            "chunk_size": self.chunk_size,
             "watch": self._watch.state_dict(),
             "objective": self.objective.state_dict() if isinstance(self.objective, Prepared) else {},
             "now": self.snapshot().state_dict(),
@@ -409,6 +425,8 @@ class CompiledSVI(SVI):
         Raises:
             ValueError: if the state is of other parameters, of another optimiser, or of other buffers.
         """
+        if self.chunk_size == "auto":
+            self._trained.chunks.size = state.get("chunk_size", "auto")
         with self._trained.find(args, kwargs):
             pass
         if self._processes is not None:
@@ -419,29 +437,3 @@ class CompiledSVI(SVI):
         self._watch.load_state_dict(state["watch"], self._trained.bound.state.scalars.device)
         if isinstance(self.objective, Prepared):
             self.objective.load_state_dict(state["objective"])
-
-
-def _check_options(backend: str, optim: Any, schedule: Any, ema_decay: float | None) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"CompiledSVI: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if not callable(optim):
-        raise TypeError(
-            f"CompiledSVI: optim must be a Pyro optimiser or a function from parameters to a torch optimiser, got {optim!r}"
-        )
-    if ema_decay is not None and not 0 < ema_decay < 1:
-        raise ValueError(f"CompiledSVI: ema_decay must be between 0 and 1, got {ema_decay}")
-    if schedule is not None and optimizer_factory(optim) is None:
-        raise ValueError(
-            "CompiledSVI: a Pyro optimiser with arguments for each parameter, or with clipping, takes no schedule; use Pyro's "
-            "own, such as pyro.optim.ExponentialLR"
-        )
-
-
-def _has_no_factorization(error: BaseException | None) -> bool:
-    """Whether a matrix without a factorisation or an inverse is the cause of an error."""
-    while error is not None:
-        # By the text: torch.jit hides the class, and cholesky_inverse raises a plain RuntimeError.
-        if "could not be completed because the input" in str(error):
-            return True
-        error = error.__cause__
-    return False

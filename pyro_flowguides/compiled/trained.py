@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..processes import Processes
-from . import capture
+from . import capture, chunks
 from .binding import Binding
 from .capture import Parameters
+from .chunks import Chunks
 from .losses import Objective, Prepared
 from .snapshot import Buffers, Snapshot
 
@@ -25,6 +26,7 @@ class Trained:
         model: The model.
         guide: The guide.
         objective: The objective.
+        pieces: How many particles it takes at a time.
         processes: The processes that train together; None for one alone.
         bind: Binds parameters, taking over the state of an earlier binding if there is one.
         begin_anew: Called when the parameters are not those of before.
@@ -35,11 +37,12 @@ class Trained:
         model: Callable,
         guide: Callable,
         objective: Objective,
+        pieces: Chunks,
         processes: Processes | None,
         bind: Callable[[Parameters, Binding | None], Binding],
         begin_anew: Callable[[], None],
     ) -> None:
-        self.objective = objective
+        self.objective, self.chunks = objective, pieces
         self.functions = model, guide
         self._processes = processes
         # The tensors that the objective has made for the step, see Prepared.
@@ -101,18 +104,42 @@ class Trained:
         finally:
             self.inputs = own
 
-    def loss(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        """The loss of the objective at the tensors that it has made last."""
+    def loss(self, args: tuple, kwargs: dict[str, Any], num_particles: int | None = None) -> Tensor:
+        """The loss of the objective at the tensors that it has made last, with this many particles; by default all of them."""
         if self.inputs is None:
             self.prepare(self._step, args, kwargs)
         loss: Callable[..., Tensor] = self.objective.loss
-        return loss(*self.functions, args, kwargs, *(self.inputs or ()))
+        with self.chunks.taking(num_particles):
+            return loss(*self.functions, args, kwargs, *(self.inputs or ()))
+
+    def gradients(self, args: tuple, kwargs: dict[str, Any]) -> capture.Gradients:
+        """Loss and gradients by running model and guide, chunk after chunk of the particles."""
+        parts = self.chunks.parts
+        return chunks.mean((self._gradients_of(number, args, kwargs), share) for number, share in parts)
+
+    def _gradients_of(self, num_particles: int | None, args: tuple, kwargs: dict[str, Any]) -> capture.Gradients:
+        return capture.differentiate(lambda: self.loss(args, kwargs, num_particles))
+
+    def _settle_chunks(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Chooses how many particles are taken at a time, where the memory decides."""
+
+        def settle() -> None:
+            with capture.no_waiting():
+                self.chunks.settle(
+                    lambda number: self.loss(args, kwargs, number),
+                    lambda number: self._gradients_of(number, args, kwargs),
+                )
+
+        if self.chunks.size == "auto":
+            with capture.without_side_effects(settle):
+                pass
 
     def differentiate(self, args: tuple, kwargs: dict[str, Any]) -> capture.Gradients:
         """Loss and gradients by running model and guide, and the parameters that are new, bound."""
+        self._settle_chunks(args, kwargs)
         # The first time with Pyro's checks as the user has set them.
         with capture.no_waiting() if self.binding is not None else nullcontext():
-            result = capture.differentiate(lambda: self.loss(args, kwargs))
+            result = self.gradients(args, kwargs)
         self._bind(result.parameters)
         return result
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import moments
 from .arviz import Coords, Dims
+from .host import to_numpy as to_numpy
 from .importance import UNKNOWN, Estimate, ImportanceWeights, elbo
 from .modes import Modes
 from .summary import diagnose, scalars, summarize
@@ -271,8 +272,3 @@ def concatenate(parts: Sequence[Draws]) -> Draws:
         log_q=torch.cat([part.log_q for part in parts]),
         non_finite_site=next(filter(None, (part.non_finite_site for part in parts)), ""),
     )
-
-
-def to_numpy(value: Tensor) -> np.ndarray:
-    """A tensor of any device, with or without a graph, as a numpy array."""
-    return value.detach().cpu().numpy()

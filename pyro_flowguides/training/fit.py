@@ -54,6 +54,7 @@ def fit(
     checkpoint: Checkpoint | str | Path | None = None,
     callbacks: Sequence[Callable[[int, float], bool | None]] = (),
     max_nonfinite_steps: int = MAX_NONFINITE_STEPS,
+    chunk_size: int | str | None = "auto",
     distributed: str | None = None,
 ) -> FitResult:
     r"""Fits a guide to a model and judges the result.
@@ -137,6 +138,10 @@ def fit(
         callbacks: Functions called as ``callback(step, loss)`` after each step, counted over all rounds; one that returns True
             ends the training.
         max_nonfinite_steps: The number of steps in a row without a finite loss or gradient that ends the fit with an error.
+        chunk_size: The number of particles that a step takes at a time, which bounds its memory, see
+            :class:`pyro_flowguides.CompiledSVI`. ``"auto"`` splits only where a step would take more than half of the memory that
+            is free, as two passes with few particles predict; ``FitResult.chunk_size`` says whether it did. A ``loss`` that is no
+            mean over particles, such as :class:`pyro_flowguides.IWELBO`, cannot be split.
         distributed: How several processes of ``torchrun`` divide the work, see docs/how_to/distributed.md. ``"particles"``: each
             has draws of its own, ``num_particles`` a step, or restarts of its own where there are as many. ``"data"``: each
             takes batches of its own as well, and the guide is judged on ``args`` by the first process. ``"independent"``: each
@@ -211,7 +216,12 @@ def fit(
         loss=None if loss is None else as_objective(loss),
         optim=optim,
         schedule=None if isinstance(optim, PyroOptim) else find_schedule(schedule),
-        svi={"backend": backend, "ema_decay": ema_decay, "max_nonfinite_steps": max_nonfinite_steps},
+        svi={
+            "backend": backend,
+            "ema_decay": ema_decay,
+            "max_nonfinite_steps": max_nonfinite_steps,
+            "chunk_size": chunk_size,
+        },
         temper=find_temper(temper),
         whiten=whiten,
         search_modes=search_modes,

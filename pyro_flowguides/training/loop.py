@@ -100,6 +100,7 @@ class Loop:
         self.scores: list[RoundScore] = []
         self.start_sd = math.inf
         self.num_skipped = self.num_rolled_back = 0
+        self.chunk_size: int | None = None
         # After the last round that did no harm.
         self.best: Snapshot | None = None
         self.interrupted = False
@@ -190,6 +191,7 @@ class Loop:
             columns=self.call.columns,
             interrupted=self.interrupted,
             modes=modes,
+            chunk_size=self.chunk_size,
         )
 
     def _train_and_judge(self, saved: dict[str, Any] | None) -> Draws:
@@ -309,6 +311,7 @@ class Loop:
         with start.threads_for(self.tracer.elements_per_draw * round.num_particles):
             stopped = steps.run()
         self.losses += steps.losses
+        self.chunk_size = steps.chunk_size
         self.num_skipped += steps.svi.num_skipped
         self.num_rolled_back += steps.svi.num_rolled_back
         return stopped
@@ -397,6 +400,7 @@ class Loop:
             "temper": options.temper,
             "whiten": options.whiten,
             "ema_decay": options.svi["ema_decay"],
+            "chunk_size": options.svi["chunk_size"],
             "seed": options.seed,
         }
         # Of what may be shuffled the log-densities are compared only where it is the same.

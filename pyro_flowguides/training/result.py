@@ -63,6 +63,7 @@ class FitResult:
         restarts: Draws of every independent fit, log-likelihoods included, in the order of their seeds; empty where there was
             only one. Everything else here is of the best of them by ELBO.
         modes: What was found by looking for modes that the guide has not drawn; None where they were not looked for.
+        chunk_size: The number of particles that a step of the last round took at a time, where they were split; else None.
     """
 
     model: Callable
@@ -80,6 +81,7 @@ class FitResult:
     restarts: tuple[Draws, ...] = ()
     interrupted: bool = False
     modes: Modes | None = None
+    chunk_size: int | None = None
     # What a fit exports that was loaded without its guide.
     exported: tuple[Draws, ...] = field(default=(), repr=False)
 
@@ -247,7 +249,7 @@ class FitResult:
             ValueError: if it is damaged or no saved fit; if model or guide are others than those that were fitted, or the fit
                 had arguments that cannot be saved, such as objects of your own classes.
         """
-        content = saving.read(Path(path))
+        content = {"chunk_size": None, **saving.read(Path(path))}
         try:
             fields = {name: content[name] for name in (*_PLAIN_FIELDS, "exported")}
             names = {kind: saving.Missing(kind, content[kind]) for kind in ("model", "guide")}
@@ -324,6 +326,7 @@ _PLAIN_FIELDS = (
     "restarts",
     "interrupted",
     "modes",
+    "chunk_size",
 )
 
 

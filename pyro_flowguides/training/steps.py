@@ -131,6 +131,12 @@ class Steps:
         self.pending: list[Tensor] = []
 
     @property
+    def chunk_size(self) -> int | None:
+        """The number of particles that the steps take at a time; None for all of them."""
+        size = self.svi.chunk_size
+        return size if isinstance(size, int) else None
+
+    @property
     def number(self) -> int:
         """The number of steps that were taken."""
         return len(self.losses) + len(self.pending)
@@ -220,6 +226,7 @@ class Steps:
                 ): f"{-np.nanmean(values) if not np.isnan(values).all() else np.nan:.3f}",
                 "gradient": f"{now.norm:.2g}",
                 "skipped": int(now.num_skipped),
+                **({"chunks_of": self.chunk_size} if self.chunk_size else {}),
                 **({"seconds_left": round(self.clock.seconds_left)} if self.clock else {}),
             },
             refresh=False,

@@ -12,6 +12,7 @@ from svi_cases import compiled, observations, parameters
 import pyro_flowguides as fg
 from pyro_flowguides import internals
 from pyro_flowguides.compiled import backends, captures
+from pyro_flowguides.compiled.cuda_graphs import Graphed
 
 
 @pytest.fixture
@@ -130,6 +131,31 @@ def test_inductor_takes_the_random_numbers_of_the_graph(monkeypatch):
     example = [torch.zeros(2)]
     backends.compile_with_inductor("module", example)
     assert given == [("module", example, {"fallback_random": True, "cpp_wrapper": True}, False)]
+
+
+class _OnGPU:
+    is_cuda = True
+
+
+@pytest.mark.parametrize("can_be_graph", [True, False])
+def test_on_a_gpu_what_inductor_compiles_is_one_launch_where_nothing_waits(can_be_graph, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        internals, "standalone_compile", lambda module, inputs, config: given.append(config) or "compiled"
+    )
+    monkeypatch.setattr(backends, "can_record", lambda module, inputs: can_be_graph)
+    run = backends.compile_with_inductor("module", [_OnGPU()])
+    # By our own CUDA graph, whose outputs stay what they are.
+    assert given == [{"fallback_random": True}]
+    assert isinstance(run, Graphed) if can_be_graph else run == "compiled"
+
+
+def test_on_a_gpu_a_replayed_step_is_one_launch_of_the_graph_itself(monkeypatch):
+    """And nothing that torch.jit has joined to other kernels."""
+    module = internals.record(lambda x: [x + torch.rand(3)], [torch.zeros(3)])
+    monkeypatch.setattr(backends, "can_record", lambda module, inputs: True)
+    run = backends.replay(module, [torch.zeros(3)])
+    assert isinstance(run, Graphed) and run._run is module
 
 
 @pytest.mark.parametrize("error", [RuntimeError, AttributeError])

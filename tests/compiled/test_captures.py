@@ -19,6 +19,7 @@ from svi_cases import at_two, compiled, observations, scaled
 from pyro_flowguides import CompiledSVI
 from pyro_flowguides.compiled import backends, capture, captures
 from pyro_flowguides.compiled.arguments import Arguments
+from pyro_flowguides.compiled.chunks import Program
 from pyro_flowguides.model import recording
 
 
@@ -332,18 +333,42 @@ def test_compiling_pays_where_half_of_the_time_left_is_three_times_its_own(steps
     for number in range(99):
         graph.placeholder(f"x{number}")
     graph.output(())
-    step = captures.CapturedStep(torch.fx.GraphModule({}, graph), lambda: None, None)
+    step = captures.CapturedStep(Program((torch.fx.GraphModule({}, graph),)), lambda: None, None)
     step.seconds.extend([0.01] * 48)
     assert not step._pays(10**9)
     step.seconds.extend([5.0, 5.0])
     assert step._pays(steps_left) is pays
 
 
+class _Mark:
+    """A mark on the stream of a GPU at a number of milliseconds."""
+
+    def __init__(self, at):
+        self.at, self.has_waited = at, False
+
+    def synchronize(self):
+        self.has_waited = True
+
+    def elapsed_time(self, other):
+        assert other.has_waited
+        return other.at - self.at
+
+
+@pytest.mark.parametrize(("milliseconds", "pays"), [(9.0, False), (11.0, True)])
+def test_on_a_gpu_the_time_of_the_device_decides(milliseconds, pays):
+    """30 s for compiling, thrice its own 10 s, against half of 6000 steps."""
+    step = captures.CapturedStep(Program(()), lambda: None, None)
+    step.laps = [(_Mark(1000.0 * lap), _Mark(1000.0 * lap + milliseconds)) for lap in range(captures.MIN_NUM_RUNS)]
+    assert step.num_runs == captures.MIN_NUM_RUNS
+    assert step._pays(6000) is step._pays(6000) is pays
+    assert not step.laps and step.seconds == pytest.approx([milliseconds / 1e3] * captures.MIN_NUM_RUNS)
+
+
 def test_the_choice_of_a_compiler_is_made_once(monkeypatch):
     seen = []
     monkeypatch.setattr(backends, "has_compiler", lambda device: seen.append(device) or True)
     monkeypatch.setattr(backends, "compile_with_inductor", lambda module, inputs: lambda: "compiled")
-    step = captures.CapturedStep(None, lambda: "replayed", None)
+    step = captures.CapturedStep(Program((None,)), lambda: "replayed", None)
     example = [torch.zeros(2)]
     step.choose_backend("replay", lambda: example, 10**9)
     step.choose_backend("auto", lambda: example, 10**9)
