@@ -45,6 +45,8 @@ SMALL_BATCH = 256
 # What a search may take by default for each training step: of a flow, of a guide whose steps are cheaper, and where every draw is
 # a run of the model, a tenth of its eight runs.
 POINTS_PER_STEP = {"flow": SMALL_BATCH / 20, "cheap": SMALL_BATCH / 48, "looped": 0.8}
+# Setting up, whitening and capturing a flow takes as long as so many of its steps.
+STEPS_BEFORE_THE_FIRST = {"flow": 400, "cheap": 0, "looped": 0}
 # By default there is no search that could not take so many steps with all of its starts.
 MIN_STEPS = 30
 # The number of scalars that say where a mode is.
@@ -143,7 +145,7 @@ def search_after_fit(
     num_starts, num_draws = (NUM_STARTS, NUM_DRAWS) if together else (NUM_LOOPED_STARTS, NUM_LOOPED_DRAWS)
     num_draws //= 4
     kind = ("flow" if is_flow else "cheap") if together else "looped"
-    allowance = math.inf if asked_for else num_steps * POINTS_PER_STEP[kind]
+    allowance = math.inf if asked_for else (num_steps + STEPS_BEFORE_THE_FIRST[kind]) * POINTS_PER_STEP[kind]
     needed = MIN_STEPS * (SMALL_BATCH if together else num_starts) + num_draws
     if asked_for is False or allowance < needed:
         return None
@@ -326,19 +328,23 @@ class Search:
         )
 
     def _moments(self, masses: Masses, within: Coordinates) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Means and standard deviations of the sites within every mode, ``(modes,) + site shape``, float64."""
+        """Means and standard deviations of the sites within every mode, ``(modes,) + site shape``, float64; NaN if unknown."""
         weights = masses.weights()
         # A draw without density weighs nothing, whatever its value is.
         used = weights.sum(-1) > 0
-        weights = weights[used] / weights[used].sum(0)
+        weights = weights[used].mT
+        # 0 / 0 = NaN of a mode whose draws have no density.
+        totals = weights.sum(-1, keepdim=True)
         with torch.no_grad(), pyro.validation_enabled(False):
             values = self.target.constrain(within.original(masses.points[used]).to(self.latents.init_loc.dtype))
         means, sds = {}, {}
         for name, value in values.items():
-            rows = value.double().reshape(len(value), -1)
-            mean = weights.mT @ rows
+            rows = value.double().reshape(len(value), math.prod(value.shape[1:]))
+            mean = weights @ rows / totals
             # About the mean, and not by the mean square: modes are narrow.
-            variance = torch.stack([own @ (rows - center) ** 2 for own, center in zip(weights.mT, mean, strict=True)])
+            variance = (
+                torch.stack([own @ (rows - center) ** 2 for own, center in zip(weights, mean, strict=True)]) / totals
+            )
             means[name], sds[name] = (each.reshape(-1, *value.shape[1:]) for each in (mean, variance.sqrt()))
         return means, sds
 

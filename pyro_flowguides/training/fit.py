@@ -127,7 +127,7 @@ def fit(
             the training always goes on. The flows inside an ``AutoGuideList`` are left alone, since its parts have no posterior
             of their own; docs/how_to/initialise.md says how to choose where those start.
         search_modes: Whether to look for modes that the guide has not drawn, by :func:`pyro_flowguides.find_modes`. By default
-            from some 800 steps of a flow on, and some 1800 of a guide whose steps are cheaper, with a number of evaluations of
+            from some 400 steps of a flow on, and some 1800 of a guide whose steps are cheaper, with a number of evaluations of
             the model that grows with the steps: at most about a tenth of the fit's time. With True in any case and with no such
             limit. The training and the draws are the same with it and without, and a fit with a seed finds the same modes again.
             There is no search where the draws have no weights, there are batches alone, or an interrupt has ended the training.

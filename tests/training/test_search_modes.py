@@ -86,10 +86,11 @@ def test_the_search_changes_nothing_else():
 
 @pytest.mark.parametrize(
     ("make", "num_steps", "is_searched"),
-    [(fg.AutoPlanar, 20, False), (fg.AutoPlanar, 190, True), (AutoNormal, 190, False)],
+    [(fg.AutoPlanar, 20, False), (fg.AutoPlanar, 100, True), (AutoNormal, 190, False)],
 )
 def test_by_default_there_is_a_search_where_it_is_cheap(make, num_steps, is_searched, monkeypatch):
     monkeypatch.setattr(mode_finder, "MIN_STEPS", 1)
+    monkeypatch.setitem(mode_finder.STEPS_BEFORE_THE_FIRST, "flow", 90)
     fit = quick(conjugate, make(conjugate), torch.tensor([0.3, 1.4]), num_steps=num_steps)
     assert (fit.modes is not None) is is_searched
 
