@@ -36,16 +36,16 @@ def coupling(
 
     Arguments:
         dim: The number D of coordinates.
-        num_layers: The number of couplings; by default 10, or 16 for D > 30.
-        hidden_dims: The hidden layers of each network; by default two of 32, or of 64 and 32 for D > 30.
+        num_layers: The number of couplings; by default 10, 16 for D > 30, or 4 for D > 1000.
+        hidden_dims: The hidden layers of each network; by default two of 32, or of 64 and 32 for 30 < D ≤ 1000.
         damped: Whether the couplings start damped, see :class:`~pyro_flowguides.transforms.Coupling`.
         options: As in :class:`~pyro_flowguides.transforms.AffineCoupling`: ``context_dim``, ``log_scale_bound``, …
     """
-    many = dim > _MANY
+    many, very_many = dim > _MANY, dim > _VERY_MANY
     if num_layers is None:
-        num_layers = 16 if many else 10
+        num_layers = 4 if very_many else 16 if many else 10
     if hidden_dims is None:
-        hidden_dims = (64, 32) if many else (32, 32)
+        hidden_dims = (64, 32) if many and not very_many else (32, 32)
 
     def layer(index: int) -> T.FlowTransform:
         return T.AffineCoupling(dim, flip=index % 2 == 1, hidden_dims=hidden_dims, damped=damped, **options)
@@ -388,8 +388,8 @@ RECIPES: dict[str, Callable[..., T.FlowTransform]] = {
 IMAGE_RECIPES: dict[str, Callable[..., T.FlowTransform]] = {"glow_image": glow_image, "realnvp_image": realnvp_image}
 
 
-# Above this number of coordinates the defaults change.
-_MANY = 30
+# Above these numbers of coordinates the defaults change: first for more of them to meet, then for what a step costs.
+_MANY, _VERY_MANY = 30, 1000
 
 
 def _layers(recipe: str, num_layers: int, make: Callable[[int], Any]) -> list[Any]:

@@ -62,6 +62,9 @@ CONDITIONAL = {
     "affine": lambda dim, context_dim: T.Affine(dim, context_dim=context_dim),
     "affine_without_hidden_layers": lambda dim, context_dim: T.Affine(dim, context_dim=context_dim, hidden_dims=()),
     "lower_triangular_affine": lambda dim, context_dim: T.LowerTriangularAffine(dim, context_dim=context_dim),
+    "standardized": lambda dim, context_dim: T.Standardized(
+        T.ElementwiseSpline(dim, context_dim=context_dim, tail_bound=3.0), torch.randn(dim), torch.rand(dim) + 0.5
+    ),
     "low_rank_affine": lambda dim, context_dim: T.LowRankAffine(dim, 3, context_dim=context_dim),
     "act_norm": lambda dim, context_dim: T.ActNorm(dim, context_dim=context_dim),
     "lu_linear": lambda dim, context_dim: T.LULinear(dim, context_dim=context_dim),

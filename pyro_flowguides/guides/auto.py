@@ -72,7 +72,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
             does not.
         affine: The trainable affine map after the flow: ``"lower_triangular"`` (any mean and covariance; D² parameters),
             ``"low_rank"`` (a diagonal and 16 directions; O(D)), ``"diagonal"``, None, or ``"auto"`` for the first up to 1,000
-            latent dimensions and the second above.
+            latent dimensions and the second above; with it, above 200, a spline for every latent follows the fixed map.
         gradient: ``"total"``, or ``"path"`` for the path gradient (see :class:`pyro_flowguides.NormalizingFlow`), which
             :func:`pyro_flowguides.fit` uses whatever is set here.
         create_plates: As in Pyro's ``AutoNormal``: makes the plates of subsampled data.
@@ -166,12 +166,12 @@ class AutoFlow(FlowGuide, AutoContinuous):
         self._attach(self._make_parts(latents), latents.init_loc)
 
     def _make_parts(self, latents: Latents) -> list[T.FlowTransform]:
-        """A flow, the trainable affine map, and the fixed one, which starts where the latents do."""
+        """A flow, the trainable affine map, the fixed one, which starts where the latents do, and splines of the latents."""
         dim, loc = latents.dim, latents.init_loc
         parts = [self._make_body(dim), *affine_maps.make(self._affine, dim)]
         scale = torch.full_like(loc, self._init_scale)
         parts.append(T.FixedAffine(loc, scale if dim > whitening.MAX_FULL_RANK_DIM else scale.diag()))
-        return parts
+        return parts + affine_maps.make_marginals(self._affine, loc, scale)
 
     def _check_given_indices(self, latents: Latents, args: tuple, kwargs: dict[str, Any]) -> None:
         """Raises ValueError where the model is given the indices of a plate with latents and the guide is not."""
@@ -321,10 +321,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     @property
     def fixed_map(self) -> T.FixedAffine:
-        """The fixed affine map w, the last part of the flow."""
-        fixed_map = self.flow.transforms[-1]
-        assert isinstance(fixed_map, T.FixedAffine)
-        return fixed_map
+        """The fixed affine map w, the last part of the flow but for splines of the latents."""
+        return affine_maps.fixed_map_of(self.flow)
 
     def whiten(
         self,
@@ -420,7 +418,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     def put_map(self, loc: Tensor, scale: Scale) -> None:
         """Takes a fixed map with a scale of any kind, before training, and switches damping off."""
-        self.fixed_map.put(loc, scale)
+        affine_maps.put(self.flow, loc, scale)
         # Where the scale is of another kind, the store has none of its tensors.
         self._share_buffers()
         self.undamp()

@@ -24,7 +24,7 @@ from ..model.latents import Latents
 from ..model.maxima import find_maxima, local
 from ..model.sites import quiet_trace, unchanged_random_state
 from ..model.target import ERRORS_OF_MODELS, LogProb, Target
-from . import whitening
+from . import affine_maps, whitening
 from .auto import NUM_QUANTILE_PAIRS, AutoFlow
 from .base import BASES
 from .gaussians import gaussian_elbo
@@ -145,10 +145,9 @@ class AutoMixture(AutoFlow):
         number = 1 if starts is None else len(starts.locs)
         flows, base = [], []
         for index in range(number):
-            parts = self._make_parts(latents)
+            flows.append(T.Compose(self._make_parts(latents)))
             if starts is not None:
-                parts[-1] = T.FixedAffine(starts.locs[index], starts.scales[index])
-            flows.append(T.Compose(parts))
+                affine_maps.put(flows[-1], starts.locs[index], starts.scales[index])
             base.append(BASES[self._base](latents.dim))
         if flows[0].stochastic_log_det:
             raise ValueError(
@@ -334,7 +333,7 @@ class AutoMixture(AutoFlow):
         return self._maps()[0]
 
     def _maps(self) -> list[T.FixedAffine]:
-        return [flow.transforms[-1] for flow in self.flow.components]  # type: ignore[index, misc]
+        return [affine_maps.fixed_map_of(flow) for flow in self.flow.components]  # type: ignore[arg-type]
 
     def _whiten(self, target: Target, method: str) -> None:
         """Fits a Gaussian to the part of the density that belongs to each component, for a map and a weight."""
@@ -348,16 +347,14 @@ class AutoMixture(AutoFlow):
         scales = torch.stack([each.scale for each in maps]).double()
         log_prob = whitening.without_errors(target.log_prob)
         elbos = []
-        for index, fixed_map in enumerate(maps):
+        for index, flow in enumerate(self.flow.components):
             part = local(log_prob, locs, scales, nats, index)
             start = locs[index], scales[index]
             candidates = [start, _fitted(part, start, method)]
             found = [gaussian_elbo(part, *candidate) for candidate in candidates]
             best = int(found[1] > found[0])
             elbos.append(found[best])
-            with torch.no_grad():
-                fixed_map.loc.copy_(candidates[best][0])
-                fixed_map.scale.copy_(candidates[best][1])
+            affine_maps.put(flow, *candidates[best])  # type: ignore[arg-type]
         with torch.no_grad():
             new = torch.tensor(elbos).to(self.flow.logits)
             if bool(new.isfinite().all()):

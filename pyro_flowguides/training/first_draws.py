@@ -88,8 +88,7 @@ def _begin_at_a_draw_of_the_prior(tracer: Tracer, calls: Sequence[Call]) -> bool
                 best, best_value = latents.pack(trace), value
     if best is None or not bool(best.isfinite().all()):
         return False
-    with torch.no_grad():
-        guides[0].fixed_map.loc.copy_(best)
+    guides[0].put_map(best, guides[0].fixed_map.whole_scale)
     return True
 
 

@@ -5,7 +5,7 @@ from .base import Compose, FlowTransform, Inverse
 from .continuous import Continuous, OdeError, ode_error
 from .coupling import AdditiveCoupling, AffineCoupling, Coupling, MixtureCoupling, SplineCoupling, undamp
 from .elementwise import ActNorm, Affine, Elementwise, ElementwiseMixture, ElementwiseSpline, Sigmoid
-from .fixed import FixedAffine, LowRank
+from .fixed import FixedAffine, LowRank, Standardized
 from .image import (
     ImageActNorm,
     ImageCoupling,
@@ -67,6 +67,7 @@ __all__ = [
     "SplineCoupling",
     "Split",
     "Squeeze",
+    "Standardized",
     "Sylvester",
     "SylvesterField",
     "Unsqueeze",

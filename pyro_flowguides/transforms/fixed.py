@@ -151,6 +151,52 @@ class FixedAffine(FlowTransform):
         return x, log_det, solve_lower(scale, score, transpose=True).detach()
 
 
+class Standardized(FlowTransform):
+    r"""A transform that sees every coordinate in units of its own: :math:`x = t + s \odot f((z - t) / s)`.
+
+    The location t and the units s are buffers; f is trained. Its log-determinant is that of f.
+
+    Arguments:
+        inner: The transform f.
+        loc: The location t, shape (D,).
+        scale: The units s, positive, shape (D,).
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, inner: FlowTransform, loc: Tensor, scale: Tensor) -> None:
+        super().__init__(inner.dim, inner.context_dim)
+        self.inner = inner
+        self.register_buffer("loc", loc.clone())
+        self.register_buffer("scale", scale.clone())
+
+    @property
+    def closed_inverse(self) -> bool:
+        return self.inner.closed_inverse
+
+    @torch.no_grad()
+    def put(self, loc: Tensor, scale: Tensor) -> None:
+        """Takes another location and other units."""
+        self.loc.copy_(loc)
+        self.scale.copy_(scale)
+
+    def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, log_det = self.inner.forward_and_log_det((z - self.loc) / self.scale, context)
+        return self.loc + self.scale * x, log_det
+
+    def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z, log_det = self.inner.inverse_and_log_det((x - self.loc) / self.scale, context)
+        return self.loc + self.scale * z, log_det
+
+    def forward_with_score(
+        self, z: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        point = (z - self.loc) / self.scale
+        x, log_det, score = self.inner.forward_with_score(point, score * self.scale, context)
+        return self.loc + self.scale * x, log_det, score / self.scale
+
+
 def _buffers(loc: Tensor, scale: Scale) -> dict[str, Tensor]:
     """What holds a location and a scale; a scale without directions has none of them, not no buffer for them."""
     if isinstance(scale, LowRank):

@@ -92,3 +92,51 @@ def test_a_captured_step_sees_another_kind_of_scale():
         pyro.set_rng_seed(0)
         losses.append(each.step())
     assert losses[0] == losses[1]
+
+
+def wide(dim):
+    def model():
+        pyro.sample("x", dist.Normal(torch.full((dim,), 2.0, dtype=torch.float64), 3.0).to_event(1))
+
+    return model
+
+
+@pytest.mark.parametrize(
+    ("dim", "affine", "has_splines", "num_couplings"),
+    [
+        (200, "LowerTriangularAffine", False, 16),
+        (201, "LowerTriangularAffine", True, 16),
+        (1000, "LowerTriangularAffine", True, 16),
+        (1001, "LowRankAffine", True, 4),
+    ],
+)
+def test_the_default_flow_of_many_dimensions(dim, affine, has_splines, num_couplings):
+    guide = fg.AutoFlow(wide(dim)).setup()
+    body, *maps = guide.flow.transforms
+    assert [type(each).__name__.removeprefix("Pyro") for each in maps] == [
+        affine,
+        "FixedAffine",
+        *["Standardized"] * has_splines,
+    ]
+    assert sum(isinstance(each, fg.transforms.AffineCoupling) for each in body.transforms) == num_couplings
+
+
+def test_the_parameters_of_the_default_flow_grow_with_the_number_of_latents():
+    sizes = []
+    for dim in (1500, 3000):
+        pyro.clear_param_store()
+        sizes.append(sum(parameter.numel() for parameter in fg.AutoFlow(wide(dim)).setup().parameters()))
+    assert sizes[1] < 2.01 * sizes[0]
+
+
+def test_splines_have_the_units_of_the_fixed_map():
+    guide = fg.AutoFlow(wide(201)).setup()
+    scale = 3 * torch.linalg.cholesky(0.5 * torch.eye(201).double() + 0.5)
+    guide.put_map(torch.full((201,), 2.0).double(), scale)
+    splines = guide.flow.transforms[-1]
+    torch.testing.assert_close(splines.loc, torch.full_like(splines.loc, 2.0), rtol=0, atol=0)
+    torch.testing.assert_close(splines.scale, torch.full_like(splines.loc, 3.0), rtol=1e-12, atol=0)
+    # They start as the identity.
+    x = torch.randn(5, 201, dtype=torch.float64)
+    expected = dist.MultivariateNormal(torch.full((201,), 2.0).double(), scale_tril=scale).log_prob(x)
+    torch.testing.assert_close(guide.log_prob(x), expected, rtol=1e-6, atol=1e-4)
