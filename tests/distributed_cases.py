@@ -188,7 +188,7 @@ def recorded(processes):
 
 
 def restarts_as_a_mixture(processes):
-    return result_of(fit_of(num_steps=60, num_particles=8, num_restarts=2, restarts="mixture", seed=0))
+    return result_of(fit_of(num_steps=20, num_particles=8, num_restarts=2, restarts="mixture", seed=0))
 
 
 def resumed_with_a_sampler(processes, directory):
