@@ -393,6 +393,16 @@ def test_what_an_enumerated_trace_says_of_its_dimensions():
     assert internals.enumeration_ids(nodes["second"]) == {-1: numbers[0], -2: numbers[1]}
 
 
+def test_the_store_of_the_processes():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        internals.store_of_processes().set("here", "yes")
+        assert internals.store_of_processes().get("here") == b"yes"
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_each_is_tested_here():
     """The functions, classes and constants of ``internals``."""
     source = Path(__file__).read_text()

@@ -206,10 +206,11 @@ class _Starts:
         ):
             warnings.simplefilter("ignore")
             loop = Loop(replace(self.call, model=model), candidate, self.options)
-            # A mixture has other components after the first time.
-            for _ in range(2):
-                loop.set_up()
-                parameters.fill(loop)
+            loop.set_up()
+            parameters.fill(loop)
+            # A mixture may have other components now, whose parameters Pyro has not met yet.
+            start.set_up(loop.call, loop.guide)
+            parameters.fill(loop)
             model, guide, _ = owned(loop.call.model, loop.guide)
             return FitResult(model, guide, self.call.args, dict(self.call.kwargs), **parameters.results)
 

@@ -159,7 +159,7 @@ def test_a_density_is_fitted_by_both(found):
             "version",
             "ValueError: fit: process 1 and process 0 differ in version of pyro_flowguides: it is 1.1 in the one, 1.0 in",
         ),
-        ("nothing finite", "NonfiniteError: 50 steps in a row had .* up to step 51; in process 0 .*; in process 1 "),
+        ("nothing finite", "NonfiniteError: 50 steps in a row had .* up to step 100; in process 0 .*; in process 1 "),
         ("batches", "ValueError: 1 batches are too few for 2 processes"),
     ],
 )
@@ -306,9 +306,12 @@ def model(x, y):
     beta = pyro.sample("beta", dist.Normal(x.new_zeros(3), 2.0).to_event(1))
     with pyro.plate("row", 20_000, subsample_size=len(y)):
         pyro.sample("y", dist.Normal((x * beta.unsqueeze(-2)).sum(-1), 1.0), obs=y)
-loader = DataLoader(TensorDataset(x, y), batch_size=300, shuffle=True)
-options = dict(batches=loader, num_steps=300, num_particles=8, seed=1, progress=False)
-fit = fg.fit(model, fg.AutoPlanar(model, num_layers=1), x[:2000], y[:2000], **options)
+loader = DataLoader(TensorDataset(x, y), batch_size=1000, shuffle=True)
+# Whitened by all rows; a training that counted half of them would leave that.
+guide = fg.AutoPlanar(model, num_layers=1)
+guide.whiten(x, y)
+options = dict(batches=loader, whiten=None, num_steps=300, num_particles=4, seed=1, progress=False)
+fit = fg.fit(model, guide, x[:300], y[:300], **options)
 if os.environ["RANK"] == "0":
     draws = fg.draw(model, fit.guide, x, y, num_samples=2000, seed=2)
     found = dict(mean=draws.mean()["beta"], sd=draws.sd()["beta"], ess=draws.ess.value, x=x, y=y)
@@ -319,7 +322,7 @@ if os.environ["RANK"] == "0":
     found = torch.load(tmp_path / "found.pt", weights_only=False)
     covariance = (found["x"].mT @ found["x"] + torch.eye(3) / 4).inverse()
     mean, sd = covariance @ (found["x"].mT @ found["y"]), covariance.diagonal().sqrt()
-    assert found["ess"] > 500
+    assert found["ess"] > 300
     distance = (torch.as_tensor(found["mean"]) - mean) / sd * found["ess"] ** 0.5
     assert (distance.abs() < 4).all(), distance
     torch.testing.assert_close(torch.as_tensor(found["sd"]), sd, rtol=4 / (2 * found["ess"]) ** 0.5, atol=0)
