@@ -122,8 +122,10 @@ def mean(parts: Iterable[tuple[Gradients, float]]) -> Gradients:
             total = Gradients(share * part.loss, part.parameters, tuple(share * each for each in part.gradients))
             continue
         both = total.parameters.union(part.parameters)
+        # In place: these tensors are ours, and there is one for each parameter.
         pairs = zip(total.gradients_of(both), part.gradients_of(both), strict=True)
-        total = Gradients(total.loss + share * part.loss, both, tuple(ours + share * theirs for ours, theirs in pairs))
+        sums = tuple(ours.add_(theirs, alpha=share) for ours, theirs in pairs)
+        total = Gradients(total.loss + share * part.loss, both, sums)
     assert total is not None
     return total
 

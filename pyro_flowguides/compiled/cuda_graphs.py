@@ -20,21 +20,13 @@ from .rewrite import Run
 # The first calls are launched one by one: libraries set themselves up in them.
 NUM_WARM = 3
 # What waits for the device, or has no fixed number of elements: none of it can be recorded.
-_WAITING = (
-    *("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "repeat_interleave"),
-    *(
-        "check_errors",
-        "cholesky",
-        "linalg_inv",
-        "linalg_lu",
-        "linalg_qr",
-        "linalg_svd",
-        "linalg_eigh",
-        "linalg_solve_ex",
-    ),
-    *("multinomial", "mean_over_processes"),
+_SELECTIONS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "repeat_interleave")
+_FACTORIZATIONS = (
+    "check_errors",
+    "cholesky",
+    *(f"linalg_{name}" for name in ("inv", "lu", "qr", "svd", "eigh", "solve_ex")),
 )
-
+_WAITING = (*_SELECTIONS, *_FACTORIZATIONS, "multinomial", "mean_over_processes")
 _INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 
 Replay = Callable[[], None]
