@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,6 +21,7 @@ from ..compiled.losses import Objective, as_objective
 from ..compiled.svi import MAX_NONFINITE_STEPS
 from ..model.call import ModelCall
 from ..model.ownership import private_store
+from .again import call_text
 from .batches import arguments
 from .checkpoint import Checkpoint
 from .division import common_seed, find_division
@@ -154,6 +156,7 @@ def fit(
         BlockingIOError: if another fit that is running writes to the checkpoint.
         RuntimeError: if ``max_nonfinite_steps`` steps in a row had no finite loss or gradient, or another process has ended.
     """
+    made_by = functools.partial(call_text, fit, dict(locals()))
     if isinstance(guide, type) or not callable(guide):
         given = f"the class {guide.__name__}" if isinstance(guide, type) else repr(guide)
         raise TypeError(f"fit: guide must be a guide of the model, such as AutoCoupling(model), got {given}")
@@ -232,9 +235,11 @@ def fit(
     call = ModelCall.given("fit", model, args, kwargs)
     with division.quiet() if division else nullcontext():
         if num_restarts > 1:
-            return fit_repeatedly(call, guide, options, num_restarts, restarts)
-        with private_store(model, guide) as (model, guide):
-            return Loop(replace(call, model=model), guide, options).run()
+            result = fit_repeatedly(call, guide, options, num_restarts, restarts)
+        else:
+            with private_store(model, guide) as (model, guide):
+                result = Loop(replace(call, model=model), guide, options).run()
+    return replace(result, made_by=made_by())
 
 
 def _check_seconds(max_seconds: Any, temper: Any) -> None:
