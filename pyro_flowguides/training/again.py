@@ -9,8 +9,8 @@ from typing import Any
 
 from ..model.call import ModelCall
 
-# They change what is shown and kept, and no number of the fit.
-_NO_NUMBERS = ("progress", "checkpoint", "callbacks")
+# Shown before, or without a part in the numbers of a fit.
+_NOT_SHOWN = ("model_kwargs", "progress", "checkpoint", "callbacks")
 _SIMPLE = (bool, int, float, str, type(None))
 
 
@@ -33,20 +33,17 @@ def call_text(function: Callable, given: Mapping[str, Any]) -> str:
     parts = [name, _guide_text(given["guide"], name), *_names_of(model, given["args"])]
     if given.get("model_kwargs"):
         parts.append(f"model_kwargs={{{', '.join(f'{key!r}: {key}' for key in given['model_kwargs'])}}}")
-    for key, parameter in inspect.signature(function).parameters.items():
-        is_option = key in given and parameter.default is not parameter.empty and key != "model_kwargs"
-        if is_option and key not in _NO_NUMBERS and _differs(given[key], parameter.default):
+    for key, parameter in _parameters(function).items():
+        is_option = key in given and parameter.default is not parameter.empty and key not in _NOT_SHOWN
+        if is_option and _differs(given[key], parameter.default):
             parts.append(f"{key}={_text(given[key])}")
     return f"fit({', '.join(parts)})"
 
 
 def _names_of(model: Callable, args: tuple) -> Iterator[str]:
     """Positional arguments by the names of the model's parameters."""
-    function: Any = ModelCall(model).as_written
-    try:
-        names = list(inspect.signature(getattr(function, "forward", function)).parameters)
-    except (TypeError, ValueError):
-        names = []
+    function = ModelCall(model).as_written
+    names = list(_parameters(getattr(function, "forward", function)))
     for index in range(len(args)):
         yield names[index] if index < len(names) else f"argument_{index + 1}"
 
@@ -57,19 +54,27 @@ def _guide_text(guide: Callable, model: str) -> str:
     if hasattr(guide, "__name__"):
         return str(guide.__name__)
     options = {}
-    recipe = vars(guide).get("_recipe")
+    recipe = getattr(guide, "_recipe", None)
     while isinstance(recipe, functools.partial):
         options.update(recipe.keywords)
         recipe = recipe.func
-    options.update({name: vars(guide).get(f"_{name}") for name in ("base", "affine", "init_scale")})
+    options.update({name: getattr(guide, f"_{name}", None) for name in ("base", "affine", "init_scale")})
     defaults = {
         name: parameter.default
         for class_ in reversed(type(guide).__mro__)
-        if (made_by := vars(class_).get("__init__")) is not None
-        for name, parameter in inspect.signature(made_by).parameters.items()
+        if "__init__" in vars(class_)
+        for name, parameter in _parameters(vars(class_)["__init__"]).items()
     }
     given = {name: value for name, value in options.items() if name in defaults and _differs(value, defaults[name])}
     return f"{type(guide).__name__}({', '.join([model, *(f'{name}={_text(value)}' for name, value in given.items())])})"
+
+
+def _parameters(function: Callable) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a function by name; none where Python does not know them."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}
 
 
 def _differs(value: Any, default: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -156,10 +155,11 @@ def fit(
         BlockingIOError: if another fit that is running writes to the checkpoint.
         RuntimeError: if ``max_nonfinite_steps`` steps in a row had no finite loss or gradient, or another process has ended.
     """
-    made_by = functools.partial(call_text, fit, dict(locals()))
+    given = dict(locals())
     if isinstance(guide, type) or not callable(guide):
-        given = f"the class {guide.__name__}" if isinstance(guide, type) else repr(guide)
-        raise TypeError(f"fit: guide must be a guide of the model, such as AutoCoupling(model), got {given}")
+        wrong = f"the class {guide.__name__}" if isinstance(guide, type) else repr(guide)
+        raise TypeError(f"fit: guide must be a guide of the model, such as AutoCoupling(model), got {wrong}")
+    made_by = call_text(fit, given)
     if optim is not None and not callable(optim):
         raise TypeError(
             f"fit: optim must be a Pyro optimiser or a function from parameters to a torch optimiser, got {optim!r}"
@@ -239,7 +239,7 @@ def fit(
         else:
             with private_store(model, guide) as (model, guide):
                 result = Loop(replace(call, model=model), guide, options).run()
-    return replace(result, made_by=made_by())
+    return replace(result, made_by=made_by)
 
 
 def _check_seconds(max_seconds: Any, temper: Any) -> None:
