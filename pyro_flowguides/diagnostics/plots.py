@@ -397,6 +397,7 @@ def plot_marginals(
             if are_whole:
                 grid, density = _bars(column)
                 panel.locator_params(axis="x", nbins=6, integer=True)
+                panel.set_xlim(min(map(np.min, columns.values())) - 0.6, max(map(np.max, columns.values())) + 0.6)
             elif np.ptp(column) == 0:
                 panel.axvline(column[0], color="0.82" if name == reference else None, label=name)
                 continue

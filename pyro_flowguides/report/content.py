@@ -25,7 +25,7 @@ from ..diagnostics.modes import Modes
 from ..diagnostics.posterior import Posterior, posterior_of
 from ..diagnostics.replay import predict
 from ..diagnostics.summary import scalars
-from ..diagnostics.verdicts import Verdict, VerdictKind
+from ..diagnostics.verdicts import MAX_SD_ERROR, Verdict, VerdictKind
 from ..model.sites import unchanged_random_state
 
 # The table and the pictures stay readable.
@@ -125,15 +125,27 @@ class Report:
 
     @functools.cached_property
     def _errors(self) -> pd.DataFrame:
-        """The expected errors of the mean and the sd of every finite scalar; empty without weights."""
-        columns = {label: column for label, column in self.all_columns.items() if np.isfinite(column).all()}
+        """The expected errors of the mean and the sd of every scalar that the verdict is on; empty without weights.
+
+        As in the verdict, there is none of an sd that so many draws do not determine.
+        """
+        columns = self._judged(self.all_columns)
         if self.weights is None or not columns:
             return pd.DataFrame(columns=["mean_error", "sd_error"])
         names = {**self.draws.dims, **self.dims}
         unseen = None if self.modes is None else self.modes.unseen(names, self.coords)
         found = moment_errors(columns, self.weights, unseen)
         errors = found.weighted if self.is_weighted else found.raw
-        return pd.DataFrame({"mean_error": errors.mean, "sd_error": errors.sd}, index=list(columns))
+        sd = np.where(found.sampling_sd <= MAX_SD_ERROR / 2, errors.sd, np.nan)
+        return pd.DataFrame({"mean_error": errors.mean, "sd_error": sd}, index=list(columns))
+
+    def _judged(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Those of finite draws that are not of a site that is summed out."""
+        sites = {name: value for name, value in self.draws.posterior().items() if name in self.draws.summed_out}
+        left_out = set(scalars(sites, {**self.draws.dims, **self.dims}, self.coords))
+        return {
+            label: column for label, column in columns.items() if label not in left_out and np.isfinite(column).all()
+        }
 
     @functools.cached_property
     def table(self) -> pd.DataFrame:
@@ -147,7 +159,7 @@ class Report:
         table = pd.DataFrame.from_dict(rows, orient="index", columns=["mean", "sd", "5%", "50%", "95%"])
         if self.weights is None:
             return table
-        khats = {label: self.weights.khat_of_mean(column) for label, column in self.finite_columns.items()}
+        khats = {label: self.weights.khat_of_mean(column) for label, column in self._judged(self.columns).items()}
         return table.assign(khat=pd.Series(khats, dtype=float)).join(self._errors)
 
 

@@ -31,13 +31,13 @@ _PICTURES = (
     ),
     (
         "Does the model make data like yours?",
-        "The dark line is your data, and each blue line is a set of data that the fitted model has made. A line gives the "
+        "The bold line is your data, and each blue line is a set of data that the fitted model has made. A line gives the "
         "fraction of the data below a value. Yours should look like one of them.",
         pictures.predictive,
     ),
     (
         "Training",
-        "The ELBO should have stopped rising. The dark curve is the average of the pale one.",
+        "The ELBO should have stopped rising. The bold curve is the average of the pale one.",
         pictures.training,
     ),
     (
@@ -109,18 +109,21 @@ def verdict_box(report: Report) -> str:
     verdict, draws = report.verdict, report.draws
     tone, sentence = headline(verdict)
     text = str(verdict)
-    # The headline says what stands before the colon.
-    text = text.partition(": ")[2] or text
-    sentences = [text[:1].upper() + text[1:]]
+    # The headline says what stands before the colon. What stands behind the reason is known of other modes, and what to do.
+    findings, _, rest = text.partition(": ")[2].partition(f"{verdict.reason}.")
+    findings += f"{verdict.reason}."
+    sentences = [findings[:1].upper() + findings[1:], rest.strip()]
     if verdict.kind is not VerdictKind.UNKNOWN:
         sentences.append(verdict.khat_meaning)
     figures = {
         "ELBO": "" if math.isnan(draws.elbo.value) else str(draws.elbo),
         "k-hat": "" if math.isnan(draws.khat.value) else str(draws.khat),
-        "effective draws": "" if math.isnan(verdict.ess_fraction) else f"{verdict.ess_fraction:.0%} of {len(draws):,}",
+        "effective draws": ""
+        if math.isnan(verdict.ess_fraction)
+        else f"{verdict.ess_fraction * len(draws):,.0f} of {len(draws):,}",
     }
     shown = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in figures.items() if value)
-    rests = "".join(f"<p>{escape(each)}</p>" for each in sentences)
+    rests = "".join(f"<p>{escape(each)}</p>" for each in sentences if each)
     return (
         f'<div class="fg-verdict {tone}"><strong>{escape(sentence)}</strong>{rests}'
         + (f'<dl class="fg-figures">{shown}</dl>' if shown else "")

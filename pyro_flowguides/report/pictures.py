@@ -133,7 +133,7 @@ def predictive(report: Report) -> Iterator[Panel]:
                 ax.axvline(observed[0], color=INK)
             else:
                 figure = predictive_figure(observed[index], predicted[:, index], SMALL, INK)
-            svg = _svg(figure, name)
+            svg = _svg(figure, name, "" if observed.size == 1 else "fraction below")
         yield Panel(svg, name, f"Distribution of the data {name}, and of data that the model makes")
     if not drawn:
         raise NoPicture("The observed values and those of the model are not finite.")

@@ -31,6 +31,17 @@ def test_weighted_estimates_where_the_verdict_is_good_for_these_alone():
     assert report.table.loc["x", "mean_error"] < 0.1
 
 
+def test_no_errors_of_what_the_verdict_is_not_on():
+    values = {"z": (normal(200) > 2.5).astype(float), "x": normal(200, seed=1)}
+    table = gather(Posterior([draws_of(values, summed_out=("z",))])).table
+    columns = ["khat", "mean_error", "sd_error"]
+    assert table.loc["z", columns].isna().all() and table.loc["z", ["mean", "sd"]].notna().all()
+    assert table.loc["x", ["khat", "mean_error"]].notna().all()
+    # 200 draws do not determine an sd with such tails.
+    heavy = np.r_[normal(199), 300.0]
+    assert np.isnan(gather(Posterior([draws_of({"x": heavy})])).table.loc["x", "sd_error"])
+
+
 def test_of_many_scalars_those_with_the_largest_errors():
     x = normal(200, 60)
     weights = torch.as_tensor(0.5 * x[:, 50])
