@@ -215,7 +215,7 @@ def _modes(report: Report) -> str:
                 str(row["remark"]),
             ]
         )
-    head = "".join(f"<th>{name}</th>" for name in shown[0])
+    head = "".join(f"<th{' class=text' if name in ('where', 'remark') else ''}>{name}</th>" for name in shown[0])
     rows = "".join(
         "<tr>"
         + "".join(f"<td{' class=text' if i in (0, 4) else ''}>{escape(cell)}</td>" for i, cell in enumerate(row))

@@ -104,7 +104,8 @@ def pairs(report: Report) -> Iterator[Panel]:
         with _style():
             figure = pair_figure(values[i, index], values[j, index], SMALL)
             svg = _svg(figure, labels[i], labels[j])
-        correlation = f"correlation {correlations[i, j]:.2f}"
+        # No −0.
+        correlation = f"correlation {round(correlations[i, j], 2) + 0.0:.2f}"
         yield Panel(svg, correlation, f"Draws of {labels[i]} against {labels[j]}, {correlation}")
 
 

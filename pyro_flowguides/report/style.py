@@ -33,6 +33,7 @@ STYLE = """
   border-top: 1px solid var(--line); background: transparent; }
 .fg-report thead th { border-top: 0; color: var(--muted); font-weight: 600; }
 .fg-report tbody th { text-align: left; font-weight: 500; }
+.fg-report th.text { text-align: left; }
 .fg-report td.text { text-align: left; white-space: normal; min-width: 14rem; }
 .fg-report td.off { color: var(--bad); font-weight: 700; }
 .fg-grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)); gap: 1rem 1.2rem; }

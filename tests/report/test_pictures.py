@@ -7,8 +7,9 @@ import pytest
 import torch
 from report_cases import Y, correlated, draws_of, normal, posterior_with_model
 
+import pyro_flowguides as fg
 from pyro_flowguides.diagnostics.posterior import Posterior
-from pyro_flowguides.report import gather, pictures
+from pyro_flowguides.report import gather, page, pictures
 
 pytest.importorskip("matplotlib")
 
@@ -136,3 +137,17 @@ def test_the_elbo_of_a_fit():
     object.__setattr__(report, "losses", np.linspace(3.0, 1.0, 50))
     (panel,) = pictures.drawn(pictures.training, report)
     assert panel.is_wide
+
+
+def test_modes_are_drawn_and_listed():
+    centers = torch.tensor([[5.0, 0.0], [-5.0, 0.0]])
+
+    def log_density(x):
+        return (torch.tensor([0.7, 0.3]).log() - (x.unsqueeze(-2) - centers).square().sum(-1) / 2).logsumexp(-1)
+
+    modes = fg.find_modes(fg.LogDensity(log_density, 2), seed=0)
+    report = report_of({"x": normal(100, 2)}, modes=modes)
+    (panel,) = pictures.drawn(pictures.modes, report)
+    parsed(panel.html)
+    assert ">70%<" in panel.html and ">30%<" in panel.html
+    assert "<td>70% ± " in page(report)
