@@ -1,6 +1,6 @@
 """What the tests of the command line share."""
 
-FAST = ["--num-steps", "5", "--num-particles", "4", "--no-progress"]
+FAST = ["--num-steps", "5", "--num-particles", "4", "--no-progress", "--no-report"]
 MODEL = """
 import pyro
 import pyro.distributions as dist

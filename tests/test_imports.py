@@ -23,6 +23,7 @@ ROOMS = [
     "model",
     "guides",
     "diagnostics",
+    "report",
     "compiled",
     "training",
     "calibration",

@@ -1,4 +1,4 @@
-"""The command line: ``flowguides list``, ``flowguides fit`` and ``flowguides compare``."""
+"""The command line: ``flowguides list``, ``fit``, ``compare`` and ``report``."""
 
 from .commands import main
 from .data import read_data

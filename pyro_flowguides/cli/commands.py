@@ -1,15 +1,17 @@
-"""The command line: ``flowguides list``, ``flowguides fit`` and ``flowguides compare``."""
+"""The command line: ``flowguides list``, ``fit``, ``compare`` and ``report``."""
 
 from __future__ import annotations
 
 import argparse
 import io
 import os
+import shlex
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,13 @@ from ..examples import EXAMPLES
 from ..examples.example import Example
 from ..guides.named import AutoCoupling, AutoIAF, AutoPlanar, AutoRadial, AutoResidual, AutoSpline, AutoSylvester
 from ..processes import find_processes
+from ..report import gather, page
 from ..training.fit import fit
 from ..training.result import FitResult
 from .data import not_arrays
 from .errors import OutputError, UserError, line_of, line_with_place, printable, reason_of, text_of
 from .models import find_model
-from .output import Output, quiet_arviz
+from .output import Output, quiet_arviz, write
 
 GUIDES: dict[str, tuple[Callable, str]] = {
     "coupling": (AutoCoupling, "affine couplings (RealNVP); the first choice"),
@@ -53,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 if all went well, 1 if results could not be written, 2 for bad input, 130 after an interrupt (Ctrl-C), 143 after SIGTERM.
     """
+    argv = sys.argv[1:] if argv is None else list(argv)
     options = _parser().parse_args(argv)
+    options.command = shlex.join(["flowguides", *argv])
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal may lack the signs of the tables.
         sys.stdout.reconfigure(errors="replace")
@@ -132,7 +137,14 @@ def _parser() -> argparse.ArgumentParser:
     fitting.add_argument(
         "--data", type=Path, metavar="FILE", help="arguments of your model by name: .json, .npz or .csv"
     )
-    fitting.add_argument("--out", type=Path, metavar="DIR", help="write netCDF files and a PNG to this directory")
+    fitting.add_argument(
+        "--out", type=Path, metavar="DIR", help="write netCDF files, a PNG and reports to this directory"
+    )
+    fitting.add_argument(
+        "--report",
+        action=argparse.BooleanOptionalAction,
+        help="write an HTML report for each guide, to the directory of --out or to this one (default: with --out)",
+    )
     fitting.add_argument("--num-steps", type=int, metavar="N", help="training steps (default: as in fit)")
     fitting.add_argument("--num-particles", type=int, metavar="N", help="draws per step (default: as in fit)")
     fitting.add_argument(
@@ -148,6 +160,17 @@ def _parser() -> argparse.ArgumentParser:
     comparing.set_defaults(run=_compare)
     comparing.add_argument("files", nargs="+", type=Path, metavar="FILE.nc", help="netCDF files with a posterior")
     comparing.add_argument("--reference", metavar="NAME", help="the file, without .nc, that moments are compared with")
+
+    reporting = commands.add_parser(
+        "report", help="make an HTML report of a posterior that fit has written, or of any other"
+    )
+    reporting.set_defaults(run=_report)
+    reporting.add_argument("file", type=Path, metavar="FILE.nc", help="a netCDF file with a posterior")
+    reporting.add_argument(
+        "--beside", nargs="+", type=Path, default=[], metavar="FILE.nc", help="others to draw the marginals of"
+    )
+    reporting.add_argument("--reference", metavar="NAME", help="the one of them, without .nc, to compare with")
+    reporting.add_argument("--out", type=Path, metavar="FILE.html", help="the file to write (default: FILE.html)")
     return parser
 
 
@@ -180,7 +203,7 @@ def _fit(options: argparse.Namespace) -> bool:
     # Under torchrun the first process alone prints and writes.
     processes = find_processes()
     is_first = processes is None or processes.is_first
-    output = None if options.out is None or not is_first else Output(options.out, example.name, names)
+    output = _find_output(options, example.name, names) if is_first else None
     with nullcontext() if output is None else output.reserved():
         fits: dict[str, FitResult] = {}
         for name in names:
@@ -188,11 +211,19 @@ def _fit(options: argparse.Namespace) -> bool:
             if fits[name].interrupted:
                 break
         if is_first:
-            _report(fits, example, output)
+            _show(fits, example, output)
     return any(result.interrupted for result in fits.values())
 
 
-def _report(fits: Mapping[str, FitResult], example: Example, output: Output | None) -> None:
+def _find_output(options: argparse.Namespace, model: str, guides: Sequence[str]) -> Output | None:
+    """Where the results go; None if there are none to write."""
+    with_reports = options.out is not None if options.report is None else options.report
+    if options.out is None and not with_reports:
+        return None
+    return Output(options.out or Path(), model, guides, results=options.out is not None, reports=with_reports)
+
+
+def _show(fits: Mapping[str, FitResult], example: Example, output: Output | None) -> None:
     reference = example.reference() if example.reference else None
     _print(moments_table(fits, example, reference))
     for name, result in fits.items():
@@ -201,8 +232,12 @@ def _report(fits: Mapping[str, FitResult], example: Example, output: Output | No
             _print(f"  {result.verdict.khat_meaning}")
     if output is None:
         return
-    for name, result in fits.items():
-        _print(f"wrote {output.write_fit(name, result, example)}")
+    for name in filter(fits.get, output.fits):
+        _print(f"wrote {output.write_fit(name, fits[name], example)}")
+    for name in filter(fits.get, output.reports):
+        _print(f"wrote {output.write_report(name, fits, example, reference)}")
+    if output.picture is None:
+        return
     shown = _moments(next(iter(fits.values())).summary(coords=example.coords, quantiles=()), example.report)
     try:
         _print(f"wrote {output.write_picture(fits, example, reference, list(shown))}")
@@ -217,7 +252,7 @@ def _interrupted(result: FitResult) -> str:
 def _fit_one(example: Example, file: Path | None, name: str, options: argparse.Namespace) -> FitResult:
     arguments = example.data()
     try:
-        return fit(
+        result = fit(
             example.model,
             GUIDES[name][0](example.model),
             model_kwargs=arguments,
@@ -228,6 +263,7 @@ def _fit_one(example: Example, file: Path | None, name: str, options: argparse.N
             seed=options.seed,
             progress=not options.no_progress,
         )
+        return replace(result, made_by=options.command)
     # A model may raise anything.
     except (Exception, SystemExit) as error:
         place = line_with_place(file, error)
@@ -237,10 +273,28 @@ def _fit_one(example: Example, file: Path | None, name: str, options: argparse.N
         raise UserError(f"{place} ({options.data}: {hint})" if hint else place) from error
 
 
+def _report(options: argparse.Namespace) -> bool:
+    path = options.out or options.file.with_suffix(".html")
+    posterior, beside = _read_posterior(options.file), _read_posteriors(options.beside)
+    try:
+        with quiet_arviz():
+            content = page(gather(posterior, beside=beside, reference=options.reference))
+    except Exception as error:
+        raise UserError(line_of(error)) from error
+    _print(f"{options.file}: {posterior.verdict}")
+    _print(f"wrote {write(path, content.encode())}")
+    return False
+
+
+def _read_posteriors(paths: Sequence[Path]) -> dict[str, Posterior]:
+    """Posteriors by the names of their files, without their folders where that tells them apart."""
+    stems = [path.stem for path in paths]
+    names = [path.stem if stems.count(path.stem) == 1 else str(path) for path in paths]
+    return {name: _read_posterior(path) for name, path in zip(names, paths, strict=True)}
+
+
 def _compare(options: argparse.Namespace) -> bool:
-    stems = [path.stem for path in options.files]
-    names = [path.stem if stems.count(path.stem) == 1 else str(path) for path in options.files]
-    posteriors = {name: _read_posterior(path) for name, path in zip(names, options.files, strict=True)}
+    posteriors = _read_posteriors(options.files)
     try:
         table = comparison_table(posteriors, options.reference)
     except Exception as error:

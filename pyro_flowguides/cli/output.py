@@ -1,4 +1,4 @@
-"""What a fit writes: netCDF files and a picture. Each is whole or not there."""
+"""What a fit writes: netCDF files, a picture and reports. Each is whole or not there."""
 
 from __future__ import annotations
 
@@ -30,12 +30,15 @@ class Output:
         directory: The directory.
         model: The name of the model.
         guides: The names of the guides.
+        results: Whether to write netCDF files and the picture.
+        reports: Whether to write a report for each guide.
     """
 
-    def __init__(self, directory: Path, model: str, guides: Sequence[str]) -> None:
+    def __init__(self, directory: Path, model: str, guides: Sequence[str], *, results: bool, reports: bool) -> None:
         self.directory = directory
-        self.fits = {name: directory / f"{model}_{name}.nc" for name in guides}
-        self.picture = directory / f"{model}_marginals.png"
+        self.fits = {name: directory / f"{model}_{name}.nc" for name in guides} if results else {}
+        self.picture = directory / f"{model}_marginals.png" if results else None
+        self.reports = {name: directory / f"{model}_{name}.html" for name in guides} if reports else {}
 
     @contextmanager
     def reserved(self) -> Iterator[None]:
@@ -49,7 +52,7 @@ class Output:
                 self.directory.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"--out: the directory {self.directory} cannot be made: {reason_of(error)}") from error
-            for path in (*self.fits.values(), self.picture):
+            for path in filter(None, (*self.fits.values(), self.picture, *self.reports.values())):
                 try:
                     stack.enter_context(locked(path))
                     check_writable(path)
@@ -66,7 +69,7 @@ class Output:
         # The names of a user's sites may clash, for example.
         except Exception as error:
             raise OutputError(f"{path} could not be written: {line_of(error)}") from error
-        return _write(path, content)
+        return write(path, content)
 
     def write_picture(
         self,
@@ -76,6 +79,7 @@ class Output:
         shown: Sequence[str],
     ) -> Path:
         """The marginals of all fits in one picture; needs matplotlib."""
+        assert self.picture is not None
         import matplotlib.pyplot as plt
 
         dims = next(iter(fits.values())).draws.dims
@@ -86,10 +90,32 @@ class Output:
         buffer = io.BytesIO()
         axes[0].figure.savefig(buffer, format="png", dpi=120)
         plt.close(axes[0].figure)
-        return _write(self.picture, buffer.getvalue())
+        return write(self.picture, buffer.getvalue())
+
+    def write_report(
+        self,
+        name: str,
+        fits: Mapping[str, FitResult],
+        example: Example,
+        reference: Mapping[str, np.ndarray] | None,
+    ) -> Path:
+        """The report on one fit, with the others and the reference beside it."""
+        beside: dict[str, Any] = {} if reference is None else {"NUTS": reference}
+        beside |= {other: result.draws for other, result in fits.items() if other != name}
+        against = None if reference is None else "NUTS"
+        path = self.reports[name]
+        try:
+            with quiet_arviz():
+                fits[name].report(path, beside=beside, reference=against, coords=example.coords)
+        except OSError as error:
+            raise OutputError(f"{path} could not be written: {reason_of(error)}") from error
+        except Exception as error:
+            raise OutputError(f"{path} could not be written: {line_of(error)}") from error
+        return path
 
 
-def _write(path: Path, content: bytes) -> Path:
+def write(path: Path, content: bytes) -> Path:
+    """Writes a whole file, or raises OutputError."""
     try:
         write_whole(path, content)
     except OSError as error:

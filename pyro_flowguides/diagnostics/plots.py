@@ -17,6 +17,7 @@ from .summary import scalars
 _NUM_GRID = 200
 # The smoothed curve of an ELBO is the mean over this fraction of its steps.
 _SMOOTHING = 0.02
+MAX_BARS = 50
 
 
 def plot_elbo(fits: Any, *, log_evidence: float | None = None, ax: Any = None) -> Any:
@@ -368,6 +369,8 @@ def plot_marginals(
 ) -> Any:
     """The marginal densities of several posteriors, one panel per scalar, over each other.
 
+    Of whole numbers these are frequencies, as steps; a scalar that is the same in all draws is a line.
+
     Arguments:
         posteriors: Name of the posterior, to label of the scalar, to its draws, 1-D, such as :meth:`Draws.to_dataframe`.
         labels: The scalars to show, an element of a vector as ``"theta[0]"``.
@@ -393,11 +396,21 @@ def plot_marginals(
             if label not in draws:
                 known = ", ".join(f"'{each}'" for each in list(draws)[:10]) + (", …" if len(list(draws)) > 10 else "")
                 raise ValueError(f"plot_marginals: posterior '{name}' has no draws of '{label}'; it has {known}")
-        low = min(np.quantile(draws[label], 0.002) for draws in posteriors.values())
-        high = max(np.quantile(draws[label], 0.998) for draws in posteriors.values())
-        grid = np.linspace(low, high, _NUM_GRID)
-        for name, draws in posteriors.items():
-            density = gaussian_kde(draws[label])(grid)
+        columns = {name: np.asarray(draws[label], dtype=np.float64) for name, draws in posteriors.items()}
+        low = min(np.quantile(column, 0.002) for column in columns.values())
+        high = max(np.quantile(column, 0.998) for column in columns.values())
+        are_whole = all(map(is_whole, columns.values()))
+        for name, column in columns.items():
+            if are_whole:
+                grid, density = _bars(column)
+                panel.locator_params(axis="x", nbins=6, integer=True)
+                panel.set_xlim(min(map(np.min, columns.values())) - 0.6, max(map(np.max, columns.values())) + 0.6)
+            elif np.ptp(column) == 0:
+                panel.axvline(column[0], color="0.82" if name == reference else None, label=name)
+                continue
+            else:
+                grid = np.linspace(low, high, _NUM_GRID)
+                density = gaussian_kde(column)(grid)
             if name == reference:
                 panel.fill_between(grid, density, color="0.82", label=name, zorder=0)
             else:
@@ -407,3 +420,16 @@ def plot_marginals(
         panel.spines[["left", "right", "top"]].set_visible(False)
     panels[0].legend(frameon=False, fontsize="small")
     return panels
+
+
+def is_whole(column: np.ndarray) -> bool:
+    """Whether draws are whole numbers, and few enough different ones for a bar each."""
+    return len(values := np.unique(column)) <= MAX_BARS and bool((values == np.round(values)).all())
+
+
+def _bars(column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The outline of a bar for every whole number that occurs: its corners, and their heights."""
+    values, counts = np.unique(column, return_counts=True)
+    corners = values[:, None] + np.array([-0.4, -0.4, 0.4, 0.4])
+    heights = (counts / len(column))[:, None] * np.array([0.0, 1.0, 1.0, 0.0])
+    return corners.ravel(), heights.ravel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,6 +141,8 @@ def posterior_from_tree(tree: Any) -> Posterior:
         return {key: torch.as_tensor(values[chain]) for key, values in group(name).items()}
 
     posterior = tree["posterior"]
+    attrs = posterior.attrs
+    summed_out = tuple(map(str, np.atleast_1d(attrs.get("summed_out", ()))))
     num_chains, num_samples = next(iter(group("posterior").values())).shape[:2]
     statistics = group("sample_stats")
     unknown = np.full((num_chains, num_samples), np.nan)
@@ -157,15 +160,15 @@ def posterior_from_tree(tree: Any) -> Posterior:
             elbo_error=None
             if "log_q" in statistics
             else "the file has no log_q: these are draws of the posterior itself",
+            summed_out=summed_out,
         )
         for i in range(num_chains)
     ]
     seconds = float(group("variational_fit").get("wall_time", np.nan))
+    kept = {name: Group(group(name)) for name in ("posterior_predictive", "variational_fit") if name in tree}
     coords = {dim: posterior[dim].values for dim in posterior.coords}
-    modes = (
-        (str(posterior.attrs["modes"]), float(posterior.attrs["lost_mass"])) if "lost_mass" in posterior.attrs else None
-    )
-    return Posterior(chains, coords=coords, seconds=seconds, modes=modes)
+    modes = (str(attrs["modes"]), float(attrs["lost_mass"])) if "lost_mass" in attrs else None
+    return Posterior(chains, groups=kept, attrs=attrs, coords=coords, seconds=seconds, modes=modes)
 
 
 def to_arviz(
@@ -229,8 +232,11 @@ def to_arviz(
         "inference_library_version": pyro.__version__,
         "modeling_interface": "pyro_flowguides",
         "modeling_interface_version": version(),
+        "torch_version": str(torch.__version__),
+        "python_version": platform.python_version(),
         "sampled_variables": [name.replace("/", ".") for name in chains[0].values],
         **({"name": call.name} if call else {}),
+        **({"summed_out": [name.replace("/", ".") for name in chains[0].summed_out]} if chains[0].summed_out else {}),
         **posterior.attrs,
         **({"modes": posterior.modes[0], "lost_mass": posterior.modes[1]} if posterior.modes else {}),
     }

@@ -20,6 +20,7 @@ from ..compiled.losses import Objective, as_objective
 from ..compiled.svi import MAX_NONFINITE_STEPS
 from ..model.call import ModelCall
 from ..model.ownership import private_store
+from .again import call_text
 from .batches import arguments
 from .checkpoint import Checkpoint
 from .division import common_seed, find_division
@@ -161,9 +162,11 @@ def fit(
         BlockingIOError: if another fit that is running writes to the checkpoint.
         RuntimeError: if ``max_nonfinite_steps`` steps in a row had no finite loss or gradient, or another process has ended.
     """
+    given = dict(locals())
     if isinstance(guide, type) or not callable(guide):
-        given = f"the class {guide.__name__}" if isinstance(guide, type) else repr(guide)
-        raise TypeError(f"fit: guide must be a guide of the model, such as AutoCoupling(model), got {given}")
+        wrong = f"the class {guide.__name__}" if isinstance(guide, type) else repr(guide)
+        raise TypeError(f"fit: guide must be a guide of the model, such as AutoCoupling(model), got {wrong}")
+    made_by = call_text(fit, given)
     if optim is not None and not callable(optim):
         raise TypeError(
             f"fit: optim must be a Pyro optimiser or a function from parameters to a torch optimiser, got {optim!r}"
@@ -244,9 +247,11 @@ def fit(
     call = ModelCall.given("fit", model, args, kwargs)
     with division.quiet() if division else nullcontext():
         if num_restarts > 1:
-            return fit_repeatedly(call, guide, options, num_restarts, restarts)
-        with private_store(model, guide) as (model, guide):
-            return Loop(replace(call, model=model), guide, options).run()
+            result = fit_repeatedly(call, guide, options, num_restarts, restarts)
+        else:
+            with private_store(model, guide) as (model, guide):
+                result = Loop(replace(call, model=model), guide, options).run()
+    return replace(result, made_by=made_by)
 
 
 def _check_seconds(max_seconds: Any, temper: Any) -> None:

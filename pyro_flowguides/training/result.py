@@ -24,7 +24,9 @@ from ..diagnostics.replay import predict_new
 from ..diagnostics.sampling import draw
 from ..diagnostics.verdicts import Verdict
 from ..model.call import ModelCall
+from ..report import Report, fragment, gather, page
 from . import saving
+from .files import write_whole
 
 # The number of draws with log-likelihoods that a saved fit can export without its model.
 NUM_EXPORTED = 4000
@@ -64,6 +66,7 @@ class FitResult:
             only one. Everything else here is of the best of them by ELBO.
         modes: What was found by looking for modes that the guide has not drawn; None where they were not looked for.
         chunk_size: The number of particles that a step of the last round took at a time, where they were split; else None.
+        made_by: The call that makes the fit again, as text.
     """
 
     model: Callable
@@ -82,6 +85,7 @@ class FitResult:
     interrupted: bool = False
     modes: Modes | None = None
     chunk_size: int | None = None
+    made_by: str = ""
     # What a fit exports that was loaded without its guide.
     exported: tuple[Draws, ...] = field(default=(), repr=False)
 
@@ -166,9 +170,6 @@ class FitResult:
 
     def to_posterior(self, num_samples: int = 4000) -> Posterior:
         """The fit as chains with log-likelihoods: ``num_samples`` fresh draws, or with restarts up to as many of each."""
-        call = None
-        if not isinstance(self.model, saving.Missing):
-            call = ModelCall(self.model, self.args, self.model_kwargs, self.columns)
         if kept := self.restarts or self.exported:
             number = min(num_samples, *map(len, kept))
             chains = [draws[:number] for draws in kept]
@@ -177,12 +178,23 @@ class FitResult:
             # As for the draws that were judged: a poor fit is exported, too.
             with pyro.validation_enabled(False):
                 chains = [draw(self.model, self.guide, *self.args, model_kwargs=self.model_kwargs, **options)]
+        return self._posterior(chains)
+
+    def _posterior(self, chains: Sequence[Draws]) -> Posterior:
+        call = None
+        if not isinstance(self.model, saving.Missing):
+            call = ModelCall(self.model, self.args, self.model_kwargs, self.columns)
         return Posterior(
             chains,
             call,
             groups={"variational_fit": self._variational_fit()},
-            # netCDF has no truth values.
-            attrs={"guide": name_of(self.guide), "interrupted": int(self.interrupted)},
+            attrs={
+                "guide": name_of(self.guide),
+                "vectorization": self.vectorization,
+                "made_by": self.made_by,
+                # netCDF has no truth values.
+                "interrupted": int(self.interrupted),
+            },
             modes=None if self.modes is None else (self.modes.finding, self.modes.lost_mass),
             seconds=self.wall_time,
         )
@@ -207,6 +219,44 @@ class FitResult:
             dims=dims,
             seed=seed,
         )
+
+    def report(
+        self,
+        path: str | Path,
+        *,
+        beside: Mapping[str, Any] | None = None,
+        reference: str | None = None,
+        coords: Coords | None = None,
+        dims: Dims | None = None,
+    ) -> None:
+        """Writes a report: one HTML file with verdict, estimates, pictures, and how the fit was made.
+
+        It needs no network and no script. A picture that cannot be drawn leaves a sentence in its place.
+
+        Arguments:
+            path: The file; an existing one is replaced.
+            beside: Other posteriors for the pictures of the marginals, by name: fits, guides, :class:`Draws`, runs of MCMC, or
+                mappings of sites to draws.
+            reference: The name of the one among them that the others are compared with, drawn as an area.
+            coords: Labels along a dimension, by the name of its plate.
+            dims: Names of dimensions, by site, where the plates do not give them.
+
+        Raises:
+            OSError: if the file cannot be written.
+            TypeError: if one beside it is no posterior.
+            ValueError: if the reference is not among those beside it, or labels do not fit.
+        """
+        made = self._report(beside=beside, reference=reference, coords=coords, dims=dims)
+        write_whole(Path(path), page(made).encode())
+
+    def _report(self, **options: Any) -> Report:
+        posterior, facts = self._posterior([self.draws]), {}
+        if self.parameters:
+            facts["Parameters of the model"] = ", ".join(self.parameters)
+        return gather(posterior, verdict=self.verdict, modes=self.modes, facts=facts, **options)
+
+    def _repr_html_(self) -> str:
+        return fragment(self._report(with_predictive=False))
 
     def save(self, path: str | Path) -> None:
         """Writes the fit to a file that needs neither its model nor a pickle to be read; see :meth:`load`.
@@ -249,7 +299,7 @@ class FitResult:
             ValueError: if it is damaged or no saved fit; if model or guide are others than those that were fitted, or the fit
                 had arguments that cannot be saved, such as objects of your own classes.
         """
-        content = {"chunk_size": None, **saving.read(Path(path))}
+        content = saving.read(Path(path))
         try:
             fields = {name: content[name] for name in (*_PLAIN_FIELDS, "exported")}
             names = {kind: saving.Missing(kind, content[kind]) for kind in ("model", "guide")}
@@ -327,6 +377,7 @@ _PLAIN_FIELDS = (
     "interrupted",
     "modes",
     "chunk_size",
+    "made_by",
 )
 
 

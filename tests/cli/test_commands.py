@@ -26,7 +26,18 @@ def test_list(capsys):
 
 def test_main_job(tmp_path, capsys):
     out = tmp_path / "results"
-    command = ["fit", "eight_schools", "--guide", "coupling", "--compare", "normal", "--out", str(out), *FAST]
+    command = [
+        "fit",
+        "eight_schools",
+        "--guide",
+        "coupling",
+        "--compare",
+        "normal",
+        "--out",
+        str(out),
+        *FAST,
+        "--report",
+    ]
     assert main(command) == 0
     printed = capsys.readouterr().out
     header, *rows = printed.splitlines()
@@ -39,7 +50,12 @@ def test_main_job(tmp_path, capsys):
     assert printed.count("  k-hat is the shape of the upper tail of p / q.") == 2
     assert "normal: " in printed
     files = {path.name for path in out.iterdir()}
-    assert files == {"eight_schools_coupling.nc", "eight_schools_normal.nc", "eight_schools_marginals.png"}
+    fits = {f"eight_schools_{guide}.{suffix}" for guide in ("coupling", "normal") for suffix in ("nc", "html")}
+    assert files == fits | {"eight_schools_marginals.png"}
+    report = (out / "eight_schools_coupling.html").read_text()
+    assert "flowguides fit eight_schools --guide coupling" in report
+    # Of the other guide and of the reference, beside this one.
+    assert re.findall(r"--mark: [^>]*>(\w+)<", report) == ["NUTS", "normal", "AutoCoupling"]
     assert (out / "eight_schools_marginals.png").read_bytes()[:4] == b"\x89PNG"
     az = pytest.importorskip("arviz")
     posterior = az.from_netcdf(str(out / "eight_schools_normal.nc"))["posterior"]
@@ -121,6 +137,32 @@ def test_what_is_known_of_other_modes_is_printed_and_kept_in_the_file(
     assert sentence in capsys.readouterr().out
     assert main(["compare", str(tmp_path / "model_coupling.nc")]) == 0
     assert sentence in capsys.readouterr().out
+
+
+def test_report_of_a_file(written, capsys):
+    files = [str(written / f"{name}.nc") for name in ("exact", "narrow")]
+    assert main(["report", files[0], "--beside", files[1], "--reference", "narrow"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"wrote {written / 'exact.html'}"
+    page = (written / "exact.html").read_text()
+    assert "Exact. Use the draws as they are." in page
+    assert "narrow</span>" in page
+    other = written / "other_place.html"
+    assert main(["report", files[0], "--out", str(other)]) == 0
+    assert "narrow" not in other.read_text()
+    assert main(["report", files[0], "--reference", "nuts"]) == 2
+    assert "the reference 'nuts' is not among" in capsys.readouterr().err
+    assert main(["report", files[0], "--out", str(written / "missing" / "a.html")]) == 1
+    assert "could not be written: No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--report"], ["--out", ".", "--no-report"]])
+def test_a_report_may_be_had_alone_or_left_out(flags, tmp_path, monkeypatch, model_file, data_file):
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    assert main(["fit", f"{model_file}:model", "--data", str(data_file), "--guide", "normal", *FAST, *flags]) == 0
+    suffixes = {path.suffix for path in set(tmp_path.iterdir()) - before}
+    assert ".html" in suffixes if "--report" in flags else suffixes == {".nc", ".png"}
+    assert ".nc" not in suffixes or "--report" not in flags
 
 
 def test_centred_eight_schools(capsys):

@@ -145,6 +145,19 @@ def test_plot_marginals():
         fg.plot_marginals(posteriors, "ab")
 
 
+def test_plot_marginals_of_whole_numbers_and_of_constants():
+    posteriors = {
+        "flow": {"z": np.array([0, 0, 3, 3, 3]), "same": np.full(5, 2.5)},
+        "other": {"same": np.arange(5.5)[:5]},
+    }
+    (panel,) = fg.plot_marginals({"flow": posteriors["flow"]}, ["z"])
+    (line,) = panel.get_lines()
+    np.testing.assert_allclose(line.get_ydata(), [0, 0.4, 0.4, 0, 0, 0.6, 0.6, 0])
+    np.testing.assert_allclose(line.get_xdata()[[1, 2, 5, 6]], [-0.4, 0.4, 2.6, 3.4])
+    (panel,) = fg.plot_marginals(posteriors, ["same"])
+    assert set(panel.get_lines()[0].get_xdata()) == {2.5}
+
+
 def flow_of(dim=2):
     base = dist.Normal(torch.zeros(dim), torch.ones(dim)).to_event(1)
     flow = fg.flows.coupling(dim, num_layers=2, hidden_dims=[8])

@@ -41,6 +41,7 @@ SLOW_PAGES = {
     "docs/how_to/neutra.md",
     "docs/how_to/own_transform.md",
     "docs/how_to/ownership.md",
+    "docs/how_to/report.md",
     "docs/how_to/restarts.md",
     "docs/how_to/several_modes.md",
     "docs/how_to/weighted_draws.md",
