@@ -1,7 +1,7 @@
 """What a GPU gives: tests on it, milliseconds per step, seconds to a verdict, and memory, beside the CPU of the same machine.
 
     python -m benchmarks.gpu --device cuda --sonar CSV
-    python -m benchmarks.gpu --device cpu --quick          # a dry run of the whole program, in minutes
+    python -m benchmarks.gpu --device cpu --quick --out /tmp/gpu.json     # a dry run of the whole program, in minutes
 
 It is made for a machine that is lent for a few minutes. From a bare Python with torch, and the other packages as wheels in a
 folder:
@@ -394,13 +394,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=7.0, help="the time for everything")
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--quick", action="store_true", help="small sizes, and no compiler")
-    parser.add_argument("--out", type=Path, help="the JSON file; by default gpu.json, or gpu_dry_run.json on the CPU")
+    parser.add_argument("--out", type=Path, help="the JSON file; a dry run on the CPU needs one")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no GPU; --device cpu makes a dry run")
-    name = "gpu.json" if device.type == "cuda" else "gpu_dry_run.json"
-    out = options.out or Path(__file__).parent / "results" / name
+    if device.type != "cuda" and options.out is None:
+        parser.error("a dry run says nothing of a GPU, and is not kept among the results: give --out a file elsewhere")
+    out = options.out or Path(__file__).parent / "results" / "gpu.json"
     warnings.simplefilter("ignore")
     machine = environment("pyro-ppl", "pyro_flowguides") | {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",

@@ -81,5 +81,7 @@ def test_a_step_is_timed_and_its_memory_predicted():
     device = torch.device("cpu")
     row = gpu.milliseconds(gpu.cox_case(3, device), 16, "replay", device, 0.05)
     assert row["ms"] > 0 and row["seconds_until_ready"] > 0
-    row = gpu.step_memory(3, 8, device, 32)
-    assert row["predicted_megabytes"] == pytest.approx(row["eager_megabytes"], rel=0.5)
+    row = gpu.step_memory(3, None, device, 32)
+    assert row["predicted_megabytes"] == pytest.approx(row["eager_megabytes"], rel=0.05)
+    # A captured step holds its state and the next one as well, and fewer activations.
+    assert 0 < row["replayed_megabytes"]
