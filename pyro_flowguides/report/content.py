@@ -107,10 +107,8 @@ class Report:
         """The scalars of the table: all of them, or those with the largest expected errors."""
         if len(self.all_columns) <= MAX_ROWS:
             return self.all_columns
-        kept = list(self.all_columns)[:MAX_ROWS]
-        if not self._errors.empty:
-            size = self._errors[["mean_error", "sd_error"]].max(axis=1)
-            kept = list(size.sort_values(ascending=False, kind="stable").index[:MAX_ROWS])
+        size = self._errors[["mean_error", "sd_error"]].max(axis=1).sort_values(ascending=False, kind="stable")
+        kept = [*size.index, *(label for label in self.all_columns if label not in size.index)][:MAX_ROWS]
         return {label: self.all_columns[label] for label in kept}
 
     @property

@@ -253,7 +253,9 @@ def test_an_interrupt_of_the_training_keeps_the_results_so_far(name, status, tmp
     assert "normal: interrupted after 13 steps; " in printed.out
     assert started == ["AutoNormal"]
     assert az.from_netcdf(str(tmp_path / "eight_schools_normal.nc")).attrs["interrupted"] == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"eight_schools_normal.nc", "eight_schools_marginals.png"}
+    fits = {f"eight_schools_normal.{suffix}" for suffix in ("nc", "html")}
+    assert {path.name for path in tmp_path.iterdir()} == fits | {"eight_schools_marginals.png"}
+    assert "the training had not ended" in (tmp_path / "eight_schools_normal.html").read_text()
     assert signal.getsignal(number) is before
 
 

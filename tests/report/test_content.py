@@ -48,6 +48,12 @@ def test_of_many_scalars_those_with_the_largest_errors():
     report = gather(Posterior([draws_of({"x": x}, log_p=weights)]))
     assert len(report.table) == 30
     assert report.table.index[0] == "x[50]"
+    # What has no error comes after what has one.
+    labels = {"z": (x > 0).astype(float), "a": normal(200)}
+    assert list(gather(Posterior([draws_of(labels, summed_out=("z",))])).table.index) == [
+        "a",
+        *(f"z[{i}]" for i in range(29)),
+    ]
     without = gather(Posterior([draws_of({"x": x}, weights_error="the data are subsampled")]))
     assert list(without.table.index) == [f"x[{i}]" for i in range(30)]
     assert "khat" not in without.table.columns
