@@ -2,7 +2,8 @@ r"""The affine map that is found before training and stays as it is, and the sca
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from .base import FlowTransform
 from .linear import affine, multiply, solve_lower
 
 
-class LowRank(NamedTuple):
+@dataclass(frozen=True)
+class LowRank:
     r"""A square root of a covariance that is a diagonal and r directions.
 
     .. math:: L = \operatorname{diag}(d) (I + V \operatorname{diag}(e - 1) V^\top), \qquad
