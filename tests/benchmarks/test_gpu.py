@@ -84,4 +84,4 @@ def test_a_step_is_timed_and_its_memory_predicted():
     row = gpu.step_memory(3, None, device, 32)
     assert row["predicted_megabytes"] == pytest.approx(row["eager_megabytes"], rel=0.05)
     # A captured step holds its state and the next one as well, and fewer activations.
-    assert 0 < row["replayed_megabytes"]
+    assert row["replayed_megabytes"] > 0
