@@ -34,6 +34,7 @@ SLOW_PAGES = {
     "docs/choosing_a_guide.md",
     "docs/how_to/density.md",
     "docs/how_to/discrete.md",
+    "docs/how_to/gpu.md",
     "docs/how_to/initialise.md",
     "docs/how_to/log_density.md",
     "docs/how_to/migrate.md",
