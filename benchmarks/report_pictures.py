@@ -51,7 +51,7 @@ def cases() -> dict[str, Case]:
     schools, centered = EXAMPLES["eight_schools"], EXAMPLES["eight_schools_centered"]
     y = torch.tensor([-1.6, -1.1, -0.9, -0.4, -0.1, 0.2, 0.6, 1.2, 1.4, 1.8])
     return {
-        "eight_schools": Case(schools.model, fg.AutoCoupling, schools.data(), _beside_nuts(schools), 1350),
+        "eight_schools": Case(schools.model, fg.AutoCoupling, schools.data(), _beside_nuts(schools), 1510),
         "doubtful": Case(centered.model, AutoNormal, centered.data(), _beside_nuts(centered), 1450),
         "discrete": Case(two_groups, fg.AutoCoupling, {"y": y}, {}, 1650),
     }
