@@ -134,7 +134,7 @@ def test_where_all_restarts_fail_the_first_error_is_raised():
 
 
 def test_an_interrupt_before_the_first_restart_is_through_is_raised(monkeypatch):
-    def interrupt(self):
+    def interrupt(self, saved):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loop.Loop, "_choose_rounds", interrupt)
@@ -145,11 +145,11 @@ def test_an_interrupt_before_the_first_restart_is_through_is_raised(monkeypatch)
 def test_a_restart_that_is_interrupted_outside_of_its_steps_is_left_out(monkeypatch):
     real, runs = loop.Loop._choose_rounds, []
 
-    def interrupt_second(self):
+    def interrupt_second(self, saved):
         runs.append(1)
         if len(runs) == 2:
             raise KeyboardInterrupt
-        return real(self)
+        return real(self, saved)
 
     monkeypatch.setattr(loop.Loop, "_choose_rounds", interrupt_second)
     fit = quick(conjugate, AutoNormal(conjugate), torch.tensor(Y), num_steps=2, num_restarts=4)
