@@ -135,6 +135,16 @@ def result_of(fit):
     }
 
 
+def in_chunks(processes):
+    """A step in pieces of 32 particles, beside one of all 64."""
+    whole, pieces = (fit_of(num_steps=20, num_particles=64, seed=0, chunk_size=size) for size in (None, 32))
+    return {
+        "parameters": flat(pieces.guide.parameters()),
+        "losses": torch.tensor(pieces.losses),
+        "losses of whole steps": torch.tensor(whole.losses),
+    }
+
+
 def a_round_taken_back(processes):
     replaced = {
         "got_worse": lambda scores: len(scores) == 2,
@@ -482,6 +492,7 @@ def main(directory):
     for case in (
         noise_handed_in,
         a_thousand_steps,
+        in_chunks,
         a_round_taken_back,
         stopped_by_one,
         batches_of_data,

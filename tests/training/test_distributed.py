@@ -65,6 +65,12 @@ def test_parameters_stay_the_same_bit_for_bit(found):
     assert not torch.equal(first["noise"], second["noise"])
 
 
+def test_steps_in_chunks_are_those_of_all_particles(found):
+    assert_same(found["in_chunks"], ["parameters", "losses"])
+    for each in found["in_chunks"]:
+        torch.testing.assert_close(each["losses"], each["losses of whole steps"], rtol=1e-8, atol=1e-8)
+
+
 def test_a_round_is_taken_back_together(found):
     assert_same(found["a_round_taken_back"], ["parameters", "losses", "draws", "log_q"])
     assert len(found["a_round_taken_back"][0]["losses"]) == 250
