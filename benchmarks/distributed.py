@@ -12,8 +12,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +24,7 @@ from pyro.infer import Trace_ELBO
 import pyro_flowguides as fg
 from pyro_flowguides.processes import Processes, find_processes
 
-from .common import describe, environment, markdown_table, write_results
+from .common import describe, environment, in_processes, markdown_table, write_results
 from .svi_models import problems
 from .vae import POSTERIORS, Autoencoder, digits
 
@@ -98,14 +96,9 @@ def message_seconds(processes: Processes, size: int, number: int = 50) -> float:
 
 def run(task: str, path: Path, num_steps: int, num_processes: int) -> dict[str, Any]:
     """The result of ``work`` in the first of so many new processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    command = [
-        *([sys.executable, *launcher] if num_processes > 1 else [sys.executable]),
-        *("-m", "benchmarks.distributed", "--worker", task, "--sonar", str(path), "--steps", str(num_steps)),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    return in_processes(
+        "benchmarks.distributed", num_processes, "--worker", task, "--sonar", path, "--steps", num_steps
+    )
 
 
 def main() -> None:

@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_flowguides as fg
 
-from .common import describe, environment, markdown_table, write_results
+from .common import describe, environment, in_processes, markdown_table, write_results
 
 _NUM_STEPS, _NUM_PARTICLES, _BATCH_SIZE, _NUM_SOME, _NUM_DRAWS = 2000, 16, 200, 2000, 2000
 
@@ -92,14 +90,9 @@ def work(num_steps: int, num_draws: int) -> dict[str, Any] | None:
 
 def run(num_processes: int, num_steps: int, num_draws: int) -> dict[str, Any]:
     """The result of :func:`work` in so many new processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    command = [
-        *([sys.executable, *launcher] if num_processes > 1 else [sys.executable]),
-        *("-m", "benchmarks.distributed_posterior", "--worker", "--steps", str(num_steps), "--draws", str(num_draws)),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    return in_processes(
+        "benchmarks.distributed_posterior", num_processes, "--worker", "--steps", num_steps, "--draws", num_draws
+    )
 
 
 def main() -> None:

@@ -248,8 +248,10 @@ def report(records: list[dict[str, Any]]) -> str:
             "# The verdict against the errors of the fits",
             "A fit is right if no mean is off by more than 0.1 sd of the posterior and no sd by more than 10%, give or take two "
             "standard errors of the reference. A verdict is right if its draws, or its weighted draws, are; doubtful is right if "
-            "neither are. One constant of the rule (MAX_SHAPE of diagnostics.errors) was chosen on results: on "
-            "fits with seed 0 of some posteriors, which have a row of their own. The guides coupling_20 and coupling_200 had "
+            "neither are. Two things were chosen on results: MAX_SHAPE of diagnostics.errors on "
+            "fits with seed 0 of some posteriors, which have a row of their own, and that weights may leave the square of "
+            "k-hat of what they correct, among three powers, on 150 of these fits, the other posteriors' "
+            "included. The guides coupling_20 and coupling_200 had "
             "that many steps, and normal, mvn and iaf one round of 1000.",
             "## How often a verdict is right",
             markdown_table(["fits", "number", *(kind.lower().replace("_", " ") for kind in kinds[:4])], verdicts),
